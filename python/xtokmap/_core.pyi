@@ -1,0 +1,86 @@
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, final
+
+import numpy as np
+import numpy.typing as npt
+
+__version__: Final[str]
+KINDS: Final[dict[str, int]]
+
+class XTokMapError(ValueError): ...
+class UnsupportedTokenizerError(XTokMapError): ...
+
+class ByteMismatchError(XTokMapError):
+    row: int
+    byte: int
+
+class TokenIdError(XTokMapError):
+    row: int
+    position: int
+    id: int
+    vocab_size: int
+
+@final
+class ByteTable:
+    @staticmethod
+    def from_bytes(
+        tokens: Iterable[bytes | None], *, stop_ids: Sequence[int] = ..., invalid: str = "maximal"
+    ) -> ByteTable: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, id: int, /) -> bytes | None: ...
+    def __reduce__(self) -> tuple[Any, ...]: ...
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def is_special(self) -> npt.NDArray[np.bool_]: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def invalid(self) -> str: ...
+    def decode(self, ids: Sequence[int]) -> bytes: ...
+
+@final
+class Aligner:
+    def __new__(cls, student: ByteTable, teacher: ByteTable) -> Aligner: ...
+    def align_batch(
+        self,
+        student_ids: npt.NDArray[Any],
+        student_layout: npt.NDArray[Any],
+        teacher_ids: npt.NDArray[Any],
+        teacher_layout: npt.NDArray[Any],
+        strict: bool,
+        threads: int | None,
+    ) -> dict[str, npt.NDArray[Any]]: ...
+    def student_texts(
+        self, ids: npt.NDArray[Any], layout: npt.NDArray[Any], threads: int | None
+    ) -> tuple[list[str], list[int]]: ...
+
+def _rebuild_byte_table(tokens: Iterable[bytes | None], stop_ids: Sequence[int], invalid: str) -> ByteTable: ...
+
+def overlaps(
+    student_ptr: npt.NDArray[np.int32],
+    teacher_ptr: npt.NDArray[np.int32],
+    kind: npt.NDArray[np.uint8],
+    student_chunk: npt.NDArray[np.int32],
+    teacher_chunk: npt.NDArray[np.int32],
+    student_end: npt.NDArray[np.int32],
+    teacher_end: npt.NDArray[np.int32],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]: ...
+def map_spans(
+    student_ptr: npt.NDArray[np.int32],
+    teacher_ptr: npt.NDArray[np.int32],
+    kind: npt.NDArray[np.uint8],
+    student_chunk: npt.NDArray[np.int32],
+    teacher_chunk: npt.NDArray[np.int32],
+    student_end: npt.NDArray[np.int32],
+    teacher_end: npt.NDArray[np.int32],
+    spans: npt.NDArray[np.int64],
+    to_teacher: bool,
+    cover: bool,
+) -> npt.NDArray[np.int64]: ...
+def align_offsets(
+    student: npt.NDArray[np.int64], teacher: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[Any]]: ...
+def get_alignments(
+    tokens_a: Sequence[str], tokens_b: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]]]: ...

@@ -1,0 +1,564 @@
+"""Aligner, Alignment, AlignmentBatch: chunks of two token sequences that spell the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import chain
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from xtokmap import _core
+from xtokmap._core import ByteTable, XTokMapError
+from xtokmap.tokenizers import TextCodec, byte_table, text_codec
+
+Int32: TypeAlias = npt.NDArray[np.int32]
+Int64: TypeAlias = npt.NDArray[np.int64]
+Bool: TypeAlias = npt.NDArray[np.bool_]
+#: One row of token ids: a list, a numpy array or a torch CPU tensor of integers, 1-D.
+Ids: TypeAlias = Any
+
+
+class Kind(IntEnum):
+    """What the two sides of a chunk are to each other."""
+
+    ONE_TO_ONE = _core.KINDS["ONE_TO_ONE"]
+    ONE_TO_MANY = _core.KINDS["ONE_TO_MANY"]
+    MANY_TO_ONE = _core.KINDS["MANY_TO_ONE"]
+    MANY_TO_MANY = _core.KINDS["MANY_TO_MANY"]
+    REWRITTEN = _core.KINDS["REWRITTEN"]
+    STOP = _core.KINDS["STOP"]
+
+
+class Chunk(NamedTuple):
+    """One chunk: positions of its tokens on both sides, the student's bytes, and its kind.
+
+    `text` is None where the alignment was made from offsets, without bytes.
+    """
+
+    student: range
+    teacher: range
+    text: bytes | None
+    kind: Kind
+
+
+class Overlaps(NamedTuple):
+    """Which teacher tokens each student token shares bytes with, as compressed rows.
+
+    Attributes:
+        indptr: int64 `[m+1]`; student token i has the entries `indptr[i]:indptr[i+1]`.
+        indices: int32 `[nnz]`; the teacher token of every entry.
+        nbytes: int32 `[nnz]`; how many bytes the two share.
+    """
+
+    indptr: Int64
+    indices: Int32
+    nbytes: Int32
+
+
+class _Bytes(NamedTuple):
+    """What it takes to spell the tokens of an alignment."""
+
+    student: ByteTable
+    student_ids: npt.NDArray[Any]
+    teacher: ByteTable
+    teacher_ids: npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Alignment:
+    """The alignment of one row: m student tokens, n teacher tokens, G chunks.
+
+    Attributes:
+        student_ptr: int32 `[G+1]`; chunk g starts at student token `student_ptr[g]`.
+        teacher_ptr: int32 `[G+1]`; the same for the teacher. Tokens without bytes may lie between the tokens of a
+            chunk and of the next one; go by `student_chunk` and `teacher_chunk` to leave them out.
+        kind: uint8 `[G]`; a `Kind` each.
+        student_chunk: int32 `[m]`; the chunk of every student token, -1 where unaligned.
+        teacher_chunk: int32 `[n]`; the chunk of every teacher token, -1 where unaligned.
+        student_end: int32 `[m]`; byte end of every student token, in the student's own bytes.
+        teacher_end: int32 `[n]`; byte end of every teacher token, in the teacher's own bytes.
+        teacher_pos: int32 `[m]`; the teacher token in which student token i starts; -1 where unaligned, and
+            inside a REWRITTEN chunk, where it is known for the first token only.
+        teacher_off: int32 `[m]`; the byte inside that teacher token, -1 where `teacher_pos` is.
+    """
+
+    student_ptr: Int32
+    teacher_ptr: Int32
+    kind: npt.NDArray[np.uint8]
+    student_chunk: Int32
+    teacher_chunk: Int32
+    student_end: Int32
+    teacher_end: Int32
+    teacher_pos: Int32
+    teacher_off: Int32
+    _bytes: _Bytes | None = field(default=None, kw_only=True)
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks G."""
+        return len(self.kind)
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for g, kind in enumerate(self.kind):
+            student = _positions(self.student_chunk, self.student_ptr, g)
+            teacher = _positions(self.teacher_chunk, self.teacher_ptr, g)
+            text = None
+            if self._bytes is not None:
+                text = self._bytes.student.decode(self._bytes.student_ids[student.start : student.stop].tolist())
+            yield Chunk(student, teacher, text, Kind(kind))
+
+    def __repr__(self) -> str:
+        return _repr(self, f"{len(self.student_chunk)} student and {len(self.teacher_chunk)} teacher tokens")
+
+    @property
+    def scored(self) -> Bool:
+        """bool `[m]`: student tokens in a chunk that has teacher tokens, so that they can receive a signal."""
+        return _scored(self.student_chunk, self.teacher_chunk, self.num_chunks)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the student tokens that can receive a teacher signal; 1.0 for an empty row."""
+        return _share(self.scored)
+
+    def coverage_by_kind(self) -> dict[Kind, float]:
+        """Share of the student tokens in chunks of each kind. What is missing to 1 is unaligned."""
+        return _by_kind(self.student_chunk, self.kind)
+
+
+    def overlaps(self) -> Overlaps:
+        """For every student token the teacher tokens with which it shares bytes, and how many bytes.
+
+        REWRITTEN chunks have no entries: which byte became which is not known inside. The two tokens of a STOP chunk
+        are listed with 0 bytes.
+        """
+        return Overlaps(*_core.overlaps(*self._fields()))
+
+    def map_spans(self, spans: Any, to: str = "teacher", mode: str = "cover") -> Int64:
+        """Token spans of one side -> token spans of the other, in bulk.
+
+        Args:
+            spans: `[k, 2]` integers; (start, stop) positions of tokens of the side that `to` is not.
+            to: "teacher" or "student".
+            mode: "cover": the smallest span that holds all bytes of the given one; "inside": the largest span that
+                holds no other bytes. A REWRITTEN chunk is only taken whole.
+
+        Returns:
+            int64 `[k, 2]`; -1, -1 where there is none. Unaligned tokens are passed over.
+
+        Raises:
+            XTokMapError: a span outside the tokens, another shape, an unknown side or mode.
+        """
+        if to not in ("teacher", "student"):
+            raise XTokMapError(f"to={to!r}: use 'teacher' or 'student'")
+        if mode not in ("cover", "inside"):
+            raise XTokMapError(f"mode={mode!r}: use 'cover' or 'inside'")
+        array = _offsets(spans, "spans")
+        return _core.map_spans(*self._fields(), array, to == "teacher", mode == "cover")
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (
+            self.student_ptr,
+            self.teacher_ptr,
+            self.kind,
+            self.student_chunk,
+            self.teacher_chunk,
+            self.student_end,
+            self.teacher_end,
+        )
+
+
+def align_offsets(student_offsets: Any, teacher_offsets: Any) -> Alignment:
+    """Align two lists of spans over one text; no vocabulary is needed.
+
+    Chunks are the smallest groups in which spans overlap only each other. Spans may leave gaps, and tokens that share
+    a character may have equal spans. Empty spans, and those that overlap nothing, are unaligned.
+
+    Args:
+        student_offsets: `[m, 2]` sorted (start, stop) spans, in bytes or in characters.
+        teacher_offsets: `[n, 2]`, in the same unit.
+
+    Raises:
+        XTokMapError: spans that are not sorted, negative, beyond 2^31, or of another shape.
+    """
+    arrays = _core.align_offsets(
+        _offsets(student_offsets, "student_offsets"), _offsets(teacher_offsets, "teacher_offsets")
+    )
+    return Alignment(**arrays)
+
+
+def get_alignments(
+    tokens_a: Sequence[str], tokens_b: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """For every token of `tokens_a` the tokens of `tokens_b` that share characters with it, and the other way round.
+
+    A drop-in for `tokenizations.get_alignments` and `spacy_alignments.get_alignments`: case and compatibility forms
+    (NFKD) are ignored, and where the texts differ a shortest edit (Myers) decides.
+
+    Returns:
+        a2b (a list of positions for each token of `tokens_a`) and b2a.
+    """
+    return _core.get_alignments(list(tokens_a), list(tokens_b))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AlignmentBatch:
+    """The alignments of B rows, flat: row after row, values local to the row.
+
+    The fields are those of `Alignment`, concatenated. `student_ptr` and `teacher_ptr` hold `G_b + 1` entries for row
+    b: row b is `[chunk_cu[b] + b : chunk_cu[b+1] + b + 1]`.
+
+    Attributes:
+        student_cu: int64 `[B+1]`; student tokens before each row, padding left out.
+        teacher_cu: int64 `[B+1]`; teacher tokens before each row.
+        chunk_cu: int64 `[B+1]`; chunks before each row.
+        student_mask: bool `[B, Ts]` or None; where padded student ids had their tokens. None: ragged input, which
+            index tensors pad on the right.
+        teacher_mask: bool `[B, Tt]` or None; the same for the teacher.
+    """
+
+    student_ptr: Int32
+    teacher_ptr: Int32
+    kind: npt.NDArray[np.uint8]
+    student_chunk: Int32
+    teacher_chunk: Int32
+    student_end: Int32
+    teacher_end: Int32
+    teacher_pos: Int32
+    teacher_off: Int32
+    student_cu: Int64
+    teacher_cu: Int64
+    chunk_cu: Int64
+    student_mask: Bool | None = None
+    teacher_mask: Bool | None = None
+    _bytes: _Bytes | None = field(default=None, kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.chunk_cu) - 1
+
+    def __getitem__(self, row: int) -> Alignment:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of a batch of {len(self)}")
+        row %= len(self)
+        chunks = slice(self.chunk_cu[row], self.chunk_cu[row + 1])
+        ptr = slice(chunks.start + row, chunks.stop + row + 1)
+        student = slice(self.student_cu[row], self.student_cu[row + 1])
+        teacher = slice(self.teacher_cu[row], self.teacher_cu[row + 1])
+        spelled = self._bytes and self._bytes._replace(
+            student_ids=self._bytes.student_ids[student], teacher_ids=self._bytes.teacher_ids[teacher]
+        )
+        return Alignment(
+            student_ptr=self.student_ptr[ptr],
+            teacher_ptr=self.teacher_ptr[ptr],
+            kind=self.kind[chunks],
+            student_chunk=self.student_chunk[student],
+            teacher_chunk=self.teacher_chunk[teacher],
+            student_end=self.student_end[student],
+            teacher_end=self.teacher_end[teacher],
+            teacher_pos=self.teacher_pos[student],
+            teacher_off=self.teacher_off[student],
+            _bytes=spelled,
+        )
+
+    def __iter__(self) -> Iterator[Alignment]:
+        return (self[row] for row in range(len(self)))
+
+    def __repr__(self) -> str:
+        tokens = f"{len(self.student_chunk)} student and {len(self.teacher_chunk)} teacher tokens"
+        return _repr(self, f"{len(self)} rows, {tokens}")
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks of all rows."""
+        return len(self.kind)
+
+    @property
+    def scored(self) -> Bool:
+        """bool, flat: student tokens in a chunk that has teacher tokens."""
+        return _scored(self._global("student"), self._global("teacher"), self.num_chunks)
+
+    @property
+    def coverage(self) -> float:
+        """Share of all student tokens that can receive a teacher signal; 1.0 for an empty batch."""
+        return _share(self.scored)
+
+    def coverage_by_kind(self) -> dict[Kind, float]:
+        """Share of all student tokens in chunks of each kind. What is missing to 1 is unaligned."""
+        return _by_kind(self._global("student"), self.kind)
+
+    def _global(self, side: str) -> Int64:
+        """The chunk of every token of one side, counted over the whole batch; -1 where unaligned."""
+        chunk, cu = getattr(self, f"{side}_chunk"), getattr(self, f"{side}_cu")
+        first = np.repeat(self.chunk_cu[:-1], np.diff(cu))
+        return np.where(chunk < 0, -1, chunk + first)
+
+
+class Aligner:
+    """Aligns token ids of a student's and of a teacher's vocabulary.
+
+    Args:
+        student: a `ByteTable`, or anything that `byte_table` reads.
+        teacher: the same; `retokenize` needs a tokenizer that can encode.
+
+    Raises:
+        UnsupportedTokenizerError: a tokenizer whose tokens' bytes cannot be known exactly.
+    """
+
+    def __init__(self, student: Any, teacher: Any) -> None:
+        self.student = student if isinstance(student, ByteTable) else byte_table(student)
+        self.teacher = teacher if isinstance(teacher, ByteTable) else byte_table(teacher)
+        self._core = _core.Aligner(self.student, self.teacher)
+        self._teacher_source = teacher
+        self._codec: TextCodec | None = None
+
+    def align(self, student_ids: Ids, teacher_ids: Ids, *, strict: bool = False) -> Alignment:
+        """Align one row.
+
+        Args:
+            student_ids: m ids; a list, a numpy array or a torch CPU tensor, 1-D; int32, int64 or uint32.
+            teacher_ids: n ids, likewise.
+            strict: raise where the bytes differ, instead of putting the changed stretch in a REWRITTEN chunk.
+
+        Raises:
+            TokenIdError: an id outside its vocabulary.
+            ByteMismatchError: the sides spell different bytes and `strict` is set.
+            XTokMapError: ids that are no 1-D integers.
+        """
+        student = _Rows.of_one(student_ids, "student_ids")
+        teacher = _Rows.of_one(teacher_ids, "teacher_ids")
+        return self._align(student, teacher, strict=strict, threads=1)[0]
+
+    def align_batch(
+        self,
+        student_ids: Any,
+        teacher_ids: Any,
+        student_mask: Any = None,
+        teacher_mask: Any = None,
+        *,
+        strict: bool = False,
+        threads: int | None = None,
+    ) -> AlignmentBatch:
+        """Align B rows, over all cores and without the GIL.
+
+        Args:
+            student_ids: a sequence of B rows as `align` takes them, or a padded `[B, Ts]` array or CPU tensor.
+            teacher_ids: likewise; the sides need not have the same form.
+            student_mask: `[B, Ts]` bool or 0/1, for padded ids: which of them are tokens. None: all.
+            teacher_mask: `[B, Tt]`, likewise.
+            strict: raise where the bytes differ.
+            threads: number of threads; None follows `RAYON_NUM_THREADS`, or takes every core.
+
+        Raises:
+            TokenIdError, ByteMismatchError, XTokMapError: as `align`, naming the row; also for a mask that does not
+                fit, and for sides with different numbers of rows.
+        """
+        student = _Rows.of_batch(student_ids, student_mask, "student")
+        teacher = _Rows.of_batch(teacher_ids, teacher_mask, "teacher")
+        return self._align(student, teacher, strict=strict, threads=threads)
+
+    def retokenize(
+        self, student_ids: Any, student_mask: Any = None, *, threads: int | None = None
+    ) -> tuple[list[Int64], AlignmentBatch]:
+        """Student completions -> what the teacher is given for them, and the alignment of the two, in bulk.
+
+        The text is the lossy decode of the student's bytes: what is not UTF-8 becomes U+FFFD, as the student's own
+        decoder counts it. The student's ids are aligned as sampled. Where a student row has an end-of-turn token the
+        teacher's row gets the teacher's own (`teacher.stop_ids[0]`), and the two form a STOP chunk.
+
+        Args:
+            student_ids: B rows, as `align_batch` takes them.
+            student_mask: as for `align_batch`.
+            threads: as for `align_batch`.
+
+        Returns:
+            B int64 arrays of teacher ids, and the `AlignmentBatch`.
+
+        Raises:
+            UnsupportedTokenizerError: the teacher was given as something that cannot encode (a `ByteTable`).
+        """
+        student = _Rows.of_batch(student_ids, student_mask, "student")
+        if self._codec is None:
+            self._codec = text_codec(self._teacher_source)
+        texts, parts = self._core.student_texts(student.ids, student.layout, threads)
+        pieces = self._codec.encode_batch(texts)
+        stop = list(self.teacher.stop_ids[:1])
+        teacher_ids: list[Int64] = []
+        first = 0
+        for count in parts:
+            # A row's texts are what lies before, between and after its end-of-turn tokens.
+            with_stops = chain.from_iterable((stop, piece) for piece in pieces[first : first + count])
+            row = list(chain.from_iterable(with_stops))[len(stop) :]
+            teacher_ids.append(np.asarray(row, dtype=np.int64))
+            first += count
+        batch = self._align(
+            student, _Rows.of_batch(teacher_ids, None, "teacher"), strict=False, threads=threads
+        )
+        return teacher_ids, batch
+
+    def _align(
+        self, student: _Rows, teacher: _Rows, *, strict: bool, threads: int | None
+    ) -> AlignmentBatch:
+        arrays = self._core.align_batch(
+            student.ids, student.layout, teacher.ids, teacher.layout, strict, threads
+        )
+        return AlignmentBatch(
+            **arrays,
+            student_mask=student.mask,
+            teacher_mask=teacher.mask,
+            _bytes=_Bytes(self.student, student.tokens, self.teacher, teacher.tokens),
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Ids as the core takes them: flat, with `cu_seqlens` or with a mask."""
+
+    ids: npt.NDArray[Any]
+    layout: npt.NDArray[Any]
+
+    @property
+    def mask(self) -> Bool | None:
+        return self.layout if self.layout.ndim == 2 else None
+
+    @property
+    def tokens(self) -> npt.NDArray[Any]:
+        return self.ids if self.mask is None else self.ids[self.mask.reshape(-1)]
+
+    @classmethod
+    def of_one(cls, ids: Ids, name: str) -> _Rows:
+        array = _integers(ids, name)
+        if array.ndim != 1:
+            raise XTokMapError(
+                f"{name}: expected one row of ids (1-D), got shape {array.shape}; use align_batch for a batch"
+            )
+        return cls(array, np.asarray([0, len(array)], dtype=np.int64))
+
+    @classmethod
+    def of_batch(cls, ids: Any, mask: Any, side: str) -> _Rows:
+        name = f"{side}_ids"
+        if isinstance(ids, (list, tuple)):
+            if mask is not None:
+                raise XTokMapError(
+                    f"{side}_mask: a mask goes with padded {name} (a 2-D array); {name} is a sequence of rows"
+                )
+            return cls._of_ragged(ids, name)
+        array = _integers(ids, name)
+        if array.ndim != 2:
+            raise XTokMapError(
+                f"{name}: expected a sequence of rows or a padded [B, T] array, got shape {array.shape}"
+            )
+        if mask is None:
+            rows, width = array.shape
+            return cls(array.reshape(-1), np.arange(rows + 1, dtype=np.int64) * width)
+        flags = _as_numpy(mask, f"{side}_mask")
+        if flags.shape != array.shape:
+            raise XTokMapError(f"{side}_mask has shape {flags.shape}, {name} has {array.shape}; they must be equal")
+        if flags.dtype != np.bool_:
+            if flags.dtype.kind not in "iu" or (flags.size and not 0 <= flags.min() <= flags.max() <= 1):
+                raise XTokMapError(
+                    f"{side}_mask: expected bool or integers 0 and 1, got {flags.dtype}; compare it first (mask > 0)"
+                )
+            flags = flags.astype(np.bool_)
+        return cls(array.reshape(-1), np.ascontiguousarray(flags))
+
+    @classmethod
+    def _of_ragged(cls, rows: Sequence[Any], name: str) -> _Rows:
+        if all(isinstance(row, (list, tuple)) for row in rows):
+            lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+            try:
+                ids = _integers(list(chain.from_iterable(rows)), name)
+                if ids.ndim != 1:
+                    raise XTokMapError(f"{name}: rows must be 1-D")
+            except XTokMapError:
+                # Say which row it is.
+                for b, row in enumerate(rows):
+                    cls.of_one(row, f"{name}[{b}]")
+                raise
+        else:
+            arrays = [cls.of_one(row, f"{name}[{b}]").ids for b, row in enumerate(rows)]
+            lengths = np.asarray([len(row) for row in arrays], dtype=np.int64)
+            ids = np.concatenate(arrays)
+            ids = ids if ids.dtype in _ID_DTYPES else ids.astype(np.int64)
+        return cls(ids, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+
+
+_ID_DTYPES = (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.uint32))
+
+
+def _as_numpy(array: Any, name: str) -> npt.NDArray[Any]:
+    """A numpy view of a list, an array or a torch CPU tensor."""
+    device = getattr(array, "device", None)
+    if hasattr(array, "detach") and device is not None:
+        if device.type != "cpu":
+            raise XTokMapError(f"{name}: a tensor on {device}; alignment runs on the CPU, pass {name}.cpu()")
+        if array.requires_grad:
+            raise XTokMapError(f"{name}: a tensor that requires grad cannot be token ids or a mask; pass .detach()")
+        return np.asarray(array.numpy())
+    try:
+        return np.asarray(array)
+    except ValueError as error:
+        raise XTokMapError(f"{name}: rows of different lengths need a list of rows: {error}") from None
+
+
+def _integers(ids: Any, name: str) -> npt.NDArray[Any]:
+    """`ids` as a contiguous int32, int64 or uint32 array in the machine's byte order."""
+    array = _as_numpy(ids, name)
+    if array.size == 0 and array.dtype.kind in "fO":
+        array = array.astype(np.int64)  # an empty list
+    if array.dtype.kind not in "iu":
+        what = f"{array.dtype} {array.reshape(-1)[:1].tolist()}"
+        raise XTokMapError(f"{name}: token ids must be integers, got {what}; pass int32, int64 or uint32")
+    native = array.dtype.newbyteorder("=")
+    if native not in _ID_DTYPES:
+        if native == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+            raise XTokMapError(f"{name}: id {array.max()} is larger than any vocabulary")
+        native = np.dtype(np.int64)
+    return np.ascontiguousarray(array, dtype=native)
+
+
+def _offsets(spans: Any, name: str) -> Int64:
+    array = _as_numpy(spans, name)
+    if array.size == 0:
+        return np.zeros((0, 2), dtype=np.int64)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise XTokMapError(f"{name}: expected [k, 2] (start, stop) pairs, got shape {array.shape}")
+    return _integers(array, name).astype(np.int64, copy=False)
+
+
+def _positions(chunk: Int32, ptr: Int32, g: int) -> range:
+    """Where the tokens of chunk g lie: from its first token to its last."""
+    start, stop = int(ptr[g]), int(ptr[g + 1])
+    while stop > start and chunk[stop - 1] != g:
+        stop -= 1
+    return range(start, stop)
+
+
+def _scored(student_chunk: npt.NDArray[Any], teacher_chunk: npt.NDArray[Any], chunks: int) -> Bool:
+    has_teacher = np.zeros(chunks + 1, dtype=np.bool_)  # one more, for -1
+    has_teacher[teacher_chunk] = True
+    has_teacher[-1] = False
+    return has_teacher[student_chunk]
+
+
+def _share(flags: Bool) -> float:
+    return float(flags.mean()) if flags.size else 1.0
+
+
+def _by_kind(student_chunk: npt.NDArray[Any], kinds: npt.NDArray[np.uint8]) -> dict[Kind, float]:
+    counts = np.bincount(kinds[student_chunk[student_chunk >= 0]], minlength=len(Kind))
+    return {kind: float(counts[kind] / max(student_chunk.size, 1)) for kind in Kind}
+
+
+def _repr(alignment: Alignment | AlignmentBatch, size: str) -> str:
+    counts = np.bincount(alignment.kind, minlength=len(Kind))
+    kinds = ", ".join(f"{counts[kind]} {kind.name}" for kind in Kind if counts[kind])
+    name = type(alignment).__name__
+    return f"{name}({size}; {alignment.num_chunks} chunks: {kinds or 'none'}; coverage {alignment.coverage:.3f})"
+
+

@@ -1,0 +1,825 @@
+//! The two-pointer merge of token ends, verified byte by byte; one row or a ragged batch.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::byte_table::lossy;
+use crate::resync::Resync;
+use crate::{ByteTable, Error, Mismatch, Side};
+
+/// What the two sides of a chunk are to each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Kind {
+    /// The same token on both sides.
+    OneToOne = 0,
+    /// One student token, several teacher tokens.
+    OneToMany = 1,
+    /// Several student tokens, one teacher token.
+    ManyToOne = 2,
+    /// Several tokens on both sides, with no common end between them.
+    ManyToMany = 3,
+    /// The bytes differ: a normalizer, a lossy decode or an edit changed them.
+    Rewritten = 4,
+    /// End of turn on both sides, whatever the ids.
+    Stop = 5,
+}
+
+impl Kind {
+    pub(crate) fn of(students: usize, teachers: usize) -> Self {
+        match (students, teachers) {
+            (1, 1) => Self::OneToOne,
+            (1, _) => Self::OneToMany,
+            (_, 1) => Self::ManyToOne,
+            _ => Self::ManyToMany,
+        }
+    }
+}
+
+/// Token ids as they come; nothing is copied.
+#[derive(Clone, Copy, Debug)]
+pub enum Ids<'a> {
+    /// `int32`
+    I32(&'a [i32]),
+    /// `int64`
+    I64(&'a [i64]),
+    /// `uint32`
+    U32(&'a [u32]),
+}
+
+impl Ids<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Ids::I32(x) => x.len(),
+            Ids::I64(x) => x.len(),
+            Ids::U32(x) => x.len(),
+        }
+    }
+}
+
+/// How the rows of a batch lie in the flat ids.
+#[derive(Clone, Copy, Debug)]
+pub enum Layout<'a> {
+    /// Row `b` is `ids[cu[b]..cu[b + 1]]`.
+    Ragged(&'a [i64]),
+    /// Row `b` is where `mask` is true in `ids[b * width..(b + 1) * width]`.
+    Padded {
+        /// Length of every row.
+        width: usize,
+        /// One flag for each id.
+        mask: &'a [bool],
+    },
+}
+
+/// The rows of one side of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    ids: Ids<'a>,
+    layout: Layout<'a>,
+    len: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows over flat ids.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the layout does not fit the ids.
+    pub fn new(ids: Ids<'a>, layout: Layout<'a>) -> Result<Self, Error> {
+        let len = match layout {
+            Layout::Ragged(cu) => {
+                let sorted = cu.first() == Some(&0) && cu.windows(2).all(|w| w[0] <= w[1]);
+                if !sorted || cu.last() != Some(&(ids.len() as i64)) {
+                    return Err(Error::Argument(format!(
+                        "cu_seqlens must rise from 0 to the number of ids ({}), got {cu:?}",
+                        ids.len()
+                    )));
+                }
+                cu.len() - 1
+            }
+            Layout::Padded { width, mask } => {
+                if mask.len() != ids.len() || (width == 0 && !mask.is_empty()) || (width > 0 && mask.len() % width != 0)
+                {
+                    return Err(Error::Argument(format!(
+                        "a mask of {} flags in rows of {width} does not fit {} ids",
+                        mask.len(),
+                        ids.len()
+                    )));
+                }
+                mask.len().checked_div(width).unwrap_or(0)
+            }
+        };
+        Ok(Self { ids, layout, len })
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn row(&self, b: usize) -> (Range<usize>, Option<&'a [bool]>) {
+        match self.layout {
+            Layout::Ragged(cu) => (cu[b] as usize..cu[b + 1] as usize, None),
+            Layout::Padded { width, mask } => {
+                let range = b * width..(b + 1) * width;
+                (range.clone(), Some(&mask[range]))
+            }
+        }
+    }
+
+    /// Cumulative number of tokens, padding left out.
+    fn cu(&self) -> Vec<i64> {
+        let mut total = 0;
+        let lengths = (0..self.len).map(|b| match self.row(b) {
+            (range, None) => range.len(),
+            (_, Some(mask)) => mask.iter().filter(|&&m| m).count(),
+        });
+        std::iter::once(0)
+            .chain(lengths.map(|n| {
+                total += n as i64;
+                total
+            }))
+            .collect()
+    }
+}
+
+/// A token as the merge sees it: where its bytes lie in the arena that both vocabularies share. Equal byte strings
+/// lie at the same place, so that two tokens spell the same bytes if and only if their symbols are equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Symbol {
+    start: u32,
+    len: u32,
+}
+
+impl Symbol {
+    const SPECIAL: Self = Self { start: 0, len: 0 };
+    const STOP: Self = Self { start: 1, len: 0 };
+
+    pub(crate) fn is_stop(self) -> bool {
+        self == Self::STOP
+    }
+}
+
+/// One side of one row.
+#[derive(Clone, Copy)]
+pub(crate) struct Tokens<'a> {
+    pub symbols: &'a [Symbol],
+    /// Byte end of every token.
+    pub ends: &'a [i32],
+    pub arena: &'a [u8],
+}
+
+impl<'a> Tokens<'a> {
+    pub fn len(&self) -> usize {
+        self.symbols.len()
+    }
+
+    pub fn bytes(&self, i: usize) -> &'a [u8] {
+        let Symbol { start, len } = self.symbols[i];
+        &self.arena[start as usize..(start + len) as usize]
+    }
+
+    pub fn start(&self, i: usize) -> usize {
+        if i == 0 {
+            0
+        } else {
+            self.ends[i - 1] as usize
+        }
+    }
+
+    /// The bytes that all tokens spell.
+    pub fn text(&self) -> Vec<u8> {
+        (0..self.len()).flat_map(|i| self.bytes(i)).copied().collect()
+    }
+
+    /// The first token at or after `i` that has bytes.
+    fn skip_special(&self, mut i: usize) -> usize {
+        while i < self.len() && self.symbols[i].len == 0 {
+            i += 1;
+        }
+        i
+    }
+}
+
+/// The alignment of one row.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Alignment {
+    /// Chunk `g` starts at student token `student_ptr[g]`; `G + 1` entries.
+    pub student_ptr: Vec<i32>,
+    /// Chunk `g` starts at teacher token `teacher_ptr[g]`; `G + 1` entries.
+    pub teacher_ptr: Vec<i32>,
+    /// Kind of every chunk.
+    pub kind: Vec<Kind>,
+    /// Chunk of every student token, -1 where unaligned.
+    pub student_chunk: Vec<i32>,
+    /// Chunk of every teacher token, -1 where unaligned.
+    pub teacher_chunk: Vec<i32>,
+    /// Byte end of every student token in the student's bytes.
+    pub student_end: Vec<i32>,
+    /// Byte end of every teacher token in the teacher's bytes.
+    pub teacher_end: Vec<i32>,
+    /// The teacher token in which every student token starts, -1 where that is not known.
+    pub teacher_pos: Vec<i32>,
+    /// The byte inside that teacher token, -1 where that is not known.
+    pub teacher_off: Vec<i32>,
+}
+
+impl Alignment {
+    /// Whether the fields fit each other, so that nothing reads outside them.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the side that does not fit.
+    pub fn check(&self) -> Result<(), Error> {
+        let chunks = self.kind.len();
+        for (side, ptr, chunk, end) in [
+            (Side::Student, &self.student_ptr, &self.student_chunk, &self.student_end),
+            (Side::Teacher, &self.teacher_ptr, &self.teacher_chunk, &self.teacher_end),
+        ] {
+            let sorted = |x: &[i32]| x.first().is_none_or(|&first| first >= 0) && x.windows(2).all(|w| w[0] <= w[1]);
+            let fits = ptr.len() == chunks + 1
+                && end.len() == chunk.len()
+                && sorted(ptr)
+                && sorted(end)
+                && ptr.last().is_none_or(|&last| last as usize <= chunk.len())
+                && chunk.iter().all(|&g| g < chunks as i32);
+            if !fits {
+                return Err(Error::Argument(format!(
+                    "{side}_ptr, {side}_chunk and {side}_end do not fit {chunks} chunks"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The alignments of a batch, flat: row after row, values local to the row.
+///
+/// `student_ptr` and `teacher_ptr` hold `G_b + 1` entries for row `b`, at `chunk_cu[b] + b`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// All rows' fields.
+    pub flat: Alignment,
+    /// Student tokens before each row; `B + 1` entries.
+    pub student_cu: Vec<i64>,
+    /// Teacher tokens before each row; `B + 1` entries.
+    pub teacher_cu: Vec<i64>,
+    /// Chunks before each row; `B + 1` entries.
+    pub chunk_cu: Vec<i64>,
+}
+
+/// Aligns the ids of two vocabularies.
+#[derive(Clone, Debug)]
+pub struct Aligner {
+    student: Arc<ByteTable>,
+    teacher: Arc<ByteTable>,
+    arena: Vec<u8>,
+    student_symbols: Vec<Symbol>,
+    teacher_symbols: Vec<Symbol>,
+}
+
+impl Aligner {
+    /// An aligner for a student's and a teacher's vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when both vocabularies together have 2^32 bytes or more.
+    pub fn new(student: impl Into<Arc<ByteTable>>, teacher: impl Into<Arc<ByteTable>>) -> Result<Self, Error> {
+        let (student, teacher) = (student.into(), teacher.into());
+        let mut arena = Vec::new();
+        let (student_symbols, teacher_symbols) = {
+            let mut seen = HashMap::with_capacity(student.len() + teacher.len());
+            let mut symbols = |table| intern(table, &mut arena, &mut seen);
+            (symbols(&*student)?, symbols(&*teacher)?)
+        };
+        Ok(Self { student, teacher, arena, student_symbols, teacher_symbols })
+    }
+
+    /// The student's byte table.
+    pub fn student(&self) -> &Arc<ByteTable> {
+        &self.student
+    }
+
+    /// The teacher's byte table.
+    pub fn teacher(&self) -> &Arc<ByteTable> {
+        &self.teacher
+    }
+
+    /// Aligns one row.
+    ///
+    /// # Errors
+    /// [`Error::TokenId`] for an id outside its vocabulary.
+    pub fn align(&self, student: &[u32], teacher: &[u32]) -> Result<Alignment, Error> {
+        let (student_cu, teacher_cu) = ([0, student.len() as i64], [0, teacher.len() as i64]);
+        let student = Rows::new(Ids::U32(student), Layout::Ragged(&student_cu))?;
+        let teacher = Rows::new(Ids::U32(teacher), Layout::Ragged(&teacher_cu))?;
+        Ok(self.align_batch(student, teacher, false)?.flat)
+    }
+
+    /// Aligns a batch, its rows over rayon's current thread pool. With `strict`, bytes that differ are an error.
+    ///
+    /// # Errors
+    /// [`Error::TokenId`] for an id outside its vocabulary, [`Error::RowTooLong`], [`Error::ByteMismatch`] where
+    /// `strict`, [`Error::Argument`] when the sides have another number of rows. The first row in order decides.
+    pub fn align_batch(&self, student: Rows<'_>, teacher: Rows<'_>, strict: bool) -> Result<Batch, Error> {
+        if student.len() != teacher.len() {
+            return Err(Error::Argument(format!(
+                "student_ids has {} rows and teacher_ids {}; each student row needs its teacher row",
+                student.len(),
+                teacher.len()
+            )));
+        }
+        let (student_cu, teacher_cu) = (student.cu(), teacher.cu());
+        let (m, n) = (total(&student_cu), total(&teacher_cu));
+        let mut flat = Alignment {
+            student_chunk: vec![-1; m],
+            student_end: vec![0; m],
+            teacher_pos: vec![-1; m],
+            teacher_off: vec![-1; m],
+            teacher_chunk: vec![-1; n],
+            teacher_end: vec![0; n],
+            ..Alignment::default()
+        };
+        let outputs = split_rows(&mut flat, &student_cu, &teacher_cu);
+        let align = |scratch: &mut Scratch, (b, out)| self.align_row(b, student, teacher, strict, scratch, out);
+        let rows: Vec<Result<Chunks, Error>> = if outputs.len() == 1 {
+            let mut scratch = Scratch::default();
+            outputs.into_iter().enumerate().map(|row| align(&mut scratch, row)).collect()
+        } else {
+            outputs.into_par_iter().enumerate().map_init(Scratch::default, align).collect()
+        };
+
+        let mut chunk_cu = vec![0];
+        for row in rows {
+            let row = row?;
+            chunk_cu.push(chunk_cu[chunk_cu.len() - 1] + row.kind.len() as i64);
+            flat.student_ptr.extend(row.student_ptr);
+            flat.teacher_ptr.extend(row.teacher_ptr);
+            flat.kind.extend(row.kind);
+        }
+        Ok(Batch { flat, student_cu, teacher_cu, chunk_cu })
+    }
+
+    /// What the decoder of `side`'s tokenizer spells before, between and after the end-of-turn tokens of every row:
+    /// one text more than the row has such tokens. Bytes that are not UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// [`Error::TokenId`] for an id outside the vocabulary.
+    pub fn decode_lossy(&self, side: Side, rows: Rows<'_>) -> Result<Vec<Vec<String>>, Error> {
+        let (symbols, table) = match side {
+            Side::Student => (&self.student_symbols, &self.student),
+            Side::Teacher => (&self.teacher_symbols, &self.teacher),
+        };
+        let cu = rows.cu();
+        let decode = |(scratch, ends): &mut (Vec<Symbol>, Vec<i32>), b: usize| {
+            let (range, mask) = rows.row(b);
+            ends.resize((cu[b + 1] - cu[b]) as usize, 0);
+            resolve(rows.ids, range, mask, symbols, scratch, ends).map_err(|e| e.at(side, b, symbols.len()))?;
+            let turns = scratch.split(|symbol| symbol.is_stop());
+            let text = |symbols| Tokens { symbols, ends: &[], arena: &self.arena }.text();
+            Ok(turns.map(|turn| lossy(text(turn), table.invalid())).collect())
+        };
+        (0..rows.len()).into_par_iter().map_init(Default::default, decode).collect()
+    }
+
+    fn align_row(
+        &self,
+        b: usize,
+        student: Rows<'_>,
+        teacher: Rows<'_>,
+        strict: bool,
+        scratch: &mut Scratch,
+        mut out: RowOut<'_>,
+    ) -> Result<Chunks, Error> {
+        let Scratch { student: s, teacher: t } = scratch;
+        let (range, mask) = student.row(b);
+        resolve(student.ids, range, mask, &self.student_symbols, s, out.student_end)
+            .map_err(|e| e.at(Side::Student, b, self.student.len()))?;
+        let (range, mask) = teacher.row(b);
+        resolve(teacher.ids, range, mask, &self.teacher_symbols, t, out.teacher_end)
+            .map_err(|e| e.at(Side::Teacher, b, self.teacher.len()))?;
+        // The ends are read by the merge and belong to the caller: they leave `out` for its time.
+        let student_end = std::mem::take(&mut out.student_end);
+        let teacher_end = std::mem::take(&mut out.teacher_end);
+        let mut merge = Merge {
+            s: Tokens { symbols: s, ends: student_end, arena: &self.arena },
+            t: Tokens { symbols: t, ends: teacher_end, arena: &self.arena },
+            out,
+            chunks: Chunks::with_capacity(s.len().min(t.len())),
+            student_stop: 0,
+            teacher_stop: 0,
+        };
+        merge.run(b, strict, |s, t| Resync::new(s, t, self.student.invalid(), self.teacher.invalid()))?;
+        Ok(merge.chunks.close(merge.student_stop, merge.teacher_stop))
+    }
+}
+
+/// Gives every token of a table its symbol; equal bytes get equal symbols across all tables that share `seen`.
+fn intern<'a>(
+    table: &'a ByteTable,
+    arena: &mut Vec<u8>,
+    seen: &mut HashMap<&'a [u8], Symbol>,
+) -> Result<Vec<Symbol>, Error> {
+    let mut symbols = Vec::with_capacity(table.len());
+    for bytes in table.iter() {
+        let symbol = if bytes.is_empty() {
+            Symbol::SPECIAL
+        } else if let Some(&symbol) = seen.get(bytes) {
+            symbol
+        } else {
+            let start = u32::try_from(arena.len())
+                .ok()
+                .filter(|&s| u32::try_from(bytes.len()).is_ok_and(|n| s.checked_add(n).is_some()));
+            let Some(start) = start else {
+                return Err(Error::Argument(
+                    "student and teacher vocabularies have 2^32 bytes or more together".to_owned(),
+                ));
+            };
+            arena.extend_from_slice(bytes);
+            let symbol = Symbol { start, len: bytes.len() as u32 };
+            seen.insert(bytes, symbol);
+            symbol
+        };
+        symbols.push(symbol);
+    }
+    for &id in table.stop_ids() {
+        symbols[id as usize] = Symbol::STOP;
+    }
+    Ok(symbols)
+}
+
+fn total(cu: &[i64]) -> usize {
+    cu.last().map_or(0, |&n| n as usize)
+}
+
+#[derive(Default)]
+struct Scratch {
+    student: Vec<Symbol>,
+    teacher: Vec<Symbol>,
+}
+
+/// Why a row of ids could not be read; the caller knows which row it was.
+enum RowError {
+    Id { position: usize, id: i64 },
+    TooLong { bytes: u64 },
+}
+
+impl RowError {
+    fn at(self, side: Side, row: usize, len: usize) -> Error {
+        match self {
+            RowError::Id { position, id } => Error::TokenId { side, row, position, id, len },
+            RowError::TooLong { bytes } => Error::RowTooLong { side, row, bytes },
+        }
+    }
+}
+
+/// Looks every id up and sums the lengths: `symbols` and `ends` of one row.
+fn resolve(
+    ids: Ids<'_>,
+    range: Range<usize>,
+    mask: Option<&[bool]>,
+    table: &[Symbol],
+    symbols: &mut Vec<Symbol>,
+    ends: &mut [i32],
+) -> Result<(), RowError> {
+    match ids {
+        Ids::I32(x) => resolve_ids(&x[range], mask, table, symbols, ends),
+        Ids::I64(x) => resolve_ids(&x[range], mask, table, symbols, ends),
+        Ids::U32(x) => resolve_ids(&x[range], mask, table, symbols, ends),
+    }
+}
+
+fn resolve_ids<T: Copy + Into<i64>>(
+    ids: &[T],
+    mask: Option<&[bool]>,
+    table: &[Symbol],
+    symbols: &mut Vec<Symbol>,
+    ends: &mut [i32],
+) -> Result<(), RowError> {
+    symbols.clear();
+    symbols.reserve(ends.len());
+    let mut bytes = 0u64;
+    let mut push = |position: usize, id: i64, end: &mut i32| {
+        // A negative id becomes a huge one.
+        let symbol = *table.get(id as usize).ok_or(RowError::Id { position, id })?;
+        bytes += u64::from(symbol.len);
+        // Wraps on a row that is too long, which is refused below.
+        *end = bytes as i32;
+        symbols.push(symbol);
+        Ok(())
+    };
+    match mask {
+        None => {
+            for ((position, &id), end) in ids.iter().enumerate().zip(ends) {
+                push(position, id.into(), end)?;
+            }
+        }
+        Some(mask) => {
+            let kept = ids.iter().enumerate().zip(mask).filter(|(_, &m)| m);
+            for (((position, &id), _), end) in kept.zip(ends) {
+                push(position, id.into(), end)?;
+            }
+        }
+    }
+    if bytes > i32::MAX as u64 {
+        return Err(RowError::TooLong { bytes });
+    }
+    Ok(())
+}
+
+/// The part of the batch's arrays that one row fills.
+struct RowOut<'a> {
+    student_chunk: &'a mut [i32],
+    student_end: &'a mut [i32],
+    teacher_pos: &'a mut [i32],
+    teacher_off: &'a mut [i32],
+    teacher_chunk: &'a mut [i32],
+    teacher_end: &'a mut [i32],
+}
+
+/// The rows of a flat array, one after the other.
+fn each_row<'a>(mut flat: &'a mut [i32], cu: &'a [i64]) -> impl Iterator<Item = &'a mut [i32]> {
+    cu.windows(2).map(move |w| {
+        let (row, rest) = std::mem::take(&mut flat).split_at_mut((w[1] - w[0]) as usize);
+        flat = rest;
+        row
+    })
+}
+
+fn split_rows<'a>(flat: &'a mut Alignment, student_cu: &'a [i64], teacher_cu: &'a [i64]) -> Vec<RowOut<'a>> {
+    let student = each_row(&mut flat.student_chunk, student_cu)
+        .zip(each_row(&mut flat.student_end, student_cu))
+        .zip(each_row(&mut flat.teacher_pos, student_cu).zip(each_row(&mut flat.teacher_off, student_cu)));
+    let teacher = each_row(&mut flat.teacher_chunk, teacher_cu).zip(each_row(&mut flat.teacher_end, teacher_cu));
+    let row = |(((student_chunk, student_end), (teacher_pos, teacher_off)), (teacher_chunk, teacher_end))| RowOut {
+        student_chunk,
+        student_end,
+        teacher_pos,
+        teacher_off,
+        teacher_chunk,
+        teacher_end,
+    };
+    student.zip(teacher).map(row).collect()
+}
+
+/// The chunks of one row, as they grow: where each starts, and its kind.
+#[derive(Default)]
+struct Chunks {
+    student_ptr: Vec<i32>,
+    teacher_ptr: Vec<i32>,
+    kind: Vec<Kind>,
+}
+
+impl Chunks {
+    fn with_capacity(chunks: usize) -> Self {
+        Self {
+            student_ptr: Vec::with_capacity(chunks + 1),
+            teacher_ptr: Vec::with_capacity(chunks + 1),
+            kind: Vec::with_capacity(chunks),
+        }
+    }
+
+    fn push(&mut self, i: usize, j: usize, kind: Kind) -> i32 {
+        self.student_ptr.push(i as i32);
+        self.teacher_ptr.push(j as i32);
+        self.kind.push(kind);
+        self.kind.len() as i32 - 1
+    }
+
+    fn close(mut self, student: usize, teacher: usize) -> Self {
+        self.student_ptr.push(student as i32);
+        self.teacher_ptr.push(teacher as i32);
+        self
+    }
+}
+
+/// Where the sides agree no longer.
+enum Found {
+    /// A chunk of these many tokens with bytes, up to these tokens.
+    Chunk { i: usize, j: usize, students: usize, teachers: usize },
+    /// One side ended before the next common end.
+    End,
+    /// The bytes differ at this byte of the student's and of the teacher's row.
+    Differ(usize, usize),
+}
+
+struct Merge<'a, 'o> {
+    s: Tokens<'a>,
+    t: Tokens<'a>,
+    out: RowOut<'o>,
+    chunks: Chunks,
+    /// One past the last token of the last chunk.
+    student_stop: usize,
+    teacher_stop: usize,
+}
+
+impl<'a> Merge<'a, '_> {
+    fn run(
+        &mut self,
+        row: usize,
+        strict: bool,
+        resync: impl Fn(Tokens<'a>, Tokens<'a>) -> Resync<'a>,
+    ) -> Result<(), Error> {
+        let (m, n) = (self.s.len(), self.t.len());
+        let mut resyncer = None;
+        // `i` and `j` stand at the same place of the text, before every turn of the loop.
+        let (mut i, mut j) = (0, 0);
+        while i < m && j < n {
+            let symbol = self.s.symbols[i];
+            if symbol.len > 0 && symbol == self.t.symbols[j] {
+                self.one_to_one(i, j);
+                (i, j) = (i + 1, j + 1);
+                continue;
+            }
+            if symbol.len == 0 || self.t.symbols[j].len == 0 {
+                (i, j) = self.cross_specials(i, j);
+                continue;
+            }
+            match self.next_chunk(i, j) {
+                Found::Chunk { i: to_i, j: to_j, students, teachers } => {
+                    self.emit(i..to_i, j..to_j, Kind::of(students, teachers));
+                    (i, j) = (to_i, to_j);
+                }
+                Found::End => {
+                    if strict {
+                        let byte = |t: &Tokens<'_>| t.ends[t.len() - 1] as usize;
+                        let (s_end, t_end) = (byte(&self.s), byte(&self.t));
+                        // The sides agree until one of them ends.
+                        let common = (s_end - self.s.start(i)).min(t_end - self.t.start(j));
+                        return Err(self.mismatch(row, self.s.start(i) + common, self.t.start(j) + common));
+                    }
+                    self.forget_from(i, j);
+                    break;
+                }
+                Found::Differ(x, y) => {
+                    if strict {
+                        return Err(self.mismatch(row, x, y));
+                    }
+                    let resync = resyncer.get_or_insert_with(|| resync(self.s, self.t));
+                    let differs = x;
+                    let (x, y) = resync.unit_start(x, y);
+                    // A chunk must not end inside a character that differs.
+                    (i, j) = self.back_to(i, j, x, y);
+                    self.unplace(i, differs);
+                    let Some((to_i, to_j)) = resync.next_common_end((i, j), (x, y)) else {
+                        self.forget_from(i, j);
+                        break;
+                    };
+                    self.emit(i..to_i, j..to_j, Kind::Rewritten);
+                    (i, j) = (to_i, to_j);
+                }
+            }
+        }
+        if strict {
+            // What is left on either side has no counterpart.
+            let (i, j) = (self.s.skip_special(i), self.t.skip_special(j));
+            if i < m || j < n {
+                return Err(self.mismatch(row, self.s.start(i), self.t.start(j)));
+            }
+        }
+        Ok(())
+    }
+
+    fn one_to_one(&mut self, i: usize, j: usize) {
+        let g = self.chunks.push(i, j, Kind::OneToOne);
+        self.out.student_chunk[i] = g;
+        self.out.teacher_chunk[j] = g;
+        self.out.teacher_pos[i] = j as i32;
+        self.out.teacher_off[i] = 0;
+        (self.student_stop, self.teacher_stop) = (i + 1, j + 1);
+    }
+
+    /// Passes the tokens without bytes on both sides; the first end of turn of each makes a STOP chunk.
+    fn cross_specials(&mut self, i: usize, j: usize) -> (usize, usize) {
+        let (to_i, to_j) = (self.s.skip_special(i), self.t.skip_special(j));
+        let stop = |tokens: &Tokens<'_>, from: usize, to: usize| (from..to).find(|&k| tokens.symbols[k].is_stop());
+        if let (Some(si), Some(tj)) = (stop(&self.s, i, to_i), stop(&self.t, j, to_j)) {
+            let g = self.chunks.push(si, tj, Kind::Stop);
+            self.out.student_chunk[si] = g;
+            self.out.teacher_chunk[tj] = g;
+            self.out.teacher_pos[si] = tj as i32;
+            self.out.teacher_off[si] = 0;
+            (self.student_stop, self.teacher_stop) = (si + 1, tj + 1);
+        }
+        (to_i, to_j)
+    }
+
+    /// From tokens `i` and `j` that start together to the next common end, every byte compared.
+    fn next_chunk(&mut self, i: usize, j: usize) -> Found {
+        let (mut p, mut q) = (i, j);
+        let (mut a, mut b) = (self.s.bytes(p), self.t.bytes(q));
+        let (mut students, mut teachers) = (1, 1);
+        self.out.teacher_pos[i] = j as i32;
+        self.out.teacher_off[i] = 0;
+        loop {
+            let common = a.len().min(b.len());
+            if a[..common] != b[..common] {
+                let equal = a.iter().zip(b).take_while(|(x, y)| x == y).count();
+                let at = |tokens: &Tokens<'_>, k: usize, rest: &[u8]| tokens.ends[k] as usize - rest.len() + equal;
+                return Found::Differ(at(&self.s, p, a), at(&self.t, q, b));
+            }
+            (a, b) = (&a[common..], &b[common..]);
+            if a.is_empty() && b.is_empty() {
+                return Found::Chunk { i: p + 1, j: q + 1, students, teachers };
+            }
+            if b.is_empty() {
+                q = self.t.skip_special(q + 1);
+                if q == self.t.len() {
+                    return Found::End;
+                }
+                b = self.t.bytes(q);
+                teachers += 1;
+            } else {
+                p = self.s.skip_special(p + 1);
+                if p == self.s.len() {
+                    return Found::End;
+                }
+                a = self.s.bytes(p);
+                students += 1;
+                self.out.teacher_pos[p] = q as i32;
+                self.out.teacher_off[p] = (self.t.bytes(q).len() - b.len()) as i32;
+            }
+        }
+    }
+
+    fn emit(&mut self, students: Range<usize>, teachers: Range<usize>, kind: Kind) {
+        let g = self.chunks.push(students.start, teachers.start, kind);
+        (self.student_stop, self.teacher_stop) = (students.end, teachers.end);
+        for j in teachers.clone() {
+            if self.t.symbols[j].len > 0 {
+                self.out.teacher_chunk[j] = g;
+            }
+        }
+        for i in students.clone() {
+            if self.s.symbols[i].len > 0 {
+                self.out.student_chunk[i] = g;
+            }
+        }
+        if kind == Kind::Rewritten {
+            // Which byte became which is not known inside; only the chunk's start is.
+            self.out.teacher_pos[students.clone()].fill(-1);
+            self.out.teacher_off[students.clone()].fill(-1);
+            if !students.is_empty() && !teachers.is_empty() {
+                self.out.teacher_pos[students.start] = teachers.start as i32;
+                self.out.teacher_off[students.start] = 0;
+            }
+        }
+    }
+
+    /// Takes chunks back until the place before token `i`, `j` is at or before these bytes.
+    fn back_to(&mut self, mut i: usize, mut j: usize, x: usize, y: usize) -> (usize, usize) {
+        while self.s.start(i) > x || self.t.start(j) > y {
+            let (Some(si), Some(tj)) = (self.chunks.student_ptr.pop(), self.chunks.teacher_ptr.pop()) else {
+                return (0, 0);
+            };
+            self.chunks.kind.pop();
+            (i, j) = (si as usize, tj as usize);
+        }
+        // `out` still holds the chunks that were taken back, from `i` and `j` on. A chunk may be empty on one side.
+        let stop = |chunk: &[i32], ptr: &[i32], from: usize| {
+            let tokens = chunk[..from].iter().rposition(|&g| g >= 0).map_or(0, |last| last + 1);
+            tokens.max(ptr.last().map_or(0, |&start| start as usize))
+        };
+        self.student_stop = stop(self.out.student_chunk, &self.chunks.student_ptr, i);
+        self.teacher_stop = stop(self.out.teacher_chunk, &self.chunks.teacher_ptr, j);
+        (i, j)
+    }
+
+    /// Takes back the places in the teacher's tokens of what starts between token `i` and byte `x`, the difference.
+    fn unplace(&mut self, i: usize, x: usize) {
+        let to = (i..self.s.len()).find(|&k| self.s.start(k) > x).unwrap_or(self.s.len());
+        self.out.teacher_pos[i..to].fill(-1);
+        self.out.teacher_off[i..to].fill(-1);
+    }
+
+    /// Leaves everything from here on unaligned.
+    fn forget_from(&mut self, i: usize, j: usize) {
+        self.out.student_chunk[i..].fill(-1);
+        self.out.teacher_pos[i..].fill(-1);
+        self.out.teacher_off[i..].fill(-1);
+        self.out.teacher_chunk[j..].fill(-1);
+    }
+
+    fn mismatch(&self, row: usize, x: usize, y: usize) -> Error {
+        let token = |tokens: &Tokens<'a>, byte: usize| {
+            let i = tokens.ends.partition_point(|&end| end as usize <= byte);
+            (i < tokens.len()).then(|| (i, tokens.bytes(i).to_vec()))
+        };
+        let around = |tokens: &Tokens<'a>, byte: usize| {
+            let text = tokens.text();
+            text[byte.saturating_sub(12)..(byte + 12).min(text.len())].to_vec()
+        };
+        Error::ByteMismatch(Box::new(Mismatch {
+            row,
+            byte: x,
+            student: token(&self.s, x),
+            teacher: token(&self.t, y),
+            around: (around(&self.s, x), around(&self.t, y)),
+        }))
+    }
+}

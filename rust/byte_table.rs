@@ -1,0 +1,138 @@
+//! Vocabulary -> bytes.
+
+use crate::Error;
+
+/// How a tokenizer's decoder spells bytes that are not UTF-8.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Invalid {
+    /// One U+FFFD for each maximal invalid part (byte-level decoders, tiktoken, Python's `errors="replace"`).
+    #[default]
+    Maximal,
+    /// One U+FFFD for each byte of an invalid part (`SentencePiece` byte fallback).
+    Each,
+}
+
+/// The bytes of every token id of one vocabulary: one arena and its offsets.
+///
+/// Special tokens have no bytes: they never move a boundary.
+#[derive(Clone, Debug, Default)]
+pub struct ByteTable {
+    arena: Vec<u8>,
+    /// Token `i` is `arena[offsets[i]..offsets[i + 1]]`.
+    offsets: Vec<u32>,
+    special: Vec<bool>,
+    stop_ids: Vec<u32>,
+    invalid: Invalid,
+}
+
+impl ByteTable {
+    /// A table from the bytes of every id, in order; `None` is a special token.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when all tokens together have 2^32 bytes or more.
+    pub fn from_tokens<B: AsRef<[u8]>>(tokens: impl IntoIterator<Item = Option<B>>) -> Result<Self, Error> {
+        let mut table = Self { offsets: vec![0], ..Self::default() };
+        for token in tokens {
+            if let Some(bytes) = &token {
+                table.arena.extend_from_slice(bytes.as_ref());
+            }
+            table.special.push(token.is_none());
+            let end = u32::try_from(table.arena.len()).map_err(|_| {
+                Error::Argument(format!(
+                    "tokens[{}]: the vocabulary has 2^32 bytes or more up to this token; a byte table holds less",
+                    table.special.len() - 1
+                ))
+            })?;
+            table.offsets.push(end);
+        }
+        Ok(table)
+    }
+
+    /// The same table with the ids that end a turn or a text, the preferred one first.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an id outside the table or one that has bytes.
+    pub fn with_stop_ids(mut self, stop_ids: Vec<u32>) -> Result<Self, Error> {
+        for &id in &stop_ids {
+            match self.get(id as usize) {
+                Some(None) => {}
+                Some(Some(bytes)) => {
+                    return Err(Error::Argument(format!(
+                        "stop_ids: id {id} has the bytes b\"{}\"; an end-of-turn token must be special (None)",
+                        bytes.escape_ascii()
+                    )))
+                }
+                None => {
+                    return Err(Error::Argument(format!(
+                        "stop_ids: id {id} is outside the byte table of {} ids",
+                        self.len()
+                    )))
+                }
+            }
+        }
+        self.stop_ids = stop_ids;
+        Ok(self)
+    }
+
+    /// The same table with another rule for bytes that are not UTF-8.
+    #[must_use]
+    pub fn with_invalid(mut self, invalid: Invalid) -> Self {
+        self.invalid = invalid;
+        self
+    }
+
+    /// Number of ids.
+    pub fn len(&self) -> usize {
+        self.special.len()
+    }
+
+    /// Whether the vocabulary is empty.
+    pub fn is_empty(&self) -> bool {
+        self.special.is_empty()
+    }
+
+    /// `None` outside the table, `Some(None)` for a special token, else the token's bytes.
+    pub fn get(&self, id: usize) -> Option<Option<&[u8]>> {
+        let special = *self.special.get(id)?;
+        let bytes = self.arena.get(self.offsets[id] as usize..self.offsets[id + 1] as usize)?;
+        Some((!special).then_some(bytes))
+    }
+
+    /// Every token's bytes in order of ids; special tokens are empty.
+    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        self.offsets.windows(2).map(|w| &self.arena[w[0] as usize..w[1] as usize])
+    }
+
+    /// Which ids are special.
+    pub fn special(&self) -> &[bool] {
+        &self.special
+    }
+
+    /// The ids that end a turn or a text, the preferred one first.
+    pub fn stop_ids(&self) -> &[u32] {
+        &self.stop_ids
+    }
+
+    /// How this tokenizer's decoder spells bytes that are not UTF-8.
+    pub fn invalid(&self) -> Invalid {
+        self.invalid
+    }
+}
+
+/// `bytes` as the decoder of a tokenizer with this rule spells them.
+pub(crate) fn lossy(bytes: Vec<u8>, invalid: Invalid) -> String {
+    let bytes = match String::from_utf8(bytes) {
+        Ok(text) => return text,
+        Err(error) => error.into_bytes(),
+    };
+    let mut text = String::with_capacity(bytes.len() + 8);
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        let parts = match invalid {
+            Invalid::Maximal => usize::from(!chunk.invalid().is_empty()),
+            Invalid::Each => chunk.invalid().len(),
+        };
+        text.extend(std::iter::repeat_n(char::REPLACEMENT_CHARACTER, parts));
+    }
+    text
+}

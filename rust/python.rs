@@ -1,0 +1,469 @@
+//! The Python module `xtokmap._core`: the only file that knows `PyO3` and numpy.
+
+use std::sync::Arc;
+
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyTuple};
+use pyo3::{create_exception, IntoPyObjectExt};
+
+use crate::{Aligner, Alignment, Batch, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows, Side, SpanMode};
+
+create_exception!(xtokmap, XTokMapError, PyValueError, "Base of every error that xtokmap raises.");
+create_exception!(
+    xtokmap,
+    ByteMismatchError,
+    XTokMapError,
+    "Student and teacher spell different bytes, and strict=True was asked for. Attributes: row, byte."
+);
+create_exception!(
+    xtokmap,
+    UnsupportedTokenizerError,
+    XTokMapError,
+    "A tokenizer whose tokens' bytes cannot be known exactly; the message names the part and says what to do."
+);
+create_exception!(
+    xtokmap,
+    TokenIdError,
+    XTokMapError,
+    "A token id outside its vocabulary. Attributes: row, position, id, vocab_size."
+);
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        let message = error.to_string();
+        let (err, attributes) = match error {
+            Error::TokenId { row, position, id, len, .. } => (
+                TokenIdError::new_err(message),
+                vec![("row", row as i64), ("position", position as i64), ("id", id), ("vocab_size", len as i64)],
+            ),
+            Error::ByteMismatch(at) => {
+                (ByteMismatchError::new_err(message), vec![("row", at.row as i64), ("byte", at.byte as i64)])
+            }
+            Error::RowTooLong { row, .. } => (XTokMapError::new_err(message), vec![("row", row as i64)]),
+            Error::Argument(_) => (XTokMapError::new_err(message), vec![]),
+        };
+        Python::attach(|py| {
+            for (name, value) in attributes {
+                // An exception object takes any attribute; if it does not, the message still says everything.
+                let _ = err.value(py).setattr(name, value);
+            }
+        });
+        err
+    }
+}
+
+fn read_only<T: numpy::Element>(array: &Bound<'_, PyArray1<T>>) -> PyResult<()> {
+    let kwargs = PyDict::new(array.py());
+    kwargs.set_item("write", false)?;
+    array.call_method("setflags", (), Some(&kwargs)).map(|_| ())
+}
+
+#[pyclass(frozen, name = "ByteTable", module = "xtokmap")]
+struct PyByteTable {
+    table: Arc<ByteTable>,
+    lengths: PyOnceLock<Py<PyArray1<i32>>>,
+    is_special: PyOnceLock<Py<PyArray1<bool>>>,
+}
+
+impl PyByteTable {
+    fn new(table: Arc<ByteTable>) -> Self {
+        Self { table, lengths: PyOnceLock::new(), is_special: PyOnceLock::new() }
+    }
+}
+
+fn invalid_from(name: &str) -> PyResult<Invalid> {
+    match name {
+        "maximal" => Ok(Invalid::Maximal),
+        "each" => Ok(Invalid::Each),
+        _ => Err(XTokMapError::new_err(format!("invalid={name:?}: use \"maximal\" or \"each\""))),
+    }
+}
+
+#[pymethods]
+impl PyByteTable {
+    #[staticmethod]
+    #[pyo3(signature = (tokens, *, stop_ids = vec![], invalid = "maximal"))]
+    fn from_bytes(tokens: &Bound<'_, PyAny>, stop_ids: Vec<i64>, invalid: &str) -> PyResult<Self> {
+        let invalid = invalid_from(invalid)?;
+        let items = tokens
+            .try_iter()
+            .map_err(|_| {
+                XTokMapError::new_err(format!(
+                    "tokens: expected a sequence of bytes or None, got {}",
+                    type_name(tokens)
+                ))
+            })?
+            .enumerate()
+            .map(|(i, item)| {
+                let item = item?;
+                if item.is_none() {
+                    return Ok(None);
+                }
+                let wrong = || format!("tokens[{i}]: expected bytes or None (special), got {}", type_name(&item));
+                item.cast::<PyBytes>().cloned().map(Some).map_err(|_| XTokMapError::new_err(wrong()))
+            })
+            .collect::<PyResult<Vec<Option<Bound<'_, PyBytes>>>>>()?;
+        let table = ByteTable::from_tokens(items.iter().map(|item| item.as_ref().map(PyBytesMethods::as_bytes)))?;
+        let stop_ids = stop_ids
+            .into_iter()
+            .map(|id| {
+                u32::try_from(id).map_err(|_| {
+                    XTokMapError::new_err(format!("stop_ids: id {id} is outside the byte table of {} ids", table.len()))
+                })
+            })
+            .collect::<PyResult<Vec<u32>>>()?;
+        Ok(Self::new(Arc::new(table.with_invalid(invalid).with_stop_ids(stop_ids)?)))
+    }
+
+    fn __len__(&self) -> usize {
+        self.table.len()
+    }
+
+    fn __getitem__<'py>(&self, py: Python<'py>, id: i64) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        match usize::try_from(id).ok().and_then(|id| self.table.get(id)) {
+            Some(bytes) => Ok(bytes.map(|b| PyBytes::new(py, b))),
+            None => {
+                Err(PyIndexError::new_err(format!("id {id} is outside the byte table of {} ids", self.table.len())))
+            }
+        }
+    }
+
+    fn __repr__(&self) -> String {
+        let specials = self.table.special().iter().filter(|&&s| s).count();
+        format!("ByteTable({} ids, {specials} special, stop_ids={:?})", self.table.len(), self.table.stop_ids())
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let tokens: Vec<Option<Bound<'py, PyBytes>>> =
+            (0..self.table.len()).map(|id| self.table.get(id).flatten().map(|b| PyBytes::new(py, b))).collect();
+        let rebuild = py.import("xtokmap._core")?.getattr("_rebuild_byte_table")?;
+        let args = (tokens, self.table.stop_ids().to_vec(), self.invalid());
+        Ok((rebuild, args.into_pyobject(py)?))
+    }
+
+    #[getter]
+    fn lengths(&self, py: Python<'_>) -> PyResult<Py<PyArray1<i32>>> {
+        let array = self.lengths.get_or_try_init(py, || {
+            let array = self.table.iter().map(|b| b.len() as i32).collect::<Vec<_>>().into_pyarray(py);
+            read_only(&array).map(|()| array.unbind())
+        })?;
+        Ok(array.clone_ref(py))
+    }
+
+    #[getter]
+    fn is_special(&self, py: Python<'_>) -> PyResult<Py<PyArray1<bool>>> {
+        let array = self.is_special.get_or_try_init(py, || {
+            let array = self.table.special().to_vec().into_pyarray(py);
+            read_only(&array).map(|()| array.unbind())
+        })?;
+        Ok(array.clone_ref(py))
+    }
+
+    #[getter]
+    fn stop_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.table.stop_ids())
+    }
+
+    #[getter]
+    fn invalid(&self) -> &'static str {
+        match self.table.invalid() {
+            Invalid::Maximal => "maximal",
+            Invalid::Each => "each",
+        }
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn decode<'py>(&self, py: Python<'py>, ids: Vec<i64>) -> PyResult<Bound<'py, PyBytes>> {
+        let mut text = Vec::new();
+        for (position, &id) in ids.iter().enumerate() {
+            let Some(bytes) = usize::try_from(id).ok().and_then(|id| self.table.get(id)) else {
+                return Err(TokenIdError::new_err(format!(
+                    "ids, position {position}: id {id} is outside the byte table of {} ids",
+                    self.table.len()
+                )));
+            };
+            text.extend_from_slice(bytes.unwrap_or_default());
+        }
+        Ok(PyBytes::new(py, &text))
+    }
+}
+
+#[pyfunction]
+fn _rebuild_byte_table(tokens: &Bound<'_, PyAny>, stop_ids: Vec<i64>, invalid: &str) -> PyResult<PyByteTable> {
+    PyByteTable::from_bytes(tokens, stop_ids, invalid)
+}
+
+fn type_name(object: &Bound<'_, PyAny>) -> String {
+    object.get_type().name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
+}
+
+/// A contiguous 1-D integer array and how its rows lie in it, held while the GIL is released.
+enum HeldIds<'py> {
+    I32(PyReadonlyArray1<'py, i32>),
+    I64(PyReadonlyArray1<'py, i64>),
+    U32(PyReadonlyArray1<'py, u32>),
+}
+
+enum HeldLayout<'py> {
+    Ragged(PyReadonlyArray1<'py, i64>),
+    Padded(PyReadonlyArray2<'py, bool>),
+}
+
+struct Held<'py> {
+    ids: HeldIds<'py>,
+    layout: HeldLayout<'py>,
+}
+
+impl<'py> Held<'py> {
+    fn new(ids: &Bound<'py, PyAny>, layout: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let no_ids = |_| PyTypeError::new_err("ids: expected a 1-D numpy array of int32, int64 or uint32");
+        let no_layout = |_| PyTypeError::new_err("layout: expected int64 cu_seqlens [B+1] or a bool mask [B, T]");
+        let ids = (ids.extract().map(HeldIds::I64))
+            .or_else(|_| ids.extract().map(HeldIds::I32))
+            .or_else(|_| ids.extract().map(HeldIds::U32));
+        let layout = (layout.extract().map(HeldLayout::Ragged)).or_else(|_| layout.extract().map(HeldLayout::Padded));
+        Ok(Self { ids: ids.map_err(no_ids)?, layout: layout.map_err(no_layout)? })
+    }
+
+    fn rows(&self) -> PyResult<Rows<'_>> {
+        let ids = match &self.ids {
+            HeldIds::I32(x) => Ids::I32(x.as_slice()?),
+            HeldIds::I64(x) => Ids::I64(x.as_slice()?),
+            HeldIds::U32(x) => Ids::U32(x.as_slice()?),
+        };
+        let layout = match &self.layout {
+            HeldLayout::Ragged(cu) => Layout::Ragged(cu.as_slice()?),
+            HeldLayout::Padded(mask) => Layout::Padded { width: mask.shape()[1], mask: mask.as_slice()? },
+        };
+        Ok(Rows::new(ids, layout)?)
+    }
+}
+
+/// Runs `work` without the GIL, on `threads` threads (`None`: rayon's own pool, which follows `RAYON_NUM_THREADS`).
+fn in_threads<T: Send>(
+    py: Python<'_>,
+    threads: Option<usize>,
+    work: impl FnOnce() -> Result<T, Error> + Send,
+) -> PyResult<T> {
+    py.detach(|| match threads {
+        None => work(),
+        Some(0) => Err(Error::Argument("threads=0: use at least 1, or None for all cores".to_owned())),
+        Some(n) => match rayon::ThreadPoolBuilder::new().num_threads(n).build() {
+            Ok(pool) => pool.install(work),
+            Err(e) => Err(Error::Argument(format!("threads={n}: {e}"))),
+        },
+    })
+    .map_err(PyErr::from)
+}
+
+#[pyclass(frozen, name = "Aligner", module = "xtokmap._core")]
+struct PyAligner(Aligner);
+
+#[pymethods]
+impl PyAligner {
+    #[new]
+    fn new(py: Python<'_>, student: &PyByteTable, teacher: &PyByteTable) -> PyResult<Self> {
+        let (student, teacher) = (student.table.clone(), teacher.table.clone());
+        py.detach(|| Aligner::new(student, teacher)).map(Self).map_err(PyErr::from)
+    }
+
+    #[pyo3(signature = (student_ids, student_layout, teacher_ids, teacher_layout, strict, threads))]
+    #[allow(clippy::too_many_arguments)]
+    fn align_batch<'py>(
+        &self,
+        py: Python<'py>,
+        student_ids: &Bound<'py, PyAny>,
+        student_layout: &Bound<'py, PyAny>,
+        teacher_ids: &Bound<'py, PyAny>,
+        teacher_layout: &Bound<'py, PyAny>,
+        strict: bool,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let (student, teacher) = (Held::new(student_ids, student_layout)?, Held::new(teacher_ids, teacher_layout)?);
+        let (student, teacher) = (student.rows()?, teacher.rows()?);
+        let batch = in_threads(py, threads, || self.0.align_batch(student, teacher, strict))?;
+        fields(py, batch)
+    }
+
+    fn student_texts<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        layout: &Bound<'py, PyAny>,
+        threads: Option<usize>,
+    ) -> PyResult<(Vec<String>, Vec<usize>)> {
+        let held = Held::new(ids, layout)?;
+        let rows = held.rows()?;
+        let texts = in_threads(py, threads, || self.0.decode_lossy(Side::Student, rows))?;
+        let counts = texts.iter().map(Vec::len).collect();
+        Ok((texts.into_iter().flatten().collect(), counts))
+    }
+}
+
+/// The fields of a batch by name; every array is moved, not copied.
+fn fields(py: Python<'_>, batch: Batch) -> PyResult<Bound<'_, PyDict>> {
+    let Batch { flat, student_cu, teacher_cu, chunk_cu } = batch;
+    let kind: Vec<u8> = flat.kind.iter().map(|&kind| kind as u8).collect();
+    let all = PyDict::new(py);
+    for (name, values) in [
+        ("student_ptr", flat.student_ptr),
+        ("teacher_ptr", flat.teacher_ptr),
+        ("student_chunk", flat.student_chunk),
+        ("teacher_chunk", flat.teacher_chunk),
+        ("student_end", flat.student_end),
+        ("teacher_end", flat.teacher_end),
+        ("teacher_pos", flat.teacher_pos),
+        ("teacher_off", flat.teacher_off),
+    ] {
+        all.set_item(name, values.into_pyarray(py))?;
+    }
+    all.set_item("kind", kind.into_pyarray(py))?;
+    for (name, values) in [("student_cu", student_cu), ("teacher_cu", teacher_cu), ("chunk_cu", chunk_cu)] {
+        all.set_item(name, values.into_pyarray(py))?;
+    }
+    Ok(all)
+}
+
+type Array<'py, T> = PyReadonlyArray1<'py, T>;
+
+/// An alignment that came back from Python, field by field.
+#[allow(clippy::too_many_arguments)]
+fn alignment(
+    student_ptr: &Array<'_, i32>,
+    teacher_ptr: &Array<'_, i32>,
+    kind: &Array<'_, u8>,
+    student_chunk: &Array<'_, i32>,
+    teacher_chunk: &Array<'_, i32>,
+    student_end: &Array<'_, i32>,
+    teacher_end: &Array<'_, i32>,
+) -> PyResult<Alignment> {
+    let vec = |array: &Array<'_, i32>| array.as_slice().map(<[i32]>::to_vec);
+    let kind: Option<Vec<Kind>> =
+        kind.as_slice()?.iter().map(|&k| KINDS.get(k as usize).map(|&(kind, _)| kind)).collect();
+    let a = Alignment {
+        student_ptr: vec(student_ptr)?,
+        teacher_ptr: vec(teacher_ptr)?,
+        kind: kind.ok_or_else(|| XTokMapError::new_err("kind: a number that is no kind of chunk"))?,
+        student_chunk: vec(student_chunk)?,
+        teacher_chunk: vec(teacher_chunk)?,
+        student_end: vec(student_end)?,
+        teacher_end: vec(teacher_end)?,
+        ..Alignment::default()
+    };
+    a.check()?;
+    Ok(a)
+}
+
+/// Overlaps as (indptr int64 `[m+1]`, indices int32 `[nnz]`, nbytes int32 `[nnz]`).
+#[pyfunction]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
+fn overlaps<'py>(
+    py: Python<'py>,
+    student_ptr: Array<'py, i32>,
+    teacher_ptr: Array<'py, i32>,
+    kind: Array<'py, u8>,
+    student_chunk: Array<'py, i32>,
+    teacher_chunk: Array<'py, i32>,
+    student_end: Array<'py, i32>,
+    teacher_end: Array<'py, i32>,
+) -> PyResult<Bound<'py, PyTuple>> {
+    let a = alignment(&student_ptr, &teacher_ptr, &kind, &student_chunk, &teacher_chunk, &student_end, &teacher_end)?;
+    let all = py.detach(|| crate::overlaps(&a));
+    (all.indptr.into_pyarray(py), all.indices.into_pyarray(py), all.nbytes.into_pyarray(py)).into_pyobject(py)
+}
+
+/// Spans int64 `[k, 2]` of one side on the other.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
+fn map_spans<'py>(
+    py: Python<'py>,
+    student_ptr: Array<'py, i32>,
+    teacher_ptr: Array<'py, i32>,
+    kind: Array<'py, u8>,
+    student_chunk: Array<'py, i32>,
+    teacher_chunk: Array<'py, i32>,
+    student_end: Array<'py, i32>,
+    teacher_end: Array<'py, i32>,
+    spans: PyReadonlyArray2<'py, i64>,
+    to_teacher: bool,
+    cover: bool,
+) -> PyResult<Bound<'py, PyArray2<i64>>> {
+    let a = alignment(&student_ptr, &teacher_ptr, &kind, &student_chunk, &teacher_chunk, &student_end, &teacher_end)?;
+    let spans = pairs(&spans)?;
+    let to = if to_teacher { Side::Teacher } else { Side::Student };
+    let mode = if cover { SpanMode::Cover } else { SpanMode::Inside };
+    let mapped = py.detach(|| crate::map_spans(&a, &spans, to, mode))?;
+    let rows: Vec<Vec<i64>> = mapped.iter().map(|span| span.to_vec()).collect();
+    if rows.is_empty() {
+        return Ok(PyArray2::zeros(py, [0, 2], false));
+    }
+    PyArray2::from_vec2(py, &rows).map_err(|e| XTokMapError::new_err(e.to_string()))
+}
+
+fn pairs(array: &PyReadonlyArray2<'_, i64>) -> PyResult<Vec<[i64; 2]>> {
+    Ok(array.as_slice()?.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect())
+}
+
+/// The fields of an alignment made from sorted offsets int64 `[m, 2]` and `[n, 2]`.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)]
+fn align_offsets<'py>(
+    py: Python<'py>,
+    student: PyReadonlyArray2<'py, i64>,
+    teacher: PyReadonlyArray2<'py, i64>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let (student, teacher) = (pairs(&student)?, pairs(&teacher)?);
+    let flat = py.detach(|| crate::align_offsets(&student, &teacher))?;
+    let all = fields(py, Batch { flat, ..Batch::default() })?;
+    for name in ["student_cu", "teacher_cu", "chunk_cu"] {
+        all.del_item(name)?;
+    }
+    Ok(all)
+}
+
+#[pyfunction]
+#[allow(clippy::type_complexity, clippy::needless_pass_by_value)]
+fn get_alignments(py: Python<'_>, tokens_a: Vec<String>, tokens_b: Vec<String>) -> (Vec<Vec<usize>>, Vec<Vec<usize>>) {
+    py.detach(|| crate::align_texts(&tokens_a, &tokens_b))
+}
+
+#[pymodule(gil_used = false)]
+#[pyo3(name = "_core")]
+fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    let py = module.py();
+    module.add_class::<PyByteTable>()?;
+    module.add_class::<PyAligner>()?;
+    module.add_function(wrap_pyfunction!(_rebuild_byte_table, module)?)?;
+    module.add_function(wrap_pyfunction!(overlaps, module)?)?;
+    module.add_function(wrap_pyfunction!(map_spans, module)?)?;
+    module.add_function(wrap_pyfunction!(align_offsets, module)?)?;
+    module.add_function(wrap_pyfunction!(get_alignments, module)?)?;
+    module.add("XTokMapError", py.get_type::<XTokMapError>())?;
+    module.add("ByteMismatchError", py.get_type::<ByteMismatchError>())?;
+    module.add("UnsupportedTokenizerError", py.get_type::<UnsupportedTokenizerError>())?;
+    module.add("TokenIdError", py.get_type::<TokenIdError>())?;
+    module.add("KINDS", kinds(py)?)?;
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    Ok(())
+}
+
+/// The kinds of chunks in the order of their numbers.
+const KINDS: [(Kind, &str); 6] = [
+    (Kind::OneToOne, "ONE_TO_ONE"),
+    (Kind::OneToMany, "ONE_TO_MANY"),
+    (Kind::ManyToOne, "MANY_TO_ONE"),
+    (Kind::ManyToMany, "MANY_TO_MANY"),
+    (Kind::Rewritten, "REWRITTEN"),
+    (Kind::Stop, "STOP"),
+];
+
+fn kinds(py: Python<'_>) -> PyResult<Py<PyAny>> {
+    let all = PyDict::new(py);
+    for (kind, name) in KINDS {
+        all.set_item(name, kind as u8)?;
+    }
+    all.into_py_any(py)
+}

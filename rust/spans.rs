@@ -1,0 +1,262 @@
+//! Many-to-many spans: who shares bytes with whom, spans of one side on the other, alignment from offsets or texts.
+
+use std::ops::Range;
+
+use similar::{capture_diff_slices, Algorithm, DiffTag};
+use unicode_normalization::UnicodeNormalization;
+
+use crate::align::{Alignment, Kind};
+use crate::{Error, Side};
+
+/// For every student token the teacher tokens with which it shares bytes, as compressed rows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Overlaps {
+    /// Student token `i` has the entries `indptr[i]..indptr[i + 1]`.
+    pub indptr: Vec<i64>,
+    /// Teacher token of every entry.
+    pub indices: Vec<i32>,
+    /// How many bytes the two share.
+    pub nbytes: Vec<i32>,
+}
+
+/// Which tokens of the other side stand for a span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpanMode {
+    /// The smallest span that holds all bytes of it.
+    Cover,
+    /// The largest span that holds no other bytes.
+    Inside,
+}
+
+/// One side of an alignment, with the names that `Side` leaves open.
+struct Half<'a> {
+    chunk: &'a [i32],
+    end: &'a [i32],
+    ptr: &'a [i32],
+}
+
+impl<'a> Half<'a> {
+    fn of(a: &'a Alignment, side: Side) -> Self {
+        match side {
+            Side::Student => Self { chunk: &a.student_chunk, end: &a.student_end, ptr: &a.student_ptr },
+            Side::Teacher => Self { chunk: &a.teacher_chunk, end: &a.teacher_end, ptr: &a.teacher_ptr },
+        }
+    }
+
+    fn start(&self, i: usize) -> i32 {
+        if i == 0 {
+            0
+        } else {
+            self.end[i - 1]
+        }
+    }
+
+    /// The tokens of chunk `g`, in order.
+    fn members(&self, g: usize) -> impl Iterator<Item = usize> + '_ {
+        let span = self.ptr[g] as usize..self.ptr[g + 1] as usize;
+        span.filter(move |&i| self.chunk[i] == g as i32)
+    }
+
+    /// The bytes of token `i`, counted from the start of chunk `g`.
+    fn bytes_in(&self, g: usize, i: usize) -> Range<i32> {
+        let from = self.start(self.ptr[g] as usize);
+        self.start(i) - from..self.end[i] - from
+    }
+}
+
+/// The overlaps of one alignment. REWRITTEN chunks have none: which byte became which is not known inside. The two tokens
+/// of a STOP chunk share 0 bytes and are listed.
+pub fn overlaps(a: &Alignment) -> Overlaps {
+    let (s, t) = (Half::of(a, Side::Student), Half::of(a, Side::Teacher));
+    let mut all = Overlaps { indptr: vec![0], ..Overlaps::default() };
+    let mut next = 0;
+    for (i, &g) in a.student_chunk.iter().enumerate() {
+        if g >= 0 && a.kind[g as usize] != Kind::Rewritten {
+            let g = g as usize;
+            let bytes = s.bytes_in(g, i);
+            next = next.max(t.ptr[g] as usize);
+            while next < t.ptr[g + 1] as usize {
+                if t.chunk[next] == g as i32 {
+                    let other = t.bytes_in(g, next);
+                    all.indices.push(next as i32);
+                    all.nbytes.push(bytes.end.min(other.end) - bytes.start.max(other.start));
+                    if other.end > bytes.end {
+                        break; // it reaches into the next student token too
+                    }
+                    if other.end == bytes.end {
+                        next += 1;
+                        break;
+                    }
+                }
+                next += 1;
+            }
+        }
+        all.indptr.push(all.indices.len() as i64);
+    }
+    all
+}
+
+/// Token spans (`start`, `stop`) of the side that `to` is not -> token spans of the side `to`; -1, -1 for none.
+///
+/// Tokens that are unaligned have no counterpart and are passed over. A REWRITTEN chunk is only taken whole: a span that
+/// touches it is covered by all of the other side's tokens in it, and only a span that holds it all has them inside.
+///
+/// # Errors
+/// [`Error::Argument`] for a span that is not within the tokens.
+pub fn map_spans(a: &Alignment, spans: &[[i64; 2]], to: Side, mode: SpanMode) -> Result<Vec<[i64; 2]>, Error> {
+    let from_side = if to == Side::Teacher { Side::Student } else { Side::Teacher };
+    let (from, onto) = (&Half::of(a, from_side), &Half::of(a, to));
+    let len = from.chunk.len();
+    let map = |(k, &[start, stop]): (usize, &[i64; 2])| {
+        if start < 0 || stop < start || stop as usize > len {
+            return Err(Error::Argument(format!(
+                "spans[{k}] is ({start}, {stop}); a span must satisfy 0 <= start <= stop <= {len}, the number of {from_side} tokens"
+            )));
+        }
+        let inside = |i: usize| i >= start as usize && i < stop as usize;
+        let mut aligned = (start as usize..stop as usize).filter(|&i| from.chunk[i] >= 0);
+        let Some(first) = aligned.next() else { return Ok([-1, -1]) };
+        let last = aligned.next_back().unwrap_or(first);
+        let (g, h) = (from.chunk[first] as usize, from.chunk[last] as usize);
+        // The tokens of the other side, in chunk `c`, that stand for the part of the span that lies in it.
+        let counterparts = |c: usize| {
+            let members = || from.members(c).filter(|&i| inside(i));
+            let own = members().next().map_or(0, |i| from.bytes_in(c, i).start)
+                ..members().last().map_or(0, |i| from.bytes_in(c, i).end);
+            let whole = from.members(c).all(inside);
+            let keeps = move |j: &usize| {
+                let other = onto.bytes_in(c, *j);
+                match (mode, a.kind[c]) {
+                    (SpanMode::Cover, Kind::Rewritten | Kind::Stop) => true,
+                    (SpanMode::Inside, Kind::Rewritten | Kind::Stop) => whole,
+                    (SpanMode::Cover, _) => other.start < own.end && other.end > own.start,
+                    (SpanMode::Inside, _) => other.start >= own.start && other.end <= own.end,
+                }
+            };
+            onto.members(c).filter(keeps)
+        };
+        let forth = (g..=h).find_map(|c| counterparts(c).next());
+        let back = (g..=h).rev().find_map(|c| counterparts(c).last());
+        Ok(match (forth, back) {
+            (Some(start), Some(stop)) => [start as i64, stop as i64 + 1],
+            _ => [-1, -1],
+        })
+    };
+    spans.iter().enumerate().map(map).collect()
+}
+
+/// Aligns two lists of sorted (`start`, `stop`) spans over one text, in bytes or characters: chunks are the smallest groups
+/// in which spans overlap only each other. Empty spans and spans that overlap nothing are unaligned.
+///
+/// # Errors
+/// [`Error::Argument`] for spans that are not sorted, negative, or beyond 2^31.
+pub fn align_offsets(student: &[[i64; 2]], teacher: &[[i64; 2]]) -> Result<Alignment, Error> {
+    for (name, spans) in [("student_offsets", student), ("teacher_offsets", teacher)] {
+        for (i, &[start, stop]) in spans.iter().enumerate() {
+            let before = i.checked_sub(1).map_or([0, 0], |k| spans[k]);
+            if start < before[0] || stop < before[1] || stop < start || stop > i64::from(i32::MAX) {
+                return Err(Error::Argument(format!(
+                    "{name}[{i}] is ({start}, {stop}) after ({}, {}); spans must be sorted, with 0 <= start <= stop < 2^31",
+                    before[0], before[1]
+                )));
+            }
+        }
+    }
+    let ends = |spans: &[[i64; 2]]| spans.iter().map(|s| s[1] as i32).collect::<Vec<_>>();
+    let mut a = Alignment {
+        student_chunk: vec![-1; student.len()],
+        teacher_chunk: vec![-1; teacher.len()],
+        student_end: ends(student),
+        teacher_end: ends(teacher),
+        teacher_pos: vec![-1; student.len()],
+        teacher_off: vec![-1; student.len()],
+        ..Alignment::default()
+    };
+    let (mut i, mut j, mut last) = (0, 0, (0, 0));
+    while i < student.len() && j < teacher.len() {
+        if student[i][1] <= teacher[j][0] || student[i][0] == student[i][1] {
+            i += 1;
+            continue;
+        }
+        if teacher[j][1] <= student[i][0] || teacher[j][0] == teacher[j][1] {
+            j += 1;
+            continue;
+        }
+        // Two spans that overlap; everything that starts before the furthest end belongs with them.
+        let (from_i, from_j, g) = (i, j, a.kind.len() as i32);
+        let mut end = student[i][1].max(teacher[j][1]);
+        let (mut students, mut teachers) = (0, 0);
+        loop {
+            if i < student.len() && student[i][0] < end {
+                let [start, stop] = student[i];
+                if start < stop {
+                    (students, end) = (students + 1, end.max(stop));
+                    a.student_chunk[i] = g;
+                }
+                i += 1;
+            } else if j < teacher.len() && teacher[j][0] < end {
+                let [start, stop] = teacher[j];
+                if start < stop {
+                    (teachers, end) = (teachers + 1, end.max(stop));
+                    a.teacher_chunk[j] = g;
+                }
+                j += 1;
+            } else {
+                break;
+            }
+        }
+        let mut at = from_j;
+        for k in (from_i..i).filter(|&k| student[k][0] < student[k][1]) {
+            while at < j && teacher[at][1] <= student[k][0] {
+                at += 1;
+            }
+            if at < j && teacher[at][0] <= student[k][0] {
+                a.teacher_pos[k] = at as i32;
+                a.teacher_off[k] = (student[k][0] - teacher[at][0]) as i32;
+            }
+        }
+        a.student_ptr.push(from_i as i32);
+        a.teacher_ptr.push(from_j as i32);
+        a.kind.push(Kind::of(students, teachers));
+        last = (i, j);
+    }
+    a.student_ptr.push(last.0 as i32);
+    a.teacher_ptr.push(last.1 as i32);
+    Ok(a)
+}
+
+/// For every text of `a` the texts of `b` that share characters with it, and the other way round.
+///
+/// Characters are compared without case and compatibility forms; where the texts differ the correspondence is that
+/// of a shortest edit (Myers). The behaviour is that of the tokenizations and spacy-alignments packages.
+pub fn align_texts<S: AsRef<str>>(a: &[S], b: &[S]) -> (Vec<Vec<usize>>, Vec<Vec<usize>>) {
+    let (a_chars, a_of) = folded(a);
+    let (b_chars, b_of) = folded(b);
+    let mut forth = vec![vec![]; a.len()];
+    let mut back = vec![vec![]; b.len()];
+    let mut pair = |i: usize, j: usize| {
+        let (i, j) = (a_of[i], b_of[j]);
+        if forth[i].last() != Some(&j) {
+            forth[i].push(j);
+        }
+        if back[j].last() != Some(&i) {
+            back[j].push(i);
+        }
+    };
+    if a_chars == b_chars {
+        (0..a_chars.len()).for_each(|k| pair(k, k));
+    } else {
+        for op in capture_diff_slices(Algorithm::Myers, &a_chars, &b_chars) {
+            if op.tag() == DiffTag::Equal {
+                op.old_range().zip(op.new_range()).for_each(|(i, j)| pair(i, j));
+            }
+        }
+    }
+    (forth, back)
+}
+
+/// The characters of all texts in one normal form, and the text that each came from.
+fn folded<S: AsRef<str>>(texts: &[S]) -> (Vec<char>, Vec<usize>) {
+    let chars = |text: &str| text.nfkd().flat_map(char::to_lowercase).collect::<Vec<_>>();
+    texts.iter().enumerate().flat_map(|(k, text)| chars(text.as_ref()).into_iter().map(move |c| (c, k))).unzip()
+}

@@ -1,0 +1,424 @@
+//! The laws of the crate docs as properties, against a brute-force oracle.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::ref_option, clippy::type_complexity)]
+#![allow(clippy::unnecessary_wraps)]
+
+use proptest::prelude::*;
+use xtokmap::{Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows};
+
+type Tokens = Vec<Option<Vec<u8>>>;
+
+/// Stop tokens are spelled like this in a test's token lists; they become special ids with a stop role.
+fn stop() -> Option<Vec<u8>> {
+    Some(b"<stop>".to_vec())
+}
+
+/// A table that holds exactly these tokens, and their ids: the first id is a stop token, equal tokens share an id.
+fn table(tokens: &Tokens) -> (ByteTable, Vec<u32>) {
+    let mut vocabulary: Tokens = vec![None, None];
+    let mut ids = vec![];
+    for token in tokens {
+        let id = match token {
+            None => 1,
+            Some(_) if *token == stop() => 0,
+            Some(_) => vocabulary.iter().position(|v| v == token).unwrap_or(vocabulary.len()),
+        };
+        if id == vocabulary.len() {
+            vocabulary.push(token.clone());
+        }
+        ids.push(id as u32);
+    }
+    (ByteTable::from_tokens(vocabulary).unwrap().with_stop_ids(vec![0]).unwrap(), ids)
+}
+
+fn align(student: &Tokens, teacher: &Tokens) -> Alignment {
+    let ((s, student), (t, teacher)) = (table(student), table(teacher));
+    Aligner::new(s, t).unwrap().align(&student, &teacher).unwrap()
+}
+
+fn has_bytes(token: &Option<Vec<u8>>) -> bool {
+    token.as_ref().is_some_and(|b| !b.is_empty()) && *token != stop()
+}
+
+fn spelled(tokens: &[Option<Vec<u8>>]) -> Vec<u8> {
+    tokens.iter().filter(|t| has_bytes(t)).flat_map(|t| t.clone().unwrap()).collect()
+}
+
+/// A text on both sides, in pieces that correspond: equal ones, and ones that are spelled differently.
+type Pieces = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// A chunk as (student tokens, teacher tokens, kind).
+type Spans = Vec<(Vec<usize>, Vec<usize>, Kind)>;
+
+/// The oracle: cut wherever a token ends on both sides at the same place of the text. Inside a piece that differs
+/// there is no such place; inside an equal one every byte is.
+fn oracle(pieces: &Pieces, student: &Tokens, teacher: &Tokens) -> Spans {
+    let mut places = vec![(0, 0)];
+    let mut changed = vec![];
+    let (mut x, mut y) = (0, 0);
+    for (s, t) in pieces {
+        if s == t {
+            places.extend((1..=s.len()).map(|k| (x + k, y + k)));
+        } else {
+            places.push((x + s.len(), y + t.len()));
+            changed.push((x + s.len(), y + t.len()));
+        }
+        (x, y) = (x + s.len(), y + t.len());
+    }
+    let ends = |tokens: &Tokens| -> Vec<usize> {
+        let mut end = 0;
+        tokens
+            .iter()
+            .map(|t| {
+                end += if has_bytes(t) { t.as_ref().unwrap().len() } else { 0 };
+                end
+            })
+            .collect()
+    };
+    let (student_ends, teacher_ends) = (ends(student), ends(teacher));
+    let is_end = |ends: &[usize], at: usize| at == 0 || ends.contains(&at);
+    let cuts: Vec<(usize, usize)> =
+        places.into_iter().filter(|&(x, y)| is_end(&student_ends, x) && is_end(&teacher_ends, y)).collect();
+    let within = |tokens: &Tokens, ends: &[usize], from: usize, to: usize| -> Vec<usize> {
+        (0..tokens.len()).filter(|&i| has_bytes(&tokens[i]) && from < ends[i] && ends[i] <= to).collect()
+    };
+    let mut spans = vec![];
+    for w in cuts.windows(2) {
+        let s = within(student, &student_ends, w[0].0, w[1].0);
+        let t = within(teacher, &teacher_ends, w[0].1, w[1].1);
+        let rewritten = changed.iter().any(|c| w[0] < *c && *c <= w[1]);
+        let kind = match (s.len(), t.len()) {
+            _ if rewritten => Kind::Rewritten,
+            (1, 1) => Kind::OneToOne,
+            (1, _) => Kind::OneToMany,
+            (_, 1) => Kind::ManyToOne,
+            _ => Kind::ManyToMany,
+        };
+        spans.push((s, t, kind));
+    }
+    spans
+}
+
+/// What an alignment says, in the oracle's form; STOP chunks are left out.
+fn spans(a: &Alignment) -> Spans {
+    let members = |chunk: &[i32], g: usize| (0..chunk.len()).filter(|&i| chunk[i] == g as i32).collect::<Vec<_>>();
+    (0..a.kind.len())
+        .filter(|&g| a.kind[g] != Kind::Stop)
+        .map(|g| (members(&a.student_chunk, g), members(&a.teacher_chunk, g), a.kind[g]))
+        .collect()
+}
+
+/// Cuts bytes into tokens at these places (any number, modulo the length), specials and stops thrown in.
+fn cut(text: &[u8], places: &[(u16, u8)]) -> Tokens {
+    let mut at: Vec<(usize, u8)> = places.iter().map(|&(p, what)| (p as usize % (text.len() + 1), what)).collect();
+    at.sort_unstable();
+    let mut tokens = vec![];
+    let mut from = 0;
+    for (place, what) in at {
+        if place > from {
+            tokens.push(Some(text[from..place].to_vec()));
+            from = place;
+        }
+        if what == 0 {
+            tokens.push(None);
+        }
+    }
+    if from < text.len() {
+        tokens.push(Some(text[from..].to_vec()));
+    }
+    tokens
+}
+
+fn places() -> impl Strategy<Value = Vec<(u16, u8)>> {
+    prop::collection::vec((any::<u16>(), 0u8..8), 0..24)
+}
+
+/// Bytes over a small alphabet, in which whole and broken characters are common.
+fn bytes() -> impl Strategy<Value = Vec<u8>> {
+    let byte = prop::sample::select(vec![b'a', b'b', b' ', 0xC3, 0xA9, 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, 0x92, 0xFF]);
+    prop::collection::vec(byte, 0..40)
+}
+
+/// Pairs that normalizers and lossy decodes make of a character, and characters that they leave alone.
+fn pieces() -> impl Strategy<Value = Pieces> {
+    let changed: Vec<(&[u8], &[u8])> = vec![
+        ("É".as_bytes(), "é".as_bytes()),
+        ("e\u{301}".as_bytes(), "é".as_bytes()),
+        ("\u{958}".as_bytes(), "क\u{93c}".as_bytes()),
+        ("\u{1112}\u{1161}\u{11ab}".as_bytes(), "한".as_bytes()),
+        ("\u{fb1d}".as_bytes(), "\u{5d9}\u{5b4}".as_bytes()),
+        ("ﬁ".as_bytes(), b"fi"),
+        ("Ａ".as_bytes(), b"A"),
+        ("½".as_bytes(), "1\u{2044}2".as_bytes()),
+        (b"Q", b"q"),
+        ("▁".as_bytes(), b" "),
+        (b"\xe4\xbd", "\u{fffd}".as_bytes()),
+        (b"\xff", "\u{fffd}".as_bytes()),
+        (b"\xf0\x9f\x92", "\u{fffd}".as_bytes()),
+    ];
+    let same: Vec<&[u8]> = ["x", "y", "z", "-", "é", "漢", "字", "💡", "ж", "0"].iter().map(|s| s.as_bytes()).collect();
+    let piece = prop_oneof![
+        5 => prop::sample::select(same).prop_map(|s| (s.to_vec(), s.to_vec())),
+        1 => prop::sample::select(changed).prop_map(|(s, t)| (s.to_vec(), t.to_vec())),
+    ];
+    prop::collection::vec(piece, 0..24)
+}
+
+fn swapped(a: &Alignment) -> Alignment {
+    let kind = a.kind.iter().map(|k| match k {
+        Kind::OneToMany => Kind::ManyToOne,
+        Kind::ManyToOne => Kind::OneToMany,
+        k => *k,
+    });
+    Alignment {
+        student_ptr: a.teacher_ptr.clone(),
+        teacher_ptr: a.student_ptr.clone(),
+        kind: kind.collect(),
+        student_chunk: a.teacher_chunk.clone(),
+        teacher_chunk: a.student_chunk.clone(),
+        student_end: a.teacher_end.clone(),
+        teacher_end: a.student_end.clone(),
+        teacher_pos: vec![],
+        teacher_off: vec![],
+    }
+}
+
+fn unplaced(a: Alignment) -> Alignment {
+    Alignment { teacher_pos: vec![], teacher_off: vec![], ..a }
+}
+
+/// What must hold of any alignment: chunks in order, nothing twice, equal bytes where the kind says so.
+fn check_shape(a: &Alignment, student: &Tokens, teacher: &Tokens) {
+    assert_eq!(a.student_ptr.len(), a.kind.len() + 1);
+    assert_eq!(a.teacher_ptr.len(), a.kind.len() + 1);
+    for (ptr, chunk, tokens) in
+        [(&a.student_ptr, &a.student_chunk, student), (&a.teacher_ptr, &a.teacher_chunk, teacher)]
+    {
+        assert!(ptr.windows(2).all(|w| w[0] <= w[1]));
+        assert_eq!(chunk.len(), tokens.len());
+        let aligned: Vec<i32> = chunk.iter().copied().filter(|&g| g >= 0).collect();
+        assert!(aligned.windows(2).all(|w| w[0] <= w[1]));
+        for (i, &g) in chunk.iter().enumerate().filter(|(_, &g)| g >= 0) {
+            let span = ptr[g as usize]..ptr[g as usize + 1];
+            assert!(span.contains(&(i as i32)));
+            assert_eq!(a.kind[g as usize] == Kind::Stop, tokens[i] == stop());
+        }
+        // Inside the aligned region every token with bytes is in a chunk.
+        let region = ptr[0] as usize..ptr[a.kind.len()] as usize;
+        for i in region {
+            assert!(chunk[i] >= 0 || !has_bytes(&tokens[i]));
+        }
+    }
+    for g in 0..a.kind.len() {
+        let students = spelled(&student[a.student_ptr[g] as usize..a.student_ptr[g + 1] as usize]);
+        let teachers = spelled(&teacher[a.teacher_ptr[g] as usize..a.teacher_ptr[g + 1] as usize]);
+        match a.kind[g] {
+            Kind::Rewritten => assert_ne!(students, teachers),
+            Kind::Stop => assert!(students.is_empty() && teachers.is_empty()),
+            _ => assert_eq!(students, teachers),
+        }
+    }
+    for i in (0..student.len()).filter(|&i| a.teacher_pos[i] >= 0) {
+        let (j, off) = (a.teacher_pos[i] as usize, a.teacher_off[i]);
+        assert_eq!(a.student_chunk[i], a.teacher_chunk[j]);
+        if a.kind[a.student_chunk[i] as usize] != Kind::Rewritten && has_bytes(&student[i]) {
+            let rest = &teacher[j].as_ref().unwrap()[off as usize..];
+            let both = rest.len().min(student[i].as_ref().unwrap().len());
+            assert_eq!(rest[..both], student[i].as_ref().unwrap()[..both]);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn equal_bytes_give_the_oracle_chunks(text in bytes(), a in places(), b in places()) {
+        let (student, teacher) = (cut(&text, &a), cut(&text, &b));
+        let alignment = align(&student, &teacher);
+        check_shape(&alignment, &student, &teacher);
+        prop_assert_eq!(spans(&alignment), oracle(&vec![(text.clone(), text)], &student, &teacher));
+    }
+
+    #[test]
+    fn changed_characters_cost_only_themselves(pieces in pieces(), a in places(), b in places()) {
+        let text = |side: fn(&(Vec<u8>, Vec<u8>)) -> &Vec<u8>| pieces.iter().flat_map(side).copied().collect::<Vec<u8>>();
+        let (student, teacher) = (cut(&text(|p| &p.0), &a), cut(&text(|p| &p.1), &b));
+        let alignment = align(&student, &teacher);
+        check_shape(&alignment, &student, &teacher);
+        prop_assert_eq!(spans(&alignment), oracle(&pieces, &student, &teacher));
+    }
+
+    #[test]
+    fn sides_are_symmetric(x in bytes(), y in bytes(), same in any::<bool>(), a in places(), b in places()) {
+        let (student, teacher) = (cut(&x, &a), cut(if same { &x } else { &y }, &b));
+        let (forth, back) = (align(&student, &teacher), align(&teacher, &student));
+        check_shape(&forth, &student, &teacher);
+        prop_assert_eq!(unplaced(forth), swapped(&back));
+    }
+
+    #[test]
+    fn a_side_aligned_to_itself_is_one_to_one(text in bytes(), a in places()) {
+        let student = cut(&text, &a);
+        let alignment = align(&student, &student);
+        prop_assert!(alignment.kind.iter().all(|&k| k == Kind::OneToOne));
+        prop_assert_eq!(alignment.kind.len(), student.iter().filter(|t| has_bytes(t)).count());
+    }
+
+    #[test]
+    fn an_edit_costs_its_neighbourhood(
+        before in "[a-z ]{40,80}", after in "[a-z ]{40,80}", out in "[a-z]{0,12}", put in "[0-9]{0,12}",
+        a in places(), b in places(),
+    ) {
+        prop_assume!(!out.is_empty() || !put.is_empty());
+        // A rare frame keeps the edit's place from being ambiguous.
+        let (x, y) = (format!("{before}#{out}#{after}"), format!("{before}#{put}#{after}"));
+        let (student, teacher) = (cut(x.as_bytes(), &a), cut(y.as_bytes(), &b));
+        let alignment = align(&student, &teacher);
+        check_shape(&alignment, &student, &teacher);
+        let pieces: Pieces = vec![
+            (format!("{before}#").into_bytes(), format!("{before}#").into_bytes()),
+            (out.into_bytes(), put.into_bytes()),
+            (format!("#{after}").into_bytes(), format!("#{after}").into_bytes()),
+        ];
+        prop_assert_eq!(spans(&alignment), oracle(&pieces, &student, &teacher));
+    }
+
+    #[test]
+    fn cutting_the_end_changes_only_the_last_chunk(text in bytes(), a in places(), b in places(), keep in any::<u16>()) {
+        let (student, teacher) = (cut(&text, &a), cut(&text, &b));
+        let whole = align(&student, &teacher);
+        let kept: Tokens = student[..keep as usize % (student.len() + 1)].to_vec();
+        let part = align(&kept, &teacher);
+        check_shape(&part, &kept, &teacher);
+        let (part, whole) = (spans(&part), spans(&whole));
+        prop_assert!(part.len() <= whole.len());
+        prop_assert_eq!(&part[..], &whole[..part.len()]);
+        let aligned = part.iter().map(|c| c.0.len()).sum::<usize>();
+        let complete = whole.iter().take_while(|c| c.0.iter().all(|&i| i < kept.len())).count();
+        prop_assert_eq!(part.len(), complete);
+        prop_assert!(aligned <= kept.len());
+    }
+
+    #[test]
+    fn a_batch_is_its_rows(
+        rows in prop::collection::vec((bytes(), places(), places()), 0..6), threads in 1usize..4, left in any::<bool>(),
+    ) {
+        let sides: Vec<(Tokens, Tokens)> = rows.iter().map(|(t, a, b)| (cut(t, a), cut(t, b))).collect();
+        let all = |side: fn(&(Tokens, Tokens)) -> &Tokens| table(&sides.iter().flat_map(side).cloned().collect());
+        let ((s, student), (t, teacher)) = (all(|r| &r.0), all(|r| &r.1));
+        let cu = |side: fn(&(Tokens, Tokens)) -> &Tokens| {
+            let mut cu = vec![0i64];
+            cu.extend(sides.iter().scan(0, |n, r| { *n += side(r).len() as i64; Some(*n) }));
+            cu
+        };
+        let (student_cu, teacher_cu) = (cu(|r| &r.0), cu(|r| &r.1));
+        let aligner = Aligner::new(s, t).unwrap();
+        let ragged = |ids, cu| Rows::new(Ids::U32(ids), Layout::Ragged(cu)).unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let batch = pool.install(|| {
+            aligner.align_batch(ragged(&student, &student_cu), ragged(&teacher, &teacher_cu), false).unwrap()
+        });
+
+        // Padded, on either side, with ids that no vocabulary has.
+        let width = sides.iter().map(|r| r.0.len()).max().unwrap_or(0) + 1;
+        let (mut ids, mut mask) = (vec![-100i64; width * sides.len()], vec![false; width * sides.len()]);
+        for b in 0..sides.len() {
+            let row = &student[student_cu[b] as usize..student_cu[b + 1] as usize];
+            let from = b * width + if left { width - row.len() } else { 0 };
+            for (k, &id) in row.iter().enumerate() {
+                (ids[from + k], mask[from + k]) = (i64::from(id), true);
+            }
+        }
+        let padded = Rows::new(Ids::I64(&ids), Layout::Padded { width, mask: &mask }).unwrap();
+        prop_assert_eq!(&aligner.align_batch(padded, ragged(&teacher, &teacher_cu), false).unwrap(), &batch);
+
+        for b in 0..sides.len() {
+            let row = |ids: &[u32], cu: &[i64]| ids[cu[b] as usize..cu[b + 1] as usize].to_vec();
+            let alone = aligner.align(&row(&student, &student_cu), &row(&teacher, &teacher_cu)).unwrap();
+            let chunks = batch.chunk_cu[b] as usize..batch.chunk_cu[b + 1] as usize;
+            let (m, n) = (student_cu[b] as usize..student_cu[b + 1] as usize, teacher_cu[b] as usize..teacher_cu[b + 1] as usize);
+            let flat = &batch.flat;
+            prop_assert_eq!(&flat.kind[chunks.clone()], &alone.kind[..]);
+            prop_assert_eq!(&flat.student_ptr[chunks.start + b..=chunks.end + b], &alone.student_ptr[..]);
+            prop_assert_eq!(&flat.teacher_ptr[chunks.start + b..=chunks.end + b], &alone.teacher_ptr[..]);
+            prop_assert_eq!(&flat.student_chunk[m.clone()], &alone.student_chunk[..]);
+            prop_assert_eq!(&flat.student_end[m.clone()], &alone.student_end[..]);
+            prop_assert_eq!(&flat.teacher_pos[m.clone()], &alone.teacher_pos[..]);
+            prop_assert_eq!(&flat.teacher_off[m], &alone.teacher_off[..]);
+            prop_assert_eq!(&flat.teacher_chunk[n.clone()], &alone.teacher_chunk[..]);
+            prop_assert_eq!(&flat.teacher_end[n], &alone.teacher_end[..]);
+        }
+    }
+
+    #[test]
+    fn strict_refuses_exactly_what_differs(x in bytes(), y in bytes(), same in any::<bool>(), a in places(), b in places()) {
+        let y = if same { x.clone() } else { y };
+        let ((s, student), (t, teacher)) = (table(&cut(&x, &a)), table(&cut(&y, &b)));
+        let (student_cu, teacher_cu) = ([0, student.len() as i64], [0, teacher.len() as i64]);
+        let rows = |ids, cu| Rows::new(Ids::U32(ids), Layout::Ragged(cu)).unwrap();
+        let result = Aligner::new(s, t).unwrap().align_batch(rows(&student, &student_cu), rows(&teacher, &teacher_cu), true);
+        if x == y {
+            prop_assert!(result.is_ok());
+        } else {
+            let common = x.iter().zip(&y).take_while(|(p, q)| p == q).count();
+            let Err(Error::ByteMismatch(at)) = result else { panic!("expected a mismatch") };
+            prop_assert_eq!(at.byte, common);
+        }
+    }
+
+    #[test]
+    fn random_bytes_never_panic(x in prop::collection::vec(any::<u8>(), 0..300), y in prop::collection::vec(any::<u8>(), 0..300), a in places(), b in places(), each in any::<bool>()) {
+        let (x, y) = (cut(&x, &a), cut(&y, &b));
+        let ((s, student), (t, teacher)) = (table(&x), table(&y));
+        let s = if each { s.with_invalid(Invalid::Each) } else { s };
+        let alignment = Aligner::new(s, t).unwrap().align(&student, &teacher).unwrap();
+        check_shape(&alignment, &x, &y);
+    }
+
+    #[test]
+    fn stops_pair_at_the_same_place(text in bytes(), a in places(), b in places(), truncated in any::<bool>()) {
+        let (mut student, mut teacher) = (cut(&text, &a), cut(&text, &b));
+        teacher.extend([None, stop(), stop()]);
+        if !truncated {
+            student.extend([stop(), None, stop()]);
+        }
+        let alignment = align(&student, &teacher);
+        check_shape(&alignment, &student, &teacher);
+        let stops = alignment.kind.iter().filter(|&&k| k == Kind::Stop).count();
+        prop_assert_eq!(stops, usize::from(!truncated));
+        if !truncated {
+            let g = alignment.kind.len() as i32 - 1;
+            let first = student.iter().position(|t| *t == stop()).unwrap();
+            prop_assert_eq!(alignment.student_chunk[first], g);
+            prop_assert_eq!(alignment.teacher_chunk[teacher.iter().position(|t| *t == stop()).unwrap()], g);
+            prop_assert!(alignment.student_chunk[first + 1..].iter().all(|&g| g < 0));
+        }
+    }
+}
+
+#[test]
+fn an_id_outside_the_vocabulary_is_named() {
+    let (t, _) = table(&vec![Some(b"a".to_vec())]);
+    let aligner = Aligner::new(t.clone(), t).unwrap();
+    let ids = [2i64, -100, 7];
+    let rows = |ids| Rows::new(Ids::I64(ids), Layout::Ragged(&[0, 1, 3])).unwrap();
+    let error = aligner.align_batch(rows(&ids), rows(&[2, 2, 2]), false).unwrap_err();
+    assert_eq!(error, Error::TokenId { side: xtokmap::Side::Student, row: 1, position: 0, id: -100, len: 3 });
+    assert!(error.to_string().starts_with("student_ids, row 1, position 0: id -100 is outside"), "{error}");
+    let error = aligner.align_batch(rows(&[2, 2, 2]), rows(&[2, 2, 3]), false).unwrap_err();
+    assert_eq!(error, Error::TokenId { side: xtokmap::Side::Teacher, row: 1, position: 1, id: 3, len: 3 });
+}
+
+#[test]
+fn an_invalid_byte_counts_as_its_decoder_counts_it() {
+    for (invalid, text) in [(Invalid::Maximal, "x\u{fffd}y"), (Invalid::Each, "x\u{fffd}\u{fffd}y")] {
+        let student = vec![Some(b"x".to_vec()), Some(b"\xe4".to_vec()), Some(b"\xbd".to_vec()), Some(b"y".to_vec())];
+        let teacher: Tokens = text.chars().map(|c| Some(c.to_string().into_bytes())).collect();
+        let ((s, student), (t, teacher)) = (table(&student), table(&teacher));
+        let alignment = Aligner::new(s.with_invalid(invalid), t).unwrap().align(&student, &teacher).unwrap();
+        let rewritten = alignment.kind.iter().filter(|&&k| k == Kind::Rewritten).count();
+        assert_eq!(rewritten, text.matches('\u{fffd}').count());
+        assert!(alignment.student_chunk.iter().all(|&g| g >= 0), "{alignment:?}");
+    }
+}
