@@ -385,21 +385,19 @@ class Aligner:
         student = _Rows.of_batch(student_ids, student_mask, "student")
         if self._codec is None:
             self._codec = text_codec(self._teacher_source)
-        texts, parts = self._core.student_texts(student.ids, student.layout, threads)
-        pieces = self._codec.encode_batch(texts)
-        stop = list(self.teacher.stop_ids[:1])
-        teacher_ids: list[Int64] = []
-        first = 0
-        for count in parts:
-            # A row's texts are what lies before, between and after its end-of-turn tokens.
-            with_stops = chain.from_iterable((stop, piece) for piece in pieces[first : first + count])
-            row = list(chain.from_iterable(with_stops))[len(stop) :]
-            teacher_ids.append(np.asarray(row, dtype=np.int64))
-            first += count
-        batch = self._align(
-            student, _Rows.of_batch(teacher_ids, None, "teacher"), strict=False, threads=threads
-        )
-        return teacher_ids, batch
+        texts, counts = self._core.student_texts(student.ids, student.layout, threads)
+        ids, cu = self._codec.encode_batch(texts)
+        # A row's texts are what lies before, between and after its end-of-turn tokens: the teacher's goes between.
+        first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+        inner = np.ones(len(texts) + 1, dtype=np.bool_)
+        inner[first] = False
+        stops = self.teacher.stop_ids[:1]
+        if stops:
+            ids = np.insert(ids, cu[inner], stops[0])
+            cu = cu + np.cumsum(inner)
+        teacher = _Rows(ids, cu[first])
+        batch = self._align(student, teacher, strict=False, threads=threads)
+        return np.split(ids, teacher.layout[1:-1]), batch
 
     def _align(
         self, student: _Rows, teacher: _Rows, *, strict: bool, threads: int | None
