@@ -131,7 +131,6 @@ class Alignment:
         """Share of the student tokens in chunks of each kind. What is missing to 1 is unaligned."""
         return _by_kind(self.student_chunk, self.kind)
 
-
     def overlaps(self) -> Overlaps:
         """For every student token the teacher tokens with which it shares bytes, and how many bytes.
 
@@ -162,7 +161,7 @@ class Alignment:
         array = _offsets(spans, "spans")
         return _core.map_spans(*self._fields(), array, to == "teacher", mode == "cover")
 
-    def _fields(self) -> tuple[Any, ...]:
+    def _fields(self) -> tuple[Int32, Int32, npt.NDArray[np.uint8], Int32, Int32, Int32, Int32]:
         return (
             self.student_ptr,
             self.teacher_ptr,
@@ -187,15 +186,13 @@ def align_offsets(student_offsets: Any, teacher_offsets: Any) -> Alignment:
     Raises:
         XTokMapError: spans that are not sorted, negative, beyond 2^31, or of another shape.
     """
-    arrays = _core.align_offsets(
+    arrays: dict[str, Any] = _core.align_offsets(
         _offsets(student_offsets, "student_offsets"), _offsets(teacher_offsets, "teacher_offsets")
     )
     return Alignment(**arrays)
 
 
-def get_alignments(
-    tokens_a: Sequence[str], tokens_b: Sequence[str]
-) -> tuple[list[list[int]], list[list[int]]]:
+def get_alignments(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
     """For every token of `tokens_a` the tokens of `tokens_b` that share characters with it, and the other way round.
 
     A drop-in for `tokenizations.get_alignments` and `spacy_alignments.get_alignments`: case and compatibility forms
@@ -397,12 +394,10 @@ class Aligner:
             cu = cu + np.cumsum(inner)
         teacher = _Rows(ids, cu[first])
         batch = self._align(student, teacher, strict=False, threads=threads)
-        return np.split(ids, teacher.layout[1:-1]), batch
+        return np.split(ids, teacher.layout[1:])[:-1], batch
 
-    def _align(
-        self, student: _Rows, teacher: _Rows, *, strict: bool, threads: int | None
-    ) -> AlignmentBatch:
-        arrays = self._core.align_batch(
+    def _align(self, student: _Rows, teacher: _Rows, *, strict: bool, threads: int | None) -> AlignmentBatch:
+        arrays: dict[str, Any] = self._core.align_batch(
             student.ids, student.layout, teacher.ids, teacher.layout, strict, threads
         )
         return AlignmentBatch(
@@ -419,10 +414,7 @@ class _Rows:
 
     ids: npt.NDArray[Any]
     layout: npt.NDArray[Any]
-
-    @property
-    def mask(self) -> Bool | None:
-        return self.layout if self.layout.ndim == 2 else None
+    mask: Bool | None = None
 
     @property
     def tokens(self) -> npt.NDArray[Any]:
@@ -448,9 +440,7 @@ class _Rows:
             return cls._of_ragged(ids, name)
         array = _integers(ids, name)
         if array.ndim != 2:
-            raise XTokMapError(
-                f"{name}: expected a sequence of rows or a padded [B, T] array, got shape {array.shape}"
-            )
+            raise XTokMapError(f"{name}: expected a sequence of rows or a padded [B, T] array, got shape {array.shape}")
         if mask is None:
             rows, width = array.shape
             return cls(array.reshape(-1), np.arange(rows + 1, dtype=np.int64) * width)
@@ -463,7 +453,10 @@ class _Rows:
                     f"{side}_mask: expected bool or integers 0 and 1, got {flags.dtype}; compare it first (mask > 0)"
                 )
             flags = flags.astype(np.bool_)
-        return cls(array.reshape(-1), np.ascontiguousarray(flags))
+        flags = np.ascontiguousarray(flags)
+        # Rows without any column cannot be counted from a flat mask.
+        layout = flags if flags.size else np.zeros(len(flags) + 1, dtype=np.int64)
+        return cls(array.reshape(-1), layout, flags)
 
     @classmethod
     def _of_ragged(cls, rows: Sequence[Any], name: str) -> _Rows:
@@ -497,21 +490,29 @@ def _as_numpy(array: Any, name: str) -> npt.NDArray[Any]:
             raise XTokMapError(f"{name}: a tensor on {device}; alignment runs on the CPU, pass {name}.cpu()")
         if array.requires_grad:
             raise XTokMapError(f"{name}: a tensor that requires grad cannot be token ids or a mask; pass .detach()")
-        return np.asarray(array.numpy())
+        try:
+            return np.asarray(array.numpy())
+        except TypeError:
+            raise XTokMapError(f"{name}: a tensor of {array.dtype}; pass integers, or bool for a mask") from None
     try:
         return np.asarray(array)
-    except ValueError as error:
-        raise XTokMapError(f"{name}: rows of different lengths need a list of rows: {error}") from None
+    except ValueError:
+        raise XTokMapError(
+            f"{name}: lists of different lengths where numbers of one shape are expected; a row is one flat list, and "
+            "rows of different lengths go to align_batch as a list of rows"
+        ) from None
 
 
-def _integers(ids: Any, name: str) -> npt.NDArray[Any]:
-    """`ids` as a contiguous int32, int64 or uint32 array in the machine's byte order."""
-    array = _as_numpy(ids, name)
+def _integers(numbers: Any, name: str, what: str = "token ids") -> npt.NDArray[Any]:
+    """`numbers` as a contiguous int32, int64 or uint32 array in the machine's byte order."""
+    array = _as_numpy(numbers, name)
     if array.size == 0 and array.dtype.kind in "fO":
         array = array.astype(np.int64)  # an empty list
     if array.dtype.kind not in "iu":
-        what = f"{array.dtype} {array.reshape(-1)[:1].tolist()}"
-        raise XTokMapError(f"{name}: token ids must be integers, got {what}; pass int32, int64 or uint32")
+        if array.dtype.kind == "O" and all(isinstance(number, int) for number in array.flat):
+            raise XTokMapError(f"{name}: {what} beyond 64 bits; they are larger than any vocabulary or text")
+        got = f"{array.dtype} {array.reshape(-1)[:1].tolist()}"
+        raise XTokMapError(f"{name}: {what} must be integers, got {got}; pass int32, int64 or uint32")
     native = array.dtype.newbyteorder("=")
     if native not in _ID_DTYPES:
         if native == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
@@ -526,7 +527,7 @@ def _offsets(spans: Any, name: str) -> Int64:
         return np.zeros((0, 2), dtype=np.int64)
     if array.ndim != 2 or array.shape[1] != 2:
         raise XTokMapError(f"{name}: expected [k, 2] (start, stop) pairs, got shape {array.shape}")
-    return _integers(array, name).astype(np.int64, copy=False)
+    return _integers(array, name, "spans").astype(np.int64, copy=False)
 
 
 def _positions(chunk: Int32, ptr: Int32, g: int) -> range:
@@ -541,7 +542,8 @@ def _scored(student_chunk: npt.NDArray[Any], teacher_chunk: npt.NDArray[Any], ch
     has_teacher = np.zeros(chunks + 1, dtype=np.bool_)  # one more, for -1
     has_teacher[teacher_chunk] = True
     has_teacher[-1] = False
-    return has_teacher[student_chunk]
+    scored: Bool = has_teacher[student_chunk]
+    return scored
 
 
 def _share(flags: Bool) -> float:
@@ -558,5 +560,3 @@ def _repr(alignment: Alignment | AlignmentBatch, size: str) -> str:
     kinds = ", ".join(f"{counts[kind]} {kind.name}" for kind in Kind if counts[kind])
     name = type(alignment).__name__
     return f"{name}({size}; {alignment.num_chunks} chunks: {kinds or 'none'}; coverage {alignment.coverage:.3f})"
-
-

@@ -160,7 +160,7 @@ def _of_directory(path: Path) -> _Vocabulary:
         found = sorted(path.glob(pattern))
         if len(found) > 1:
             raise UnsupportedTokenizerError(
-                f"{path}: {len(found)} files match {pattern} ({', '.join(f.name for f in found)}); pass the one that is meant"
+                f"{path}: {len(found)} files match {pattern} ({', '.join(f.name for f in found)}); pass the right one"
             )
         if found:
             vocabulary = _vocabulary_of_path(found[0])
@@ -180,7 +180,7 @@ def _declared_stops(path: Path, vocabulary: _Vocabulary) -> Iterator[int]:
         yield from (i for i, content in vocabulary.special.items() if content == name)
     generation = path / "generation_config.json"
     if generation.exists():
-        ids = _load_json(generation).get("eos_token_id")
+        ids: Any = _load_json(generation).get("eos_token_id")
         yield from (i for i in (ids if isinstance(ids, list) else [ids]) if i in vocabulary.special)
 
 
@@ -204,15 +204,9 @@ def _require(package: str, what: str) -> Any:
 # ---- transformers and tokenizers ---------------------------------------------------------------------------------
 
 #: The GPT-2 alphabet: every byte as one printable character.
-_BYTE_OF = {
-    char: byte
-    for byte, char in zip(
-        [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        + [*range(0x21), *range(0x7F, 0xA1), 0xAD],
-        [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100), *range(0x100, 0x144)],
-        strict=True,
-    )
-}
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(0x100) if byte not in _PRINTABLE]
+_BYTE_OF = {**{byte: byte for byte in _PRINTABLE}, **{0x100 + k: byte for k, byte in enumerate(_OTHERS)}}
 _IN_ALPHABET = re.compile("[" + "".join(re.escape(chr(c)) for c in _BYTE_OF) + "]*")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -283,9 +277,7 @@ def _no_decoder() -> str:
     )
 
 
-def _of_parts(
-    vocab: Mapping[str, int], added: Mapping[int, tuple[str, bool]], decoder: dict[str, Any]
-) -> _Vocabulary:
+def _of_parts(vocab: Mapping[str, int], added: Mapping[int, tuple[str, bool]], decoder: dict[str, Any]) -> _Vocabulary:
     spell, invalid = _decoder(decoder)
     special = {i: content for i, (content, is_special) in added.items() if is_special}
     names = {i: token for token, i in vocab.items()}
@@ -319,8 +311,8 @@ def _decoder(spec: dict[str, Any]) -> tuple[Callable[[str], bytes], str]:
         else:
             detail = {key: value for key, value in step.items() if key != "type"}
             raise UnsupportedTokenizerError(
-                f"decoder step {kind} {detail}: what a token spells depends on its neighbours or on a pattern, so its bytes "
-                "cannot be known exactly; build xtokmap.ByteTable.from_bytes([...]) for this vocabulary yourself"
+                f"decoder step {kind} {detail}: what a token spells depends on its neighbours or on a pattern, so its "
+                "bytes cannot be known exactly; build xtokmap.ByteTable.from_bytes([...]) for this vocabulary yourself"
             )
     if not texts:
         return to_bytes, invalid
@@ -452,7 +444,7 @@ def _of_tekken(spec: dict[str, Any]) -> _Vocabulary:
     count = int(config["default_num_special_tokens"])
     inner = int(config["default_vocab_size"]) - count
     special = {i: f"<SPECIAL_{i}>" for i in range(count)}
-    listed = spec.get("special_tokens") or _TEKKEN_SPECIAL
+    listed: Sequence[Mapping[str, Any]] = spec.get("special_tokens") or _TEKKEN_SPECIAL
     special.update({int(token["rank"]): token["token_str"] for token in listed})
     tokens = {
         count + int(token["rank"]): base64.b64decode(token["token_bytes"])
@@ -548,7 +540,7 @@ def text_codec(tokenizer: Any) -> TextCodec:
         core = _mistral_core(tokenizer)
         return _Lists(lambda texts: [core.encode(text, bos=False, eos=False) for text in texts])
     raise UnsupportedTokenizerError(
-        f"a {type(tokenizer).__name__} cannot encode text: give the Aligner the teacher's tokenizer itself to retokenize"
+        f"a {type(tokenizer).__name__} cannot encode text: give the Aligner the teacher's tokenizer itself"
     )
 
 
@@ -563,11 +555,13 @@ def _load_encoder(path: Path) -> Any:
         return _load_sentencepiece(path)
     if path.name.endswith(".json"):
         if "config" in _load_json(path):
-            return _require("mistral_common.tokens.tokenizers.tekken", "encoding with tekken").Tekkenizer.from_file(path)
+            return _require("mistral_common.tokens.tokenizers.tekken", "encoding with tekken").Tekkenizer.from_file(
+                path
+            )
         return _require("tokenizers", "encoding with tokenizer.json").Tokenizer.from_file(str(path))
     raise UnsupportedTokenizerError(
-        f"{path}: a bare vocabulary cannot encode; load the tokenizer (tiktoken.Encoding, or transformers with gguf_file=) "
-        "and pass that"
+        f"{path}: a bare vocabulary cannot encode; load the tokenizer (tiktoken.Encoding, or transformers with "
+        "gguf_file=) and pass that"
     )
 
 
@@ -658,7 +652,8 @@ def _fastest(tokenizer: Any) -> TextCodec:
         a, b = want[want_cu[k] : want_cu[k + 1]], got[got_cu[k] : got_cu[k + 1]]
         if not np.array_equal(a, b):
             warnings.warn(
-                f"fastokens gives other ids than tokenizers on {text!r} ({b.tolist()} for {a.tolist()}); tokenizers is used",
+                f"fastokens gives other ids than tokenizers on {text!r} ({b.tolist()} for {a.tolist()}); "
+                "tokenizers is used",
                 stacklevel=3,
             )
             return exact

@@ -1,0 +1,327 @@
+"""Brute-force oracles, and the random tokens and texts that they are asked about.
+
+Tokens are written as bytes, `SPECIAL` (no bytes) or `STOP` (no bytes, ends a turn). Everything is found by looking at
+every byte: slow, and plain enough to be believed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from hypothesis import strategies as st
+
+import xtokmap
+from xtokmap import Kind
+
+SPECIAL = None
+STOP = "stop"
+
+Token: TypeAlias = bytes | str | None
+Tokens: TypeAlias = list[Token]
+#: A text on both sides, in pieces that correspond: equal ones, and ones that are spelled differently.
+Pieces: TypeAlias = list[tuple[bytes, bytes]]
+
+FIELDS = {
+    "student_ptr": np.int32,
+    "teacher_ptr": np.int32,
+    "kind": np.uint8,
+    "student_chunk": np.int32,
+    "teacher_chunk": np.int32,
+    "student_end": np.int32,
+    "teacher_end": np.int32,
+    "teacher_pos": np.int32,
+    "teacher_off": np.int32,
+}
+
+
+def spelled(token: Token) -> bytes:
+    return token if isinstance(token, bytes) else b""
+
+
+def spell(tokens: Iterable[Token]) -> bytes:
+    return b"".join(map(spelled, tokens))
+
+
+def byte_ends(tokens: Tokens) -> list[int]:
+    return [len(spell(tokens[: i + 1])) for i in range(len(tokens))]
+
+
+# ---- chunks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Chunk:
+    """Token positions of both sides."""
+
+    student: list[int]
+    teacher: list[int]
+    kind: Kind
+    #: Where each side stands before the chunk: the first token, at or after that byte, that has bytes.
+    start: tuple[int, int]
+
+
+def chunks(student: Tokens, teacher: Tokens, pieces: Pieces | None = None) -> list[Chunk]:
+    """Cut wherever a token ends on both sides at the same place of the text.
+
+    Inside a piece that differs there is no such place; inside an equal one every byte is. Without `pieces` one side's
+    bytes must be the beginning of the other's.
+    """
+    if pieces is None:
+        common = min(spell(student), spell(teacher), key=len)
+        assert spell(student).startswith(common)
+        assert spell(teacher).startswith(common)
+        pieces = [(common, common)]
+    places, changed = [(0, 0)], []
+    for s, t in pieces:
+        x, y = places[-1]
+        if s == t:
+            places += [(x + k, y + k) for k in range(1, len(s) + 1)]
+        else:
+            places.append((x + len(s), y + len(t)))
+            changed.append(places[-1])
+    student_ends, teacher_ends = byte_ends(student), byte_ends(teacher)
+    cuts = [(x, y) for x, y in places if x in [0, *student_ends] and y in [0, *teacher_ends]]
+
+    def tokens_between(tokens: Tokens, ends: list[int], start: int, stop: int) -> list[int]:
+        return [i for i, token in enumerate(tokens) if spelled(token) and start < ends[i] <= stop]
+
+    def stops_at(tokens: Tokens, ends: list[int], place: int) -> list[int]:
+        return [i for i, token in enumerate(tokens) if token == STOP and ends[i] == place]
+
+    def first_from(tokens: Tokens, ends: list[int], place: int) -> int:
+        return next(i for i, token in enumerate(tokens) if spelled(token) and ends[i] > place)
+
+    found = []
+    for before, at in zip([None, *cuts], cuts, strict=False):
+        if before is not None:
+            s = tokens_between(student, student_ends, before[0], at[0])
+            t = tokens_between(teacher, teacher_ends, before[1], at[1])
+            start = (first_from(student, student_ends, before[0]), first_from(teacher, teacher_ends, before[1]))
+            rewritten = any(before < place <= at for place in changed)
+            found.append(Chunk(s, t, Kind.REWRITTEN if rewritten else kind_of(len(s), len(t)), start))
+        s, t = stops_at(student, student_ends, at[0]), stops_at(teacher, teacher_ends, at[1])
+        if s and t:
+            found.append(Chunk(s[:1], t[:1], Kind.STOP, (s[0], t[0])))
+    return found
+
+
+def kind_of(students: int, teachers: int) -> Kind:
+    return {
+        (True, True): Kind.ONE_TO_ONE,
+        (True, False): Kind.ONE_TO_MANY,
+        (False, True): Kind.MANY_TO_ONE,
+        (False, False): Kind.MANY_TO_MANY,
+    }[students == 1, teachers == 1]
+
+
+def expected(student: Tokens, teacher: Tokens, pieces: Pieces | None = None) -> dict[str, list[int]]:
+    """Every field of the `Alignment`."""
+    found = chunks(student, teacher, pieces)
+    student_chunk, teacher_chunk = [-1] * len(student), [-1] * len(teacher)
+    teacher_pos, teacher_off = [-1] * len(student), [-1] * len(student)
+    student_ends, teacher_ends = byte_ends(student), byte_ends(teacher)
+    for g, chunk in enumerate(found):
+        for i in chunk.student:
+            student_chunk[i] = g
+        for j in chunk.teacher:
+            teacher_chunk[j] = g
+        if chunk.kind in (Kind.STOP, Kind.REWRITTEN):
+            if chunk.student and chunk.teacher:
+                teacher_pos[chunk.student[0]], teacher_off[chunk.student[0]] = chunk.teacher[0], 0
+            continue
+        # Byte k of the chunk lies in these tokens, at these bytes of them.
+        in_student = [(i, b) for i in chunk.student for b in range(len(spelled(student[i])))]
+        in_teacher = [(j, b) for j in chunk.teacher for b in range(len(spelled(teacher[j])))]
+        for (i, b), (j, c) in zip(in_student, in_teacher, strict=True):
+            if b == 0:
+                teacher_pos[i], teacher_off[i] = j, c
+
+    def ptr(side: int) -> list[int]:
+        stop = 0
+        for chunk in found:
+            tokens = (chunk.student, chunk.teacher)[side]
+            stop = tokens[-1] + 1 if tokens else chunk.start[side]
+        return [*(chunk.start[side] for chunk in found), stop]
+
+    return {
+        "student_ptr": ptr(0),
+        "teacher_ptr": ptr(1),
+        "kind": [int(chunk.kind) for chunk in found],
+        "student_chunk": student_chunk,
+        "teacher_chunk": teacher_chunk,
+        "student_end": student_ends,
+        "teacher_end": teacher_ends,
+        "teacher_pos": teacher_pos,
+        "teacher_off": teacher_off,
+    }
+
+
+def fields(alignment: xtokmap.Alignment) -> dict[str, list[int]]:
+    """The fields of an alignment in the oracle's form; their dtypes are checked."""
+    for name, dtype in FIELDS.items():
+        assert getattr(alignment, name).dtype == dtype, name
+        assert getattr(alignment, name).ndim == 1, name
+    return {name: getattr(alignment, name).tolist() for name in FIELDS}
+
+
+# ---- spans -------------------------------------------------------------------------------------------------------
+
+
+def shared_bytes(student: Tokens, teacher: Tokens, found: list[Chunk]) -> Counter[tuple[int, int]]:
+    """(student token, teacher token) -> bytes that lie in both; the two of a STOP chunk share 0."""
+    shared: Counter[tuple[int, int]] = Counter()
+    for chunk in found:
+        if chunk.kind == Kind.STOP:
+            shared[chunk.student[0], chunk.teacher[0]] = 0
+        elif chunk.kind != Kind.REWRITTEN:
+            in_student = [i for i in chunk.student for _ in spelled(student[i])]
+            in_teacher = [j for j in chunk.teacher for _ in spelled(teacher[j])]
+            shared.update(zip(in_student, in_teacher, strict=True))
+    return shared
+
+
+def mapped_span(
+    student: Tokens, teacher: Tokens, found: list[Chunk], span: tuple[int, int], mode: str
+) -> tuple[int, int]:
+    """Student tokens `span` -> teacher tokens, by the bytes of every teacher token."""
+    own = set(range(*span))
+    touched = [g for g, chunk in enumerate(found) if own & set(chunk.student)]
+    if not touched:
+        return -1, -1
+    shared = shared_bytes(student, teacher, found)
+    taken = []
+    for chunk in found[touched[0] : touched[-1] + 1]:
+        whole = own >= set(chunk.student)
+        for j in chunk.teacher:
+            in_span = sum(shared[i, j] for i in chunk.student if i in own)
+            if chunk.kind in (Kind.REWRITTEN, Kind.STOP):
+                take = whole or mode == "cover"
+            elif mode == "cover":
+                take = in_span > 0
+            else:
+                take = in_span == len(spelled(teacher[j]))
+            if take:
+                taken.append(j)
+    return (min(taken), max(taken) + 1) if taken else (-1, -1)
+
+
+def swapped(found: list[Chunk]) -> list[Chunk]:
+    """The same chunks with the teacher as the student."""
+    swap = {Kind.ONE_TO_MANY: Kind.MANY_TO_ONE, Kind.MANY_TO_ONE: Kind.ONE_TO_MANY}
+    return [Chunk(c.teacher, c.student, swap.get(c.kind, c.kind), c.start[::-1]) for c in found]
+
+
+def characters_shared(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> list[list[int]]:
+    """For every token of `tokens_a` those of `tokens_b` with a character of the (same) text in both."""
+    of_a = [i for i, token in enumerate(tokens_a) for _ in token]
+    of_b = [j for j, token in enumerate(tokens_b) for _ in token]
+    pairs = set(zip(of_a, of_b, strict=True))
+    return [sorted(j for i, j in pairs if i == k) for k in range(len(tokens_a))]
+
+
+# ---- vocabularies ------------------------------------------------------------------------------------------------
+
+
+def table(*rows: Tokens, **options: str) -> tuple[xtokmap.ByteTable, list[list[int]]]:
+    """A byte table that holds exactly the tokens of these rows, and the rows' ids. Id 1 is the stop token."""
+    vocabulary: Tokens = [SPECIAL, STOP]
+    for token in (token for row in rows for token in row):
+        if token not in vocabulary:
+            vocabulary.append(token)
+    ids = [[vocabulary.index(token) for token in row] for row in rows]
+    tokens = [token if isinstance(token, bytes) else None for token in vocabulary]
+    return xtokmap.ByteTable.from_bytes(tokens, stop_ids=[1], **options), ids
+
+
+def aligner(student: Tokens, teacher: Tokens) -> tuple[xtokmap.Aligner, list[int], list[int]]:
+    (s, [student_ids]), (t, [teacher_ids]) = table(student), table(teacher)
+    return xtokmap.Aligner(s, t), student_ids, teacher_ids
+
+
+def align(student: Tokens, teacher: Tokens, **options: bool) -> xtokmap.Alignment:
+    al, student_ids, teacher_ids = aligner(student, teacher)
+    return al.align(student_ids, teacher_ids, **options)
+
+
+# ---- strategies --------------------------------------------------------------------------------------------------
+
+
+def cut(text: bytes, places: list[tuple[int, int]]) -> Tokens:
+    """Cuts bytes into tokens at these places (modulo the length), with special and stop tokens thrown in."""
+    tokens: Tokens = []
+    start = 0
+    for place, what in sorted((place % (len(text) + 1), what) for place, what in places):
+        if place > start:
+            tokens.append(text[start:place])
+            start = place
+        tokens += {0: [SPECIAL], 1: [STOP]}.get(what, [])
+    return [*tokens, text[start:]] if start < len(text) else tokens
+
+
+def without_stops(tokens: Tokens) -> Tokens:
+    return [token for token in tokens if token != STOP]
+
+
+#: Where to cut, and what to throw in: see `cut`.
+places = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 12)), max_size=24)
+
+#: Bytes in which whole and broken characters are common.
+byte_texts = st.lists(
+    st.sampled_from([b"a", b"b", b" ", b"\xc3", b"\xa9", b"\xe4", b"\xbd", b"\xa0", b"\xf0\x9f", b"\x92", b"\xff"]),
+    max_size=40,
+).map(b"".join)
+
+#: What normalizers and lossy decodes make of characters, and characters that they leave alone.
+_CHANGED = [
+    ("É", "é"),
+    ("e\u0301", "é"),
+    ("\u0958", "क\u093c"),
+    ("\u1112\u1161\u11ab", "한"),
+    ("\ufb1d", "\u05d9\u05b4"),
+    ("ﬁ", "fi"),
+    ("Ａ", "A"),
+    ("½", "1\u20442"),
+    ("Q", "q"),
+    ("▁", " "),
+    (b"\xe4\xbd", "\ufffd"),
+    (b"\xff", "\ufffd"),
+    (b"\xf0\x9f\x92", "\ufffd"),
+]
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode()
+
+
+_same = st.sampled_from("xyz-é漢字💡ж0").map(lambda char: (char.encode(), char.encode()))
+_changed = st.sampled_from(_CHANGED).map(lambda pair: (_bytes(pair[0]), _bytes(pair[1])))
+changed_texts = st.lists(st.one_of(_same, _same, _same, _same, _changed), max_size=24)
+
+
+def side(pieces: Pieces, index: int) -> bytes:
+    return b"".join(piece[index] for piece in pieces)
+
+
+@st.composite
+def vocabularies(draw: st.DrawFn) -> tuple[Tokens, Tokens]:
+    """Two random vocabularies over few bytes, and one text in tokens of each.
+
+    The student's tokens are drawn one by one, so that no tokenizer would have produced them; the teacher's follow its
+    bytes, with whatever token fits.
+    """
+    vocabulary = st.lists(
+        st.lists(st.sampled_from([b"a", b"b", b"\xc3", b"\xa9"]), min_size=1, max_size=4).map(b"".join)
+    )
+    student = draw(st.lists(st.sampled_from([*draw(vocabulary), b"a", SPECIAL, STOP]), max_size=24))
+    fitting = [*draw(vocabulary), b"a", b"b", b"\xc3", b"\xa9"]
+    teacher: Tokens = []
+    rest = spell(student)
+    while rest:
+        teacher.append(draw(st.sampled_from([token for token in fitting if rest.startswith(token)])))
+        rest = rest[len(spelled(teacher[-1])) :]
+        teacher += draw(st.sampled_from([[], [], [], [SPECIAL], [STOP], [STOP, SPECIAL]]))
+    return student, teacher
