@@ -195,7 +195,7 @@ def step(logits, ids, teacher_logprobs, index, mask, credit):
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("credit", CREDITS)
 def test_a_step_on_fake_tensors_mixes_no_devices_and_never_syncs(index, credit, device):
-    # A fake tensor has no data: .item(), nonzero or a boolean mask would raise, and so would a CPU tensor among CUDA ones.
+    # A fake tensor has no data: .item(), nonzero or a boolean mask would raise; so would a CPU tensor among CUDA ones.
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fields = [mode.from_tensor(getattr(index, f)).to(device) for f in ChunkIndex.__dataclass_fields__]
         logits = torch.empty(3, 5, 11, device=device, dtype=torch.bfloat16, requires_grad=True)

@@ -360,17 +360,18 @@ class Aligner:
         return self._align(student, teacher, strict=strict, threads=threads)
 
     def retokenize(
-        self, student_ids: Any, student_mask: Any = None, *, threads: int | None = None
+        self, student_ids: Any, student_mask: Any = None, *, stop_id: int | None = None, threads: int | None = None
     ) -> tuple[list[Int64], AlignmentBatch]:
         """Student completions -> what the teacher is given for them, and the alignment of the two, in bulk.
 
         The text is the lossy decode of the student's bytes: what is not UTF-8 becomes U+FFFD, as the student's own
-        decoder counts it. The student's ids are aligned as sampled. Where a student row has an end-of-turn token the
-        teacher's row gets the teacher's own (`teacher.stop_ids[0]`), and the two form a STOP chunk.
+        decoder counts it, and alignment counts the same way. The student's ids are aligned as sampled. Where a student
+        row has an end-of-turn token the teacher's row gets the teacher's own, and the two form a STOP chunk.
 
         Args:
             student_ids: B rows, as `align_batch` takes them.
             student_mask: as for `align_batch`.
+            stop_id: the teacher's end of turn; None takes the first of `teacher.stop_ids`, if there is one.
             threads: as for `align_batch`.
 
         Returns:
@@ -378,23 +379,36 @@ class Aligner:
 
         Raises:
             UnsupportedTokenizerError: the teacher was given as something that cannot encode (a `ByteTable`).
+            XTokMapError: a `stop_id` that is none of the teacher's stop ids.
         """
         student = _Rows.of_batch(student_ids, student_mask, "student")
+        teacher = self._encode(student, stop_id, threads)
+        batch = self._align(student, teacher, strict=False, threads=threads)
+        return np.split(teacher.ids, teacher.layout[1:])[:-1], batch
+
+    def teacher_ids(
+        self, student_ids: Any, student_mask: Any = None, *, stop_id: int | None = None, threads: int | None = None
+    ) -> list[Int64]:
+        """The first half of `retokenize`: what the teacher is given, without the alignment."""
+        student = _Rows.of_batch(student_ids, student_mask, "student")
+        teacher = self._encode(student, stop_id, threads)
+        return np.split(teacher.ids, teacher.layout[1:])[:-1]
+
+    def _encode(self, student: _Rows, stop_id: int | None, threads: int | None) -> _Rows:
         if self._codec is None:
             self._codec = text_codec(self._teacher_source)
+        if stop_id is not None and stop_id not in self.teacher.stop_ids:
+            raise XTokMapError(f"stop_id={stop_id} is none of the teacher's stop ids {self.teacher.stop_ids}")
         texts, counts = self._core.student_texts(student.ids, student.layout, threads)
         ids, cu = self._codec.encode_batch(texts)
         # A row's texts are what lies before, between and after its end-of-turn tokens: the teacher's goes between.
         first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
         inner = np.ones(len(texts) + 1, dtype=np.bool_)
         inner[first] = False
-        stops = self.teacher.stop_ids[:1]
-        if stops:
-            ids = np.insert(ids, cu[inner], stops[0])
+        if stop_id is not None or self.teacher.stop_ids:
+            ids = np.insert(ids, cu[inner], self.teacher.stop_ids[0] if stop_id is None else stop_id)
             cu = cu + np.cumsum(inner)
-        teacher = _Rows(ids, cu[first])
-        batch = self._align(student, teacher, strict=False, threads=threads)
-        return np.split(ids, teacher.layout[1:])[:-1], batch
+        return _Rows(ids, cu[first])
 
     def _align(self, student: _Rows, teacher: _Rows, *, strict: bool, threads: int | None) -> AlignmentBatch:
         arrays: dict[str, Any] = self._core.align_batch(
@@ -509,16 +523,18 @@ def _integers(numbers: Any, name: str, what: str = "token ids") -> npt.NDArray[A
     if array.size == 0 and array.dtype.kind in "fO":
         array = array.astype(np.int64)  # an empty list
     if array.dtype.kind not in "iu":
-        if array.dtype.kind == "O" and all(isinstance(number, int) for number in array.flat):
-            raise XTokMapError(f"{name}: {what} beyond 64 bits; they are larger than any vocabulary or text")
-        got = f"{array.dtype} {array.reshape(-1)[:1].tolist()}"
-        raise XTokMapError(f"{name}: {what} must be integers, got {got}; pass int32, int64 or uint32")
+        odd = array.reshape(-1)[:1].tolist()
+        if array.dtype.kind == "O":
+            odd = [number for number in array.flat if not isinstance(number, int)][:1]
+            if not odd:
+                raise XTokMapError(f"{name}: {what} beyond 64 bits; they are larger than any vocabulary or text")
+        raise XTokMapError(f"{name}: {what} must be integers, got {array.dtype} {odd}; pass int32, int64 or uint32")
     native = array.dtype.newbyteorder("=")
     if native not in _ID_DTYPES:
         if native == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
             raise XTokMapError(f"{name}: id {array.max()} is larger than any vocabulary")
         native = np.dtype(np.int64)
-    return np.ascontiguousarray(array, dtype=native)
+    return np.asarray(array, dtype=native, order="C")
 
 
 def _offsets(spans: Any, name: str) -> Int64:

@@ -76,6 +76,10 @@ class ChunkIndex:
         """The same index on another device."""
         return ChunkIndex(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
+    def rows(self, select: slice | Tensor) -> ChunkIndex:
+        """The index of some of the rows, for a micro-batch."""
+        return ChunkIndex(*(getattr(self, f.name)[select] for f in fields(self)))
+
     def sum_student(self, x: Tensor) -> Tensor:
         """Sums `x` `[B, Ts]` over the student tokens of every chunk: float32 (or x's integer dtype) `[B, C]`.
 

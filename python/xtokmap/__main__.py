@@ -1,0 +1,253 @@
+"""The command line: `xtokmap align`, `xtokmap train`, `xtokmap demo`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xtokmap
+from xtokmap import Aligner, Alignment, Kind, UnsupportedTokenizerError, XTokMapError
+from xtokmap.tokenizers import text_codec
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; what is wrong with the input is one line on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="xtokmap", description=(xtokmap.__doc__ or "").splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"xtokmap {xtokmap.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    try:
+        _add_align(commands)
+        _add_train(commands, wanted="train" in argv[:1])
+        _add_demo(commands)
+        args = parser.parse_args(argv)
+        return int(args.run(args))
+    except (XTokMapError, OSError) as error:
+        print(f"xtokmap: {error}", file=sys.stderr)
+    except ImportError as error:
+        print(f"xtokmap: {error}; this command needs pip install 'xtokmap[train]'", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 2
+
+
+# ---- align -------------------------------------------------------------------------------------------------------
+
+
+def _add_align(commands: Any) -> None:
+    p = commands.add_parser("align", help="show two tokenizations of a text under each other, chunk by chunk")
+    p.add_argument("--student", required=True, help="a tokenizer: file, directory or hub id")
+    p.add_argument("--teacher", required=True, help="likewise")
+    p.add_argument("--text-file", type=Path, help="read the text from a file (UTF-8)")
+    p.add_argument("--json", action="store_true", help="ids, tokens and chunks as JSON")
+    p.add_argument("--width", type=int, help="columns of the view (the terminal's)")
+    p.add_argument("text", nargs="*", help="the text; `-` or nothing reads standard input")
+    p.set_defaults(run=_align)
+
+
+def _align(args: argparse.Namespace) -> int:
+    if args.text_file is not None:
+        text = args.text_file.read_text(encoding="utf-8")
+    elif args.text and args.text != ["-"]:
+        text = " ".join(args.text)
+    else:
+        text = sys.stdin.read()
+    student, teacher = _tokenizer(args.student), _tokenizer(args.teacher)
+    aligner = Aligner(student, teacher)
+    student_ids, teacher_ids = (text_codec(t).encode_batch([text])[0] for t in (student, teacher))
+    alignment = aligner.align(student_ids, teacher_ids)
+    sides = {
+        "student": [(int(i), aligner.student[int(i)] or b"") for i in student_ids],
+        "teacher": [(int(i), aligner.teacher[int(i)] or b"") for i in teacher_ids],
+    }
+    if args.json:
+        print(json.dumps(_as_json(alignment, sides), ensure_ascii=False, indent=1))
+    else:
+        _show(alignment, sides, args.width or shutil.get_terminal_size((100, 20)).columns)
+    return 0
+
+
+def _tokenizer(source: str) -> Any:
+    """What can encode: the file itself where it can, else through transformers."""
+    path = Path(source)
+    if path.is_file() and not source.endswith(".gguf"):
+        return path
+    if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "tekken.json")):
+        return path
+    if not path.exists() and (source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise XTokMapError(f"{source}: no such file or directory")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise XTokMapError(
+            f"{source}: no tokenizer file; a hub id or .gguf file needs the package transformers"
+        ) from None
+    try:
+        if source.endswith(".gguf"):
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UnsupportedTokenizerError(f"{source}: transformers cannot load a tokenizer from it: {first}") from None
+
+
+def _as_json(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]]) -> dict[str, Any]:
+    tokens = {
+        side: [{"id": i, "text": spelled.decode(errors="replace"), "bytes": spelled.hex()} for i, spelled in rows]
+        for side, rows in sides.items()
+    }
+    chunks = [
+        {
+            "student": [chunk.student.start, chunk.student.stop],
+            "teacher": [chunk.teacher.start, chunk.teacher.stop],
+            "text": (chunk.text or b"").decode(errors="replace"),
+            "kind": chunk.kind.name,
+        }
+        for chunk in alignment
+    ]
+    shares = {kind.name: share for kind, share in alignment.coverage_by_kind().items()}
+    return {**tokens, "chunks": chunks, "coverage": alignment.coverage, "coverage_by_kind": shares}
+
+
+def _visible(spelled: bytes) -> str:
+    """Token bytes as one line of text: spaces and line ends can be seen, what is not UTF-8 is hexadecimal."""
+    text = spelled.decode(errors="backslashreplace")
+    shown = {" ": "·", "\n": "⏎", "\t": "→"}
+    return "".join(shown.get(c, c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
+
+
+def _show(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]], width: int) -> None:
+    """Student over teacher, a column for each chunk; tokens inside a chunk are parted by `|`."""
+    columns: list[tuple[str, str, Kind | None]] = []
+    at = {"student": 0, "teacher": 0}
+
+    def cell(side: str, stop: int) -> str:
+        text = "|".join(_visible(spelled) for _, spelled in sides[side][at[side] : stop])
+        at[side] = stop
+        return text
+
+    columns.extend((cell("student", c.student.stop), cell("teacher", c.teacher.stop), c.kind) for c in alignment)
+    rest = cell("student", len(sides["student"])), cell("teacher", len(sides["teacher"]))
+    if any(rest):
+        columns.append((*rest, None))
+
+    out = _Painter()
+    lines: list[list[tuple[str, str, Kind | None]]] = [[]]
+    used = 9
+    for column in columns:
+        need = max(map(_cells, column[:2])) + 3
+        if lines[-1] and used + need > width:
+            lines.append([])
+            used = 9
+        lines[-1].append(column)
+        used += need
+    for k, line in enumerate(lines):
+        if k:
+            out.line([])
+        for row, side in enumerate(("student", "teacher")):
+            parts: list[tuple[str, str]] = [(f"{side}  ", "dim")]
+            for n, column in enumerate(line):
+                pad = max(map(_cells, column[:2])) - _cells(column[row])
+                parts.append((str(column[row]) + " " * pad, _STYLE[column[2]][n % 2]))
+                parts.append((" ┆ ", "dim"))
+            out.line(parts[:-1])
+    kinds = ", ".join(f"{kind.name} {share:.1%}" for kind, share in alignment.coverage_by_kind().items() if share)
+    counts = f"{len(sides['student'])} student and {len(sides['teacher'])} teacher tokens, {len(alignment)} chunks"
+    out.line([])
+    out.line([(f"{counts}; student tokens by kind: {kinds or 'none'}; coverage {alignment.coverage:.1%}", "")])
+
+
+_STYLE: dict[Kind | None, tuple[str, str]] = {
+    Kind.ONE_TO_ONE: ("green", "green"),
+    Kind.ONE_TO_MANY: ("cyan", "bright_cyan"),
+    Kind.MANY_TO_ONE: ("blue", "bright_blue"),
+    Kind.MANY_TO_MANY: ("magenta", "bright_magenta"),
+    Kind.REWRITTEN: ("bold yellow", "bold yellow"),
+    Kind.STOP: ("bold", "bold"),
+    None: ("bold red", "bold red"),
+}
+
+
+def _cells(text: str | Kind | None) -> int:
+    """Columns that a text takes on a terminal."""
+    try:
+        from rich.cells import cell_len
+    except ImportError:
+        return len(str(text))
+    return cell_len(str(text))
+
+
+class _Painter:
+    """Prints styled parts: with rich on a terminal, plain otherwise."""
+
+    def __init__(self) -> None:
+        self.console: Any = None
+        if sys.stdout.isatty():
+            try:
+                from rich.console import Console
+            except ImportError:
+                return
+            self.console = Console(highlight=False, soft_wrap=True)
+
+    def line(self, parts: list[tuple[str, str]]) -> None:
+        if self.console is None:
+            print("".join(text for text, _ in parts).rstrip())
+            return
+        from rich.text import Text
+
+        self.console.print(Text.assemble(*parts))
+
+
+# ---- train and demo ----------------------------------------------------------------------------------------------
+
+
+def _add_train(commands: Any, *, wanted: bool) -> None:
+    p = commands.add_parser("train", help="on-policy distillation of a teacher into a student of another family")
+    p.set_defaults(run=_train)
+    if not wanted:  # its flags are the fields of Config, and those need torch
+        return
+    from xtokmap.train import Config
+
+    for f in dataclasses.fields(Config):
+        flag, kind, default = "--" + f.name.replace("_", "-"), type(f.default), f.default
+        text = f.metadata["doc"].replace("%", "%%")
+        if f.name in ("student", "teacher", "prompts"):
+            p.add_argument(flag, required=True, help=text)
+        elif kind is bool:
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        else:
+            p.add_argument(flag, type=kind, default=default, help=f"{text} [{default!r}]")
+
+
+def _add_demo(commands: Any) -> None:
+    p = commands.add_parser("demo", help="distil Gemma 3 270M into SmolLM2 135M Instruct, from PyPI packages")
+    p.add_argument("--student", help="another student: a directory, a .gguf file or a hub id")
+    p.add_argument("--teacher", help="another teacher, likewise")
+    p.add_argument("--output", default="runs/demo", help="folder for everything that the demo makes")
+    p.add_argument("--steps", type=int, help="fewer or more steps than the demo's own")
+    p.set_defaults(run=_demo)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from xtokmap.train import Config, train
+
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    result = train(Config(**values))
+    print(f"student, metrics, config and curves are in {result.output}")
+    return 130 if result.interrupted else 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from xtokmap.demo import demo
+
+    return demo(student=args.student, teacher=args.teacher, output=args.output, steps=args.steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Teachers: who gives every teacher token its logprob, and the models behind them.
+
+One convention everywhere: `logprobs[i]` scores `ids[i]` given `ids[<i]`. Hugging Face models give logits whose row i
+scores token i + 1; the shift happens here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtokmap._core import XTokMapError
+from xtokmap.tokenizers import byte_table
+from xtokmap.torch import token_logprobs, token_logprobs_from_hidden
+
+#: How a prompt is put to a model whose tokenizer has no chat template.
+PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a teacher says about B completions.
+
+    Attributes:
+        logprobs: float32 `[B, Tt]`; `logprobs[b, i]` scores token i of completion b, in nats; 0 on padding (right).
+        mask: bool `[B, Tt]`; where there is a token.
+    """
+
+    logprobs: Tensor
+    mask: Tensor
+
+
+class LocalTeacher:
+    """A causal language model in this process that scores token ids. It is never trained.
+
+    Args:
+        model: a transformers causal language model; moved nowhere, its device is used.
+        tokenizer: its tokenizer.
+        micro_batch: completions in one forward pass; they are taken in order of length.
+        plain_template: the prompt format where the tokenizer has no chat template; must contain `{prompt}`.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, micro_batch: int = 8, plain_template: str = PLAIN_TEMPLATE
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.micro_batch = micro_batch
+        self.plain_template = plain_template
+        self.stop_id = stop_id(tokenizer)
+
+    def render(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Every prompt as the ids after which this model would answer."""
+        return render(self.tokenizer, prompts, self.plain_template)
+
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Scores:
+        """Logprobs of the completions' tokens, each given its prompt and what precedes it.
+
+        Args:
+            prompt_ids: B rows, each of at least one id.
+            completion_ids: B rows.
+
+        Raises:
+            XTokMapError: an empty prompt, or different numbers of rows.
+        """
+        _check_pairs(prompt_ids, completion_ids)
+        device = next(self.model.parameters()).device
+        width = max(map(len, completion_ids), default=0)
+        logprobs = torch.zeros(len(completion_ids), width, device=device)
+        order = sorted(range(len(completion_ids)), key=lambda b: len(prompt_ids[b]) + len(completion_ids[b]))
+        with torch.no_grad():
+            for first in range(0, len(order), self.micro_batch):
+                rows = order[first : first + self.micro_batch]
+                part = completion_logprobs(self.model, [prompt_ids[b] for b in rows], [completion_ids[b] for b in rows])
+                logprobs[torch.tensor(rows, device=device), : part.shape[1]] = part
+        lengths = torch.tensor([len(row) for row in completion_ids], device=device)
+        return Scores(logprobs, torch.arange(width, device=device) < lengths[:, None])
+
+
+def render(tokenizer: Any, prompts: Sequence[str], plain_template: str = PLAIN_TEMPLATE) -> list[list[int]]:
+    """Prompts as ids: through the tokenizer's chat template, or through `plain_template` when it has none."""
+    if "{prompt}" not in plain_template:
+        raise XTokMapError(f"plain_template={plain_template!r} must contain {{prompt}}")
+    if getattr(tokenizer, "chat_template", None):
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+        return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    return [tokenizer(plain_template.replace("{prompt}", prompt)).input_ids for prompt in prompts]
+
+
+def stop_id(tokenizer: Any) -> int | None:
+    """The token with which this model ends its answer: what its chat template puts there, else its end of text."""
+    stops = byte_table(tokenizer).stop_ids
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = tokenizer(text[text.rindex("b") + 1 :], add_special_tokens=False).input_ids
+        in_template = [i for i in ids if i in stops]
+        if in_template:
+            return int(in_template[0])
+    eos = tokenizer.eos_token_id
+    if isinstance(eos, int):
+        return eos
+    return stops[0] if stops else None
+
+
+def completion_logprobs(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    width: int | None = None,
+) -> Tensor:
+    """Logprobs of completions under a transformers causal language model, with a gradient where grad is enabled.
+
+    The output head runs on completion rows only and one slice of the vocabulary's logits exists at a time, so that
+    memory is that of the hidden states.
+
+    Args:
+        model: its parameters' device is used.
+        prompt_ids: B rows, each of at least one id.
+        completion_ids: B rows.
+        temperature: of the distribution that sampled.
+        width: T of the result; None takes the longest completion.
+
+    Returns:
+        float32 `[B, T]`; 0 on padding, which is on the right.
+    """
+    _check_pairs(prompt_ids, completion_ids)
+    device = next(model.parameters()).device
+    width = max(map(len, completion_ids), default=0) if width is None else width
+    rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    length = max(map(len, rows), default=0)
+    # Everything about lengths is known here, so that the device is never asked.
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    source: list[int] = []
+    target: list[int] = []
+    for b, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        source += range(b * length + len(p) - 1, b * length + len(p) - 1 + len(c))
+        target += range(b * width, b * width + len(c))
+    wanted = torch.tensor([i for row in completion_ids for i in row], dtype=torch.long)
+    ids, mask, wanted = ids.to(device), mask.to(device), wanted.to(device)
+    at, to = (
+        torch.tensor(source, device=device, dtype=torch.long),
+        torch.tensor(target, device=device, dtype=torch.long),
+    )
+
+    body, head = _parts(model)
+    if body is None:
+        out = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        flat = token_logprobs(out.flatten(0, 1).index_select(0, at), wanted, temperature=temperature)
+    else:
+        hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        config = model.config.get_text_config()
+        flat = token_logprobs_from_hidden(
+            hidden.flatten(0, 1).index_select(0, at),
+            head.weight,
+            wanted,
+            bias=head.bias,
+            temperature=temperature,
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+    return flat.new_zeros(len(rows) * width).index_copy(0, to, flat).view(len(rows), width)
+
+
+def _check_pairs(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
+    if len(prompt_ids) != len(completion_ids):
+        raise XTokMapError(f"{len(prompt_ids)} prompts and {len(completion_ids)} completions; they must go in pairs")
+    for b, row in enumerate(prompt_ids):
+        if len(row) == 0:
+            raise XTokMapError(f"prompt_ids[{b}] is empty: the first token of a completion is scored given something")
+
+
+def _parts(model: Any) -> tuple[Any, Any]:
+    """The body that gives hidden states and the linear head, or None where a model is not made of just these two."""
+    body, head = getattr(model, "base_model", None), model.get_output_embeddings()
+    plain = isinstance(head, torch.nn.Linear) and body is not None and body is not model
+    # Models that scale their logits do something between head and softmax that only their own forward knows.
+    config = model.config.get_text_config()
+    scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in ("logit_scale", "logits_scaling"))
+    return (body, head) if plain and not scaled else (None, None)

@@ -1,0 +1,233 @@
+"""The loop: it learns, repeats itself, saves, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+import xtokmap
+from xtokmap import train as loop
+from xtokmap.teacher import LocalTeacher
+from xtokmap.train import Config, Roller, evaluate, ratio_with_error, read_prompts, train
+
+# It reads "<eos>" in a text as the special token, for the tiny teacher: found by the check, and `tokenizers` is used.
+pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": t, "split": "train"} for t in ("the sky", "the dog", "a fox?", "1 + 2")]
+    rows += [{"prompt": t, "split": "heldout"} for t in ("the grass", "naïve")]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def config(prompts, **changes) -> Config:
+    values = {
+        "prompts": str(prompts),
+        "output": str(prompts.parent / "out"),
+        "steps": 3,
+        "batch_size": 4,
+        "max_new_tokens": 12,
+        "learning_rate": 3e-3,
+        "warmup_steps": 1,
+        "micro_batch": 3,
+        "max_chunk_tokens": 0,
+        "device": "cpu",
+    }
+    return Config(**{**values, **changes})
+
+
+def test_a_run_leaves_everything_that_it_promises(prompts, capsys):
+    result = train(config(prompts), models=tiny.pair())
+    out = result.output
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines == result.metrics
+    for line in lines:
+        assert set(line["time"]) == {"sample", "retokenise", "teacher", "align", "update"}
+        assert sum(line["coverage"].values()) == pytest.approx(1)
+        assert 0 < line["scored"] <= 1
+        assert 0 <= line["clamped"] <= 1
+        assert 0 <= line["completed"] <= 1
+        assert 0 < line["response_length"] <= 12
+        assert line["grad_norm"] > 0
+        assert line["tokens_per_second"] > 0
+        assert math.isfinite(line["kl_per_byte"])
+        assert line["kl_error"] > 0
+        assert line["skipped_updates"] == 0
+    assert json.loads((out / "config.json").read_text())["max_new_tokens"] == 12
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "student" / "model.safetensors").exists()
+    saved = AutoModelForCausalLM.from_pretrained(out / "student")
+    assert AutoTokenizer.from_pretrained(out / "student").eos_token == "<|im_end|>"
+    untrained = tiny.student_model()
+    assert not all(torch.equal(a, b) for a, b in zip(saved.parameters(), untrained.parameters(), strict=True))
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation["before"]["kl_per_byte"] == pytest.approx(result.before.kl_per_byte[0])
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("step ") for line in printed) == 3
+
+
+@pytest.mark.parametrize("credit", ["prior", "full"])
+def test_the_student_moves_towards_the_teacher(prompts, credit):
+    changes = {"steps": 40, "batch_size": 16, "micro_batch": 16, "credit": credit, "eval_samples": 40}
+    result = train(config(prompts, learning_rate=1e-2, **changes), models=tiny.pair())
+    fall, error = result.after.fall_since(result.before)
+    assert fall > 3 * error > 0
+
+
+def test_the_same_seed_gives_the_same_run(prompts):
+    def run(name, **changes):
+        result = train(config(prompts, output=str(prompts.parent / name), **changes), models=tiny.pair())
+        return [(m["kl_per_byte"], m["loss"], m["grad_norm"], m["response_length"]) for m in result.metrics]
+
+    assert run("a") == run("b")
+    assert run("a") != run("c", seed=1)
+
+
+def gradients(prompts, **changes):
+    student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
+    settings = config(prompts, **changes)
+    roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), settings)
+    torch.manual_seed(0)
+    rollouts = roller.roll(["the sky", "the dog", "a fox?", "1 + 2", "hello"])
+
+    class Keep(torch.optim.SGD):
+        def step(self, closure=None):
+            self.kept = [p.grad.clone() for p in student.parameters()]
+
+    optimizer = Keep(student.parameters(), lr=0.0)
+    found = loop.update(roller, rollouts, optimizer)
+    return optimizer.kept, float(found["loss"]), found["nats"]
+
+
+@pytest.mark.parametrize("aggregate", ["response", "scored"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_micro_batches_give_the_whole_batchs_gradient(prompts, aggregate, updates):
+    changes = {"aggregate": aggregate, "updates": updates, "grad_clip": 1e9}
+    whole, loss, nats = gradients(prompts, micro_batch=5, **changes)
+    parts, loss_of_parts, nats_of_parts = gradients(prompts, micro_batch=2, **changes)
+    assert loss == pytest.approx(loss_of_parts, abs=1e-5)
+    torch.testing.assert_close(nats, nats_of_parts, atol=1e-4, rtol=1e-4)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_an_unscored_stop_has_no_gradient_of_its_own(prompts):
+    scored, *_ = gradients(prompts, micro_batch=5, max_new_tokens=60)
+    unscored, *_ = gradients(prompts, micro_batch=5, max_new_tokens=60, score_stop=False)
+    assert any(not torch.equal(a, b) for a, b in zip(scored, unscored, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_said(prompts):
+    student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
+    roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config(prompts))
+    rollouts = roller.roll(["the sky"])
+    before = [p.detach().clone() for p in student.parameters()]
+    handle = next(student.parameters()).register_hook(lambda grad: grad * math.nan)
+    with pytest.warns(UserWarning, match="not finite: this update was skipped"):
+        found = loop.update(roller, rollouts, torch.optim.SGD(student.parameters(), lr=1.0))
+    handle.remove()
+    assert found["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+
+
+def test_ctrl_c_saves_what_there_is(prompts, monkeypatch, capsys):
+    calls = 0
+    real = loop.update
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(loop, "update", interrupted)
+    result = train(config(prompts, eval_samples=0), models=tiny.pair())
+    assert result.interrupted
+    assert len(result.metrics) == 1
+    assert (result.output / "student" / "model.safetensors").exists()
+    assert len((result.output / "metrics.jsonl").read_text().splitlines()) == 1
+    assert "interrupted after 1 steps" in capsys.readouterr().err
+
+
+def test_evaluation_repeats_itself_and_leaves_the_generator_alone(prompts):
+    student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
+    roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config(prompts))
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    one, two = evaluate(roller, ["the sky", "a"], 2), evaluate(roller, ["the sky", "a"], 2)
+    assert one == two
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one.fall_since(two)[0] == 0
+
+
+def test_the_ratio_estimator_covers_the_truth():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(300):
+        nbytes = rng.integers(5, 50, 60)
+        nats = 0.3 * nbytes + rng.normal(0, 3, 60)
+        ratio, error = ratio_with_error(nats.tolist(), nbytes.tolist())
+        inside += abs(ratio - 0.3) < 2 * error
+    assert 0.92 < inside / 300 < 0.98
+    assert math.isnan(ratio_with_error([], [])[0])
+
+
+def test_prompt_files(tmp_path):
+    text = tmp_path / "p.txt"
+    text.write_text("one\n\ntwo\n")
+    assert read_prompts(text) == (["one", "two"], [])
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "a"}\n{"prompt": "b", "split": "heldout"}\n')
+    assert read_prompts(lines) == (["a"], ["b"])
+    for bad, message in [
+        ('{"prompt": "a"}\nnot json', r"p\.jsonl, line 2: expected an object"),
+        ('{"text": "a"}', "line 1: expected an object"),
+        ('{"prompt": 3}', "line 1: prompt must be a string"),
+        ('{"prompt": "a", "split": "test"}', "split train or heldout"),
+        ("", "no training prompt"),
+    ]:
+        lines.write_text(bad)
+        with pytest.raises(xtokmap.XTokMapError, match=message):
+            read_prompts(lines)
+    with pytest.raises(xtokmap.XTokMapError, match="no such prompt file"):
+        read_prompts(tmp_path / "missing.txt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"credit": "best"}, "credit='best': use one of strict, prior"),
+        ({"credit": "cover"}, "needs a teacher that gives whole rows"),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"temperature": 0.0}, "temperature=0.0: must be positive"),
+        ({"aggregate": "tokens"}, "aggregate='tokens'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"plain_template": "x"}, r"must contain \{prompt\}"),
+    ],
+)
+def test_settings_that_no_run_can_use(changes, message):
+    with pytest.raises(xtokmap.XTokMapError, match=message):
+        Config(**changes)
+
+
+def test_long_prompts_are_left_out_and_said(prompts):
+    with pytest.warns(UserWarning, match="1 prompts longer than 21 tokens are left out"):
+        train(config(prompts, steps=1, max_prompt_tokens=21, eval_samples=0), models=tiny.pair())
+    with pytest.raises(xtokmap.XTokMapError, match="every prompt is longer than max_prompt_tokens=1"):
+        train(config(prompts, max_prompt_tokens=1), models=tiny.pair())
+
+
+def test_a_missing_model_is_named(prompts):
+    with pytest.raises(xtokmap.XTokMapError, match=r"/no/such/model: no such model"):
+        train(config(prompts, student="/no/such/model", teacher="/no/such/model"))
