@@ -4,6 +4,22 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "ByteTable",
+    "Aligner",
+    "_rebuild_byte_table",
+    "overlaps",
+    "map_spans",
+    "align_offsets",
+    "get_alignments",
+    "XTokMapError",
+    "ByteMismatchError",
+    "UnsupportedTokenizerError",
+    "TokenIdError",
+    "KINDS",
+    "__version__",
+]
+
 __version__: Final[str]
 KINDS: Final[dict[str, int]]
 
