@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::byte_table::lossy;
 use crate::resync::Resync;
-use crate::{ByteTable, Error, Mismatch, Side};
+use crate::{ByteTable, Error, Invalid, Mismatch, Side};
 
 /// What the two sides of a chunk are to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -171,9 +171,11 @@ impl Symbol {
 #[derive(Clone, Copy)]
 pub(crate) struct Tokens<'a> {
     pub symbols: &'a [Symbol],
-    /// Byte end of every token.
+    /// Byte end of every token, counted in the row.
     pub ends: &'a [i32],
     pub arena: &'a [u8],
+    /// Bytes of the row before the first of these tokens.
+    pub base: i32,
 }
 
 impl<'a> Tokens<'a> {
@@ -186,12 +188,34 @@ impl<'a> Tokens<'a> {
         &self.arena[start as usize..(start + len) as usize]
     }
 
+    /// The byte at which token `i` starts, counted from the first of these tokens.
     pub fn start(&self, i: usize) -> usize {
         if i == 0 {
             0
         } else {
-            self.ends[i - 1] as usize
+            self.end(i - 1)
         }
+    }
+
+    pub fn end(&self, i: usize) -> usize {
+        (self.ends[i] - self.base) as usize
+    }
+
+    fn slice(&self, range: Range<usize>) -> Self {
+        let base = if range.start == 0 { 0 } else { self.ends[range.start - 1] };
+        Self { symbols: &self.symbols[range.clone()], ends: &self.ends[range], arena: self.arena, base }
+    }
+
+    /// The runs of tokens without bytes in which a turn ends.
+    fn turn_ends(&self) -> Vec<TurnEnd> {
+        let mut all: Vec<TurnEnd> = vec![];
+        for (stop, symbol) in self.symbols.iter().enumerate() {
+            if symbol.is_stop() && all.last().is_none_or(|last| last.to <= stop) {
+                let from = self.symbols[..stop].iter().rposition(|s| s.len > 0).map_or(0, |last| last + 1);
+                all.push(TurnEnd { from, stop, to: self.skip_special(stop) });
+            }
+        }
+        all
     }
 
     /// The bytes that all tokens spell.
@@ -206,6 +230,13 @@ impl<'a> Tokens<'a> {
         }
         i
     }
+}
+
+/// A run of tokens without bytes, `from..to`, and the first end of turn in it.
+struct TurnEnd {
+    from: usize,
+    stop: usize,
+    to: usize,
 }
 
 /// The alignment of one row.
@@ -381,7 +412,7 @@ impl Aligner {
             ends.resize((cu[b + 1] - cu[b]) as usize, 0);
             resolve(rows.ids, range, mask, symbols, scratch, ends).map_err(|e| e.at(side, b, symbols.len()))?;
             let turns = scratch.split(|symbol| symbol.is_stop());
-            let text = |symbols| Tokens { symbols, ends: &[], arena: &self.arena }.text();
+            let text = |symbols| Tokens { symbols, ends: &[], arena: &self.arena, base: 0 }.text();
             Ok(turns.map(|turn| lossy(text(turn), table.invalid())).collect())
         };
         (0..rows.len()).into_par_iter().map_init(Default::default, decode).collect()
@@ -406,16 +437,41 @@ impl Aligner {
         // The ends are read by the merge and belong to the caller: they leave `out` for its time.
         let student_end = std::mem::take(&mut out.student_end);
         let teacher_end = std::mem::take(&mut out.teacher_end);
-        let mut merge = Merge {
-            s: Tokens { symbols: s, ends: student_end, arena: &self.arena },
-            t: Tokens { symbols: t, ends: teacher_end, arena: &self.arena },
-            out,
-            chunks: Chunks::with_capacity(s.len().min(t.len())),
-            student_stop: 0,
-            teacher_stop: 0,
+        let s = Tokens { symbols: s, ends: student_end, arena: &self.arena, base: 0 };
+        let t = Tokens { symbols: t, ends: teacher_end, arena: &self.arena, base: 0 };
+        let mut chunks = Chunks::with_capacity(s.len().min(t.len()));
+        let mut merge = |students: Range<usize>, teachers: Range<usize>, ends: Option<(usize, usize)>| {
+            let mut merge = Merge {
+                s: s.slice(students.clone()),
+                t: t.slice(teachers.clone()),
+                invalid: (self.student.invalid(), self.teacher.invalid()),
+                first_token: (students.start, teachers.start),
+                first_chunk: chunks.kind.len(),
+                out: out.part(students, teachers),
+                chunks: &mut chunks,
+            };
+            merge.run(b, strict, ends.is_some())?;
+            if let Some((stop, other)) = ends {
+                let g = chunks.push(stop, other, Kind::Stop);
+                chunks.end = (stop + 1, other + 1);
+                out.student_chunk[stop] = g;
+                out.teacher_chunk[other] = g;
+                out.teacher_pos[stop] = other as i32;
+                out.teacher_off[stop] = 0;
+            }
+            Ok::<(), Error>(())
         };
-        merge.run(b, strict, |s, t| Resync::new(s, t, self.student.invalid(), self.teacher.invalid()))?;
-        Ok(merge.chunks.close(merge.student_stop, merge.teacher_stop))
+        let (ends, others) = (s.turn_ends(), t.turn_ends());
+        let (mut i, mut j) = (0, 0);
+        if ends.len() == others.len() {
+            // The same number of turns: what lies between their ends corresponds, whatever it is.
+            for (end, other) in ends.iter().zip(&others) {
+                merge(i..end.from, j..other.from, Some((end.stop, other.stop)))?;
+                (i, j) = (end.to, other.to);
+            }
+        }
+        merge(i..s.len(), j..t.len(), None)?;
+        Ok(chunks.close())
     }
 }
 
@@ -532,6 +588,20 @@ fn resolve_ids<T: Copy + Into<i64>>(
     Ok(())
 }
 
+impl RowOut<'_> {
+    /// The same for some of the row's tokens; the ends are left out.
+    fn part(&mut self, students: Range<usize>, teachers: Range<usize>) -> RowOut<'_> {
+        RowOut {
+            student_chunk: &mut self.student_chunk[students.clone()],
+            student_end: &mut [],
+            teacher_pos: &mut self.teacher_pos[students.clone()],
+            teacher_off: &mut self.teacher_off[students],
+            teacher_chunk: &mut self.teacher_chunk[teachers],
+            teacher_end: &mut [],
+        }
+    }
+}
+
 /// The part of the batch's arrays that one row fills.
 struct RowOut<'a> {
     student_chunk: &'a mut [i32],
@@ -573,6 +643,8 @@ struct Chunks {
     student_ptr: Vec<i32>,
     teacher_ptr: Vec<i32>,
     kind: Vec<Kind>,
+    /// One past the last token of the last chunk, on both sides.
+    end: (usize, usize),
 }
 
 impl Chunks {
@@ -581,6 +653,7 @@ impl Chunks {
             student_ptr: Vec::with_capacity(chunks + 1),
             teacher_ptr: Vec::with_capacity(chunks + 1),
             kind: Vec::with_capacity(chunks),
+            end: (0, 0),
         }
     }
 
@@ -591,9 +664,9 @@ impl Chunks {
         self.kind.len() as i32 - 1
     }
 
-    fn close(mut self, student: usize, teacher: usize) -> Self {
-        self.student_ptr.push(student as i32);
-        self.teacher_ptr.push(teacher as i32);
+    fn close(mut self) -> Self {
+        self.student_ptr.push(self.end.0 as i32);
+        self.teacher_ptr.push(self.end.1 as i32);
         self
     }
 }
@@ -608,23 +681,21 @@ enum Found {
     Differ(usize, usize),
 }
 
+/// The merge of one stretch of a row: all of it, or what lies between two ends of turns.
 struct Merge<'a, 'o> {
     s: Tokens<'a>,
     t: Tokens<'a>,
+    invalid: (Invalid, Invalid),
+    /// Where the stretch starts in the row, and in its chunks.
+    first_token: (usize, usize),
+    first_chunk: usize,
     out: RowOut<'o>,
-    chunks: Chunks,
-    /// One past the last token of the last chunk.
-    student_stop: usize,
-    teacher_stop: usize,
+    chunks: &'o mut Chunks,
 }
 
-impl<'a> Merge<'a, '_> {
-    fn run(
-        &mut self,
-        row: usize,
-        strict: bool,
-        resync: impl Fn(Tokens<'a>, Tokens<'a>) -> Resync<'a>,
-    ) -> Result<(), Error> {
+impl Merge<'_, '_> {
+    /// Aligns the stretch. Where it is `closed` by an end of turn on both sides, what is left before it corresponds too.
+    fn run(&mut self, row: usize, strict: bool, closed: bool) -> Result<(), Error> {
         let (m, n) = (self.s.len(), self.t.len());
         let mut resyncer = None;
         // `i` and `j` stand at the same place of the text, before every turn of the loop.
@@ -632,7 +703,7 @@ impl<'a> Merge<'a, '_> {
         while i < m && j < n {
             let symbol = self.s.symbols[i];
             if symbol.len > 0 && symbol == self.t.symbols[j] {
-                self.one_to_one(i, j);
+                self.pair(i, j, Kind::OneToOne);
                 (i, j) = (i + 1, j + 1);
                 continue;
             }
@@ -645,66 +716,72 @@ impl<'a> Merge<'a, '_> {
                     self.emit(i..to_i, j..to_j, Kind::of(students, teachers));
                     (i, j) = (to_i, to_j);
                 }
-                Found::End => {
-                    if strict {
-                        let byte = |t: &Tokens<'_>| t.ends[t.len() - 1] as usize;
-                        let (s_end, t_end) = (byte(&self.s), byte(&self.t));
-                        // The sides agree until one of them ends.
-                        let common = (s_end - self.s.start(i)).min(t_end - self.t.start(j));
-                        return Err(self.mismatch(row, self.s.start(i) + common, self.t.start(j) + common));
-                    }
-                    self.forget_from(i, j);
-                    break;
-                }
+                Found::End => break,
                 Found::Differ(x, y) => {
                     if strict {
                         return Err(self.mismatch(row, x, y));
                     }
-                    let resync = resyncer.get_or_insert_with(|| resync(self.s, self.t));
+                    let (s, t, invalid) = (self.s, self.t, self.invalid);
+                    let resync = resyncer.get_or_insert_with(|| Resync::new(s, t, invalid.0, invalid.1));
                     let differs = x;
                     let (x, y) = resync.unit_start(x, y);
                     // A chunk must not end inside a character that differs.
                     (i, j) = self.back_to(i, j, x, y);
                     self.unplace(i, differs);
-                    let Some((to_i, to_j)) = resync.next_common_end((i, j), (x, y)) else {
-                        self.forget_from(i, j);
-                        break;
-                    };
+                    let Some((to_i, to_j)) = resync.next_common_end((i, j), (x, y)) else { break };
                     self.emit(i..to_i, j..to_j, Kind::Rewritten);
                     (i, j) = (to_i, to_j);
                 }
             }
         }
+        self.finish(row, strict, closed, self.s.skip_special(i), self.t.skip_special(j))
+    }
+
+    /// What is left from tokens `i` and `j` on has no common end any more.
+    fn finish(&mut self, row: usize, strict: bool, closed: bool, i: usize, j: usize) -> Result<(), Error> {
+        let (m, n) = (self.s.len(), self.t.len());
+        if i == m && j == n {
+            return Ok(());
+        }
         if strict {
-            // What is left on either side has no counterpart.
-            let (i, j) = (self.s.skip_special(i), self.t.skip_special(j));
-            if i < m || j < n {
-                return Err(self.mismatch(row, self.s.start(i), self.t.start(j)));
-            }
+            // The sides agree until one of them ends.
+            let (x, y) = (self.s.start(i), self.t.start(j));
+            let common = (self.s.start(m) - x).min(self.t.start(n) - y);
+            return Err(self.mismatch(row, x + common, y + common));
+        }
+        self.forget_from(i, j);
+        if closed {
+            self.emit(i..m, j..n, Kind::Rewritten);
         }
         Ok(())
     }
 
-    fn one_to_one(&mut self, i: usize, j: usize) {
-        let g = self.chunks.push(i, j, Kind::OneToOne);
-        self.out.student_chunk[i] = g;
-        self.out.teacher_chunk[j] = g;
-        self.out.teacher_pos[i] = j as i32;
-        self.out.teacher_off[i] = 0;
-        (self.student_stop, self.teacher_stop) = (i + 1, j + 1);
+    fn push(&mut self, students: &Range<usize>, teachers: &Range<usize>, kind: Kind) -> i32 {
+        let (i0, j0) = self.first_token;
+        self.chunks.end = (i0 + students.end, j0 + teachers.end);
+        self.chunks.push(i0 + students.start, j0 + teachers.start, kind)
     }
 
-    /// Passes the tokens without bytes on both sides; the first end of turn of each makes a STOP chunk.
+    fn pair(&mut self, i: usize, j: usize, kind: Kind) {
+        let g = self.push(&(i..i + 1), &(j..j + 1), kind);
+        self.out.student_chunk[i] = g;
+        self.out.teacher_chunk[j] = g;
+        self.place(i, j, 0);
+    }
+
+    /// Student token `i` starts `off` bytes inside teacher token `j`.
+    fn place(&mut self, i: usize, j: usize, off: usize) {
+        self.out.teacher_pos[i] = (self.first_token.1 + j) as i32;
+        self.out.teacher_off[i] = off as i32;
+    }
+
+    /// Passes the tokens without bytes on both sides. Where the sides have different numbers of turns, ends of turns
+    /// correspond only if they are at the same place of the text.
     fn cross_specials(&mut self, i: usize, j: usize) -> (usize, usize) {
         let (to_i, to_j) = (self.s.skip_special(i), self.t.skip_special(j));
         let stop = |tokens: &Tokens<'_>, from: usize, to: usize| (from..to).find(|&k| tokens.symbols[k].is_stop());
         if let (Some(si), Some(tj)) = (stop(&self.s, i, to_i), stop(&self.t, j, to_j)) {
-            let g = self.chunks.push(si, tj, Kind::Stop);
-            self.out.student_chunk[si] = g;
-            self.out.teacher_chunk[tj] = g;
-            self.out.teacher_pos[si] = tj as i32;
-            self.out.teacher_off[si] = 0;
-            (self.student_stop, self.teacher_stop) = (si + 1, tj + 1);
+            self.pair(si, tj, Kind::Stop);
         }
         (to_i, to_j)
     }
@@ -714,13 +791,12 @@ impl<'a> Merge<'a, '_> {
         let (mut p, mut q) = (i, j);
         let (mut a, mut b) = (self.s.bytes(p), self.t.bytes(q));
         let (mut students, mut teachers) = (1, 1);
-        self.out.teacher_pos[i] = j as i32;
-        self.out.teacher_off[i] = 0;
+        self.place(i, j, 0);
         loop {
             let common = a.len().min(b.len());
             if a[..common] != b[..common] {
                 let equal = a.iter().zip(b).take_while(|(x, y)| x == y).count();
-                let at = |tokens: &Tokens<'_>, k: usize, rest: &[u8]| tokens.ends[k] as usize - rest.len() + equal;
+                let at = |tokens: &Tokens<'_>, k: usize, rest: &[u8]| tokens.end(k) - rest.len() + equal;
                 return Found::Differ(at(&self.s, p, a), at(&self.t, q, b));
             }
             (a, b) = (&a[common..], &b[common..]);
@@ -741,15 +817,13 @@ impl<'a> Merge<'a, '_> {
                 }
                 a = self.s.bytes(p);
                 students += 1;
-                self.out.teacher_pos[p] = q as i32;
-                self.out.teacher_off[p] = (self.t.bytes(q).len() - b.len()) as i32;
+                self.place(p, q, self.t.bytes(q).len() - b.len());
             }
         }
     }
 
     fn emit(&mut self, students: Range<usize>, teachers: Range<usize>, kind: Kind) {
-        let g = self.chunks.push(students.start, teachers.start, kind);
-        (self.student_stop, self.teacher_stop) = (students.end, teachers.end);
+        let g = self.push(&students, &teachers, kind);
         for j in teachers.clone() {
             if self.t.symbols[j].len > 0 {
                 self.out.teacher_chunk[j] = g;
@@ -765,28 +839,29 @@ impl<'a> Merge<'a, '_> {
             self.out.teacher_pos[students.clone()].fill(-1);
             self.out.teacher_off[students.clone()].fill(-1);
             if !students.is_empty() && !teachers.is_empty() {
-                self.out.teacher_pos[students.start] = teachers.start as i32;
-                self.out.teacher_off[students.start] = 0;
+                self.place(students.start, teachers.start, 0);
             }
         }
     }
 
     /// Takes chunks back until the place before token `i`, `j` is at or before these bytes.
     fn back_to(&mut self, mut i: usize, mut j: usize, x: usize, y: usize) -> (usize, usize) {
-        while self.s.start(i) > x || self.t.start(j) > y {
-            let (Some(si), Some(tj)) = (self.chunks.student_ptr.pop(), self.chunks.teacher_ptr.pop()) else {
-                return (0, 0);
-            };
-            self.chunks.kind.pop();
-            (i, j) = (si as usize, tj as usize);
+        let (i0, j0) = self.first_token;
+        let mut taken = false;
+        while (self.s.start(i) > x || self.t.start(j) > y) && self.chunks.kind.len() > self.first_chunk {
+            taken = self.chunks.kind.pop().is_some();
+            i = self.chunks.student_ptr.pop().map_or(0, |start| start as usize - i0);
+            j = self.chunks.teacher_ptr.pop().map_or(0, |start| start as usize - j0);
         }
-        // `out` still holds the chunks that were taken back, from `i` and `j` on. A chunk may be empty on one side.
-        let stop = |chunk: &[i32], ptr: &[i32], from: usize| {
-            let tokens = chunk[..from].iter().rposition(|&g| g >= 0).map_or(0, |last| last + 1);
-            tokens.max(ptr.last().map_or(0, |&start| start as usize))
-        };
-        self.student_stop = stop(self.out.student_chunk, &self.chunks.student_ptr, i);
-        self.teacher_stop = stop(self.out.teacher_chunk, &self.chunks.teacher_ptr, j);
+        if taken {
+            // `out` still holds the chunks that were taken back, from `i` and `j` on. A chunk may be empty on one side.
+            let end = |chunk: &[i32], ptr: &[i32], from: usize, first: usize| {
+                let tokens = chunk[..from].iter().rposition(|&g| g >= 0).map_or(0, |last| first + last + 1);
+                tokens.max(ptr.last().map_or(0, |&start| start as usize))
+            };
+            self.chunks.end.0 = end(self.out.student_chunk, &self.chunks.student_ptr, i, i0);
+            self.chunks.end.1 = end(self.out.teacher_chunk, &self.chunks.teacher_ptr, j, j0);
+        }
         (i, j)
     }
 
@@ -806,19 +881,19 @@ impl<'a> Merge<'a, '_> {
     }
 
     fn mismatch(&self, row: usize, x: usize, y: usize) -> Error {
-        let token = |tokens: &Tokens<'a>, byte: usize| {
-            let i = tokens.ends.partition_point(|&end| end as usize <= byte);
-            (i < tokens.len()).then(|| (i, tokens.bytes(i).to_vec()))
+        let token = |tokens: &Tokens<'_>, byte: usize, first: usize| {
+            let i = (0..tokens.len()).find(|&i| tokens.end(i) > byte)?;
+            Some((first + i, tokens.bytes(i).to_vec()))
         };
-        let around = |tokens: &Tokens<'a>, byte: usize| {
+        let around = |tokens: &Tokens<'_>, byte: usize| {
             let text = tokens.text();
             text[byte.saturating_sub(12)..(byte + 12).min(text.len())].to_vec()
         };
         Error::ByteMismatch(Box::new(Mismatch {
             row,
-            byte: x,
-            student: token(&self.s, x),
-            teacher: token(&self.t, y),
+            byte: x + self.s.base as usize,
+            student: token(&self.s, x, self.first_token.0),
+            teacher: token(&self.t, y, self.first_token.1),
             around: (around(&self.s, x), around(&self.t, y)),
         }))
     }

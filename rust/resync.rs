@@ -27,10 +27,8 @@ struct Atom {
     first: bool,
 }
 
-/// An end of turn: it has no bytes, and corresponds to the other side's whatever the ids.
-const STOP: u32 = 0x0011_0000;
 /// Combining marks or invisible characters with nothing before them to belong to.
-const MARK: u32 = 0x0011_0001;
+const MARK: u32 = 0x0011_0000;
 
 /// The bytes of one side of a row, and its atoms.
 struct Text<'a> {
@@ -45,24 +43,11 @@ struct Text<'a> {
 impl<'a> Text<'a> {
     fn new(tokens: Tokens<'a>, invalid: Invalid) -> Self {
         let bytes = tokens.text();
-        let mut text = Self { tokens, invalid, atoms: Vec::with_capacity(bytes.len()), blocks: None, bytes };
-        let mut from = 0;
-        for i in (0..tokens.len()).filter(|&i| tokens.symbols[i].is_stop()) {
-            let stop = tokens.start(i);
-            text.push_units(from, stop);
-            text.atoms.push(Atom { char: STOP, start: stop as u32, first: true });
-            from = stop;
-        }
-        text.push_units(from, text.bytes.len());
-        text
-    }
-
-    fn push_units(&mut self, from: usize, to: usize) {
-        let Self { bytes, atoms, invalid, .. } = self;
-        let mut at = from;
+        let mut atoms: Vec<Atom> = Vec::with_capacity(bytes.len());
+        let mut at = 0;
         // Marks join the unit before them, if there is one.
         let mut alone = true;
-        for chunk in bytes[from..to].utf8_chunks() {
+        for chunk in bytes.utf8_chunks() {
             for c in chunk.valid().chars() {
                 let before = atoms.len();
                 fold(c, |folded| {
@@ -84,6 +69,7 @@ impl<'a> Text<'a> {
                 at += part.len();
             }
         }
+        Self { tokens, invalid, atoms, blocks: None, bytes }
     }
 
     fn char(&self, p: usize) -> Option<u32> {
@@ -327,7 +313,10 @@ impl<'a> Ends<'a> {
     /// To the first end at or after `byte`.
     fn seek(&mut self, byte: usize) -> Option<()> {
         while self.byte < byte {
-            self.byte = *self.tokens.ends.get(self.next)? as usize;
+            if self.next == self.tokens.len() {
+                return None;
+            }
+            self.byte = self.tokens.end(self.next);
             self.next += 1;
         }
         Some(())
@@ -387,14 +376,13 @@ fn short_edit(a: &[Atom], b: &[Atom], budget: &mut usize) -> Search {
             if from < 0 {
                 continue;
             }
-            let (mut x, mut y, mut stop) = (from, from - k, false);
+            let (mut x, mut y) = (from, from - k);
             while x < n && y < m && x - from < enough && a[x as usize].char == b[y as usize].char {
-                stop |= a[x as usize].char == STOP;
                 (x, y) = (x + 1, y + 1);
             }
             reach[at] = x;
             let (run, ended) = (x - from, x == n && y == m);
-            if run >= enough || stop || (ended && run > 0 && 4 * run >= edits) {
+            if run >= enough || (ended && run > 0 && 4 * run >= edits) {
                 return Search::Found(from as usize, (from - k) as usize);
             }
             if ended {

@@ -107,6 +107,7 @@ def _as_json(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]]) ->
             "student": [chunk.student.start, chunk.student.stop],
             "teacher": [chunk.teacher.start, chunk.teacher.stop],
             "text": (chunk.text or b"").decode(errors="replace"),
+            "bytes": (chunk.text or b"").hex(),
             "kind": chunk.kind.name,
         }
         for chunk in alignment

