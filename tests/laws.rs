@@ -377,6 +377,35 @@ proptest! {
     }
 
     #[test]
+    fn turns_are_aligned_each_by_itself(turns in prop::collection::vec((bytes(), bytes(), any::<bool>(), places(), places()), 1..4)) {
+        let (mut student, mut teacher): (Tokens, Tokens) = (vec![], vec![]);
+        let mut alone = vec![];
+        for (x, y, same, a, b) in &turns {
+            // A turn without text would be one run of end-of-turn tokens with the turn before.
+            let said = |text: &Vec<u8>| [b"x".as_slice(), text].concat();
+            let (mut s, mut t) = (cut(&said(x), a), cut(&said(if *same { x } else { y }), b));
+            s.push(stop());
+            t.push(stop());
+            let (i, j) = (student.len(), teacher.len());
+            let shifted = |(s, t, kind): (Vec<usize>, Vec<usize>, Kind)| {
+                (s.iter().map(|k| k + i).collect(), t.iter().map(|k| k + j).collect(), kind)
+            };
+            let alignment = align(&s, &t);
+            // Closed by an end of turn on both sides, nothing is left over.
+            for (tokens, chunk) in [(&s, &alignment.student_chunk), (&t, &alignment.teacher_chunk)] {
+                prop_assert!(tokens.iter().zip(chunk).all(|(token, &g)| g >= 0 || !has_bytes(token) && *token != stop()));
+            }
+            alone.extend(spans(&alignment).into_iter().map(shifted));
+            student.extend(s);
+            teacher.extend(t);
+        }
+        let alignment = align(&student, &teacher);
+        check_shape(&alignment, &student, &teacher);
+        prop_assert_eq!(spans(&alignment), alone);
+        prop_assert_eq!(alignment.kind.iter().filter(|&&k| k == Kind::Stop).count(), turns.len());
+    }
+
+    #[test]
     fn stops_pair_at_the_same_place(text in bytes(), a in places(), b in places(), truncated in any::<bool>()) {
         let (mut student, mut teacher) = (cut(&text, &a), cut(&text, &b));
         teacher.extend([None, stop(), stop()]);
