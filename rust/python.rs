@@ -175,10 +175,12 @@ impl PyByteTable {
         }
     }
 
-    #[allow(clippy::needless_pass_by_value)]
-    fn decode<'py>(&self, py: Python<'py>, ids: Vec<i64>) -> PyResult<Bound<'py, PyBytes>> {
+    fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         let mut text = Vec::new();
-        for (position, &id) in ids.iter().enumerate() {
+        let not_ids =
+            |what: &str| XTokMapError::new_err(format!("{what}: token ids must be integers, got {}", type_name(ids)));
+        for (position, item) in ids.try_iter().map_err(|_| not_ids("ids"))?.enumerate() {
+            let id: i64 = item?.extract().map_err(|_| not_ids(&format!("ids, position {position}")))?;
             let Some(bytes) = usize::try_from(id).ok().and_then(|id| self.table.get(id)) else {
                 return Err(TokenIdError::new_err(format!(
                     "ids, position {position}: id {id} is outside the byte table of {} ids",

@@ -329,7 +329,7 @@ class Aligner:
         """
         student = _Rows.of_one(student_ids, "student_ids")
         teacher = _Rows.of_one(teacher_ids, "teacher_ids")
-        return self._align(student, teacher, strict=strict, threads=1)[0]
+        return self._align(student, teacher, strict=strict, threads=None)[0]
 
     def align_batch(
         self,
