@@ -260,6 +260,9 @@ pub struct Alignment {
     pub teacher_pos: Vec<i32>,
     /// The byte inside that teacher token, -1 where that is not known.
     pub teacher_off: Vec<i32>,
+    /// Where the student's and the teacher's tokens start, if they leave gaps or overlap (`align_offsets`): both count
+    /// in the same text. `None`: every token starts where the one before it ends.
+    pub starts: Option<Box<(Vec<i32>, Vec<i32>)>>,
 }
 
 impl Alignment {
@@ -269,15 +272,16 @@ impl Alignment {
     /// [`Error::Argument`] naming the side that does not fit.
     pub fn check(&self) -> Result<(), Error> {
         let chunks = self.kind.len();
-        for (side, ptr, chunk, end) in [
-            (Side::Student, &self.student_ptr, &self.student_chunk, &self.student_end),
-            (Side::Teacher, &self.teacher_ptr, &self.teacher_chunk, &self.teacher_end),
-        ] {
+        let starts = self.starts.as_deref();
+        let student = (&self.student_ptr, &self.student_chunk, &self.student_end, starts.map(|s| &s.0));
+        let teacher = (&self.teacher_ptr, &self.teacher_chunk, &self.teacher_end, starts.map(|s| &s.1));
+        for (side, (ptr, chunk, end, start)) in [(Side::Student, student), (Side::Teacher, teacher)] {
             let sorted = |x: &[i32]| x.first().is_none_or(|&first| first >= 0) && x.windows(2).all(|w| w[0] <= w[1]);
             let fits = ptr.len() == chunks + 1
                 && end.len() == chunk.len()
                 && sorted(ptr)
                 && sorted(end)
+                && start.is_none_or(|start| start.len() == end.len() && sorted(start))
                 && ptr.last().is_none_or(|&last| last as usize <= chunk.len())
                 && chunk.iter().all(|&g| g < chunks as i32);
             if !fits {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use numpy::{IntoPyArray, PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
-use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyTuple};
@@ -45,14 +45,18 @@ impl From<Error> for PyErr {
             Error::RowTooLong { row, .. } => (XTokMapError::new_err(message), vec![("row", row as i64)]),
             Error::Argument(_) => (XTokMapError::new_err(message), vec![]),
         };
-        Python::attach(|py| {
-            for (name, value) in attributes {
-                // An exception object takes any attribute; if it does not, the message still says everything.
-                let _ = err.value(py).setattr(name, value);
-            }
-        });
+        set_attributes(&err, &attributes);
         err
     }
+}
+
+fn set_attributes(err: &PyErr, attributes: &[(&str, i64)]) {
+    Python::attach(|py| {
+        for (name, value) in attributes {
+            // An exception object takes any attribute; if it does not, the message still says everything.
+            let _ = err.value(py).setattr(*name, value);
+        }
+    });
 }
 
 fn read_only<T: numpy::Element>(array: &Bound<'_, PyArray1<T>>) -> PyResult<()> {
@@ -86,7 +90,7 @@ fn invalid_from(name: &str) -> PyResult<Invalid> {
 impl PyByteTable {
     #[staticmethod]
     #[pyo3(signature = (tokens, *, stop_ids = vec![], invalid = "maximal"))]
-    fn from_bytes(tokens: &Bound<'_, PyAny>, stop_ids: Vec<i64>, invalid: &str) -> PyResult<Self> {
+    fn from_bytes(tokens: &Bound<'_, PyAny>, stop_ids: Vec<Bound<'_, PyAny>>, invalid: &str) -> PyResult<Self> {
         let invalid = invalid_from(invalid)?;
         let items = tokens
             .try_iter()
@@ -109,7 +113,9 @@ impl PyByteTable {
         let table = ByteTable::from_tokens(items.iter().map(|item| item.as_ref().map(PyBytesMethods::as_bytes)))?;
         let stop_ids = stop_ids
             .into_iter()
-            .map(|id| {
+            .enumerate()
+            .map(|(k, id)| {
+                let id = integer(&id, || format!("stop_ids[{k}]"))?;
                 u32::try_from(id).map_err(|_| {
                     XTokMapError::new_err(format!("stop_ids: id {id} is outside the byte table of {} ids", table.len()))
                 })
@@ -122,8 +128,9 @@ impl PyByteTable {
         self.table.len()
     }
 
-    fn __getitem__<'py>(&self, py: Python<'py>, id: i64) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        match usize::try_from(id).ok().and_then(|id| self.table.get(id)) {
+    fn __getitem__<'py>(&self, py: Python<'py>, id: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let index: Result<usize, _> = id.extract();
+        match index.ok().and_then(|index| self.table.get(index)) {
             Some(bytes) => Ok(bytes.map(|b| PyBytes::new(py, b))),
             None => {
                 Err(PyIndexError::new_err(format!("id {id} is outside the byte table of {} ids", self.table.len())))
@@ -177,15 +184,16 @@ impl PyByteTable {
 
     fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         let mut text = Vec::new();
-        let not_ids =
-            |what: &str| XTokMapError::new_err(format!("{what}: token ids must be integers, got {}", type_name(ids)));
-        for (position, item) in ids.try_iter().map_err(|_| not_ids("ids"))?.enumerate() {
-            let id: i64 = item?.extract().map_err(|_| not_ids(&format!("ids, position {position}")))?;
+        let items = ids.try_iter().map_err(|_| not_an_integer("ids", ids))?;
+        for (position, item) in items.enumerate() {
+            let id = integer(&item?, || format!("ids, position {position}"))?;
             let Some(bytes) = usize::try_from(id).ok().and_then(|id| self.table.get(id)) else {
-                return Err(TokenIdError::new_err(format!(
-                    "ids, position {position}: id {id} is outside the byte table of {} ids",
-                    self.table.len()
-                )));
+                let len = self.table.len();
+                let message = format!("ids, position {position}: id {id} is outside the byte table of {len} ids");
+                let err = TokenIdError::new_err(message);
+                let place = [("row", 0), ("position", position as i64), ("id", id), ("vocab_size", len as i64)];
+                set_attributes(&err, &place);
+                return Err(err);
             };
             text.extend_from_slice(bytes.unwrap_or_default());
         }
@@ -193,8 +201,27 @@ impl PyByteTable {
     }
 }
 
+/// An integer argument; `name` says where a wrong one is.
+fn integer(item: &Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<i64> {
+    match item.extract() {
+        Ok(value) => Ok(value),
+        Err(error) if error.is_instance_of::<PyOverflowError>(item.py()) => {
+            Err(XTokMapError::new_err(format!("{}: {item} is far out of range", name())))
+        }
+        Err(_) => Err(not_an_integer(&name(), item)),
+    }
+}
+
+fn not_an_integer(name: &str, item: &Bound<'_, PyAny>) -> PyErr {
+    XTokMapError::new_err(format!("{name}: expected an integer, got {}", type_name(item)))
+}
+
 #[pyfunction]
-fn _rebuild_byte_table(tokens: &Bound<'_, PyAny>, stop_ids: Vec<i64>, invalid: &str) -> PyResult<PyByteTable> {
+fn _rebuild_byte_table(
+    tokens: &Bound<'_, PyAny>,
+    stop_ids: Vec<Bound<'_, PyAny>>,
+    invalid: &str,
+) -> PyResult<PyByteTable> {
     PyByteTable::from_bytes(tokens, stop_ids, invalid)
 }
 
@@ -244,16 +271,21 @@ impl<'py> Held<'py> {
     }
 }
 
+/// More would be a mistake rather than a machine.
+const MAX_THREADS: i64 = 4096;
+
 /// Runs `work` without the GIL, on `threads` threads (`None`: rayon's own pool, which follows `RAYON_NUM_THREADS`).
 fn in_threads<T: Send>(
     py: Python<'_>,
-    threads: Option<usize>,
+    threads: Option<i64>,
     work: impl FnOnce() -> Result<T, Error> + Send,
 ) -> PyResult<T> {
     py.detach(|| match threads {
         None => work(),
-        Some(0) => Err(Error::Argument("threads=0: use at least 1, or None for all cores".to_owned())),
-        Some(n) => match rayon::ThreadPoolBuilder::new().num_threads(n).build() {
+        Some(n) if !(1..=MAX_THREADS).contains(&n) => {
+            Err(Error::Argument(format!("threads={n}: use 1 to {MAX_THREADS}, or None for all cores")))
+        }
+        Some(n) => match rayon::ThreadPoolBuilder::new().num_threads(n as usize).build() {
             Ok(pool) => pool.install(work),
             Err(e) => Err(Error::Argument(format!("threads={n}: {e}"))),
         },
@@ -282,7 +314,7 @@ impl PyAligner {
         teacher_ids: &Bound<'py, PyAny>,
         teacher_layout: &Bound<'py, PyAny>,
         strict: bool,
-        threads: Option<usize>,
+        threads: Option<i64>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let (student, teacher) = (Held::new(student_ids, student_layout)?, Held::new(teacher_ids, teacher_layout)?);
         let (student, teacher) = (student.rows()?, teacher.rows()?);
@@ -295,7 +327,7 @@ impl PyAligner {
         py: Python<'py>,
         ids: &Bound<'py, PyAny>,
         layout: &Bound<'py, PyAny>,
-        threads: Option<usize>,
+        threads: Option<i64>,
     ) -> PyResult<(Vec<String>, Vec<usize>)> {
         let held = Held::new(ids, layout)?;
         let rows = held.rows()?;
@@ -341,6 +373,7 @@ fn alignment(
     teacher_chunk: &Array<'_, i32>,
     student_end: &Array<'_, i32>,
     teacher_end: &Array<'_, i32>,
+    starts: Option<&(Array<'_, i32>, Array<'_, i32>)>,
 ) -> PyResult<Alignment> {
     let vec = |array: &Array<'_, i32>| array.as_slice().map(<[i32]>::to_vec);
     let kind: Option<Vec<Kind>> =
@@ -353,6 +386,7 @@ fn alignment(
         teacher_chunk: vec(teacher_chunk)?,
         student_end: vec(student_end)?,
         teacher_end: vec(teacher_end)?,
+        starts: starts.map(|(s, t)| Ok::<_, PyErr>(Box::new((vec(s)?, vec(t)?)))).transpose()?,
         ..Alignment::default()
     };
     a.check()?;
@@ -371,8 +405,18 @@ fn overlaps<'py>(
     teacher_chunk: Array<'py, i32>,
     student_end: Array<'py, i32>,
     teacher_end: Array<'py, i32>,
+    starts: Option<(Array<'py, i32>, Array<'py, i32>)>,
 ) -> PyResult<Bound<'py, PyTuple>> {
-    let a = alignment(&student_ptr, &teacher_ptr, &kind, &student_chunk, &teacher_chunk, &student_end, &teacher_end)?;
+    let a = alignment(
+        &student_ptr,
+        &teacher_ptr,
+        &kind,
+        &student_chunk,
+        &teacher_chunk,
+        &student_end,
+        &teacher_end,
+        starts.as_ref(),
+    )?;
     let all = py.detach(|| crate::overlaps(&a));
     (all.indptr.into_pyarray(py), all.indices.into_pyarray(py), all.nbytes.into_pyarray(py)).into_pyobject(py)
 }
@@ -389,11 +433,21 @@ fn map_spans<'py>(
     teacher_chunk: Array<'py, i32>,
     student_end: Array<'py, i32>,
     teacher_end: Array<'py, i32>,
+    starts: Option<(Array<'py, i32>, Array<'py, i32>)>,
     spans: PyReadonlyArray2<'py, i64>,
     to_teacher: bool,
     cover: bool,
 ) -> PyResult<Bound<'py, PyArray2<i64>>> {
-    let a = alignment(&student_ptr, &teacher_ptr, &kind, &student_chunk, &teacher_chunk, &student_end, &teacher_end)?;
+    let a = alignment(
+        &student_ptr,
+        &teacher_ptr,
+        &kind,
+        &student_chunk,
+        &teacher_chunk,
+        &student_end,
+        &teacher_end,
+        starts.as_ref(),
+    )?;
     let spans = pairs(&spans)?;
     let to = if to_teacher { Side::Teacher } else { Side::Student };
     let mode = if cover { SpanMode::Cover } else { SpanMode::Inside };
@@ -418,8 +472,10 @@ fn align_offsets<'py>(
     teacher: PyReadonlyArray2<'py, i64>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let (student, teacher) = (pairs(&student)?, pairs(&teacher)?);
-    let flat = py.detach(|| crate::align_offsets(&student, &teacher))?;
+    let mut flat = py.detach(|| crate::align_offsets(&student, &teacher))?;
+    let starts = flat.starts.take().unwrap_or_default();
     let all = fields(py, Batch { flat, ..Batch::default() })?;
+    all.set_item("_starts", (starts.0.into_pyarray(py), starts.1.into_pyarray(py)))?;
     for name in ["student_cu", "teacher_cu", "chunk_cu"] {
         all.del_item(name)?;
     }

@@ -226,8 +226,10 @@ impl<'a> Resync<'a> {
                 let (start_x, start_y) = (to_x - kept, to_y - kept);
                 let equal = common_prefix(&self.s.bytes[start_x..], &self.t.bytes[start_y..]);
                 self.equal_from = (start_x, start_y);
-                if let Some(end) = Ends::common(&mut ends_s, &mut ends_t, (start_x, start_y), equal) {
-                    return Some(end);
+                match Ends::common(&mut ends_s, &mut ends_t, (start_x, start_y), equal) {
+                    // A chunk holds at least one token.
+                    Some(end) if end != tokens => return Some(end),
+                    _ => {}
                 }
                 // No token ends between this stretch and the next one.
                 let next = self.unit_start(start_x + equal, start_y + equal);

@@ -33,34 +33,44 @@ struct Half<'a> {
     chunk: &'a [i32],
     end: &'a [i32],
     ptr: &'a [i32],
+    /// In the text that both sides share; `None`: every token starts where the one before it ends.
+    starts: Option<&'a [i32]>,
 }
 
 impl<'a> Half<'a> {
     fn of(a: &'a Alignment, side: Side) -> Self {
+        let starts = a.starts.as_deref();
         match side {
-            Side::Student => Self { chunk: &a.student_chunk, end: &a.student_end, ptr: &a.student_ptr },
-            Side::Teacher => Self { chunk: &a.teacher_chunk, end: &a.teacher_end, ptr: &a.teacher_ptr },
-        }
-    }
-
-    fn start(&self, i: usize) -> i32 {
-        if i == 0 {
-            0
-        } else {
-            self.end[i - 1]
+            Side::Student => Self {
+                chunk: &a.student_chunk,
+                end: &a.student_end,
+                ptr: &a.student_ptr,
+                starts: starts.map(|s| s.0.as_slice()),
+            },
+            Side::Teacher => Self {
+                chunk: &a.teacher_chunk,
+                end: &a.teacher_end,
+                ptr: &a.teacher_ptr,
+                starts: starts.map(|s| s.1.as_slice()),
+            },
         }
     }
 
     /// The tokens of chunk `g`, in order.
-    fn members(&self, g: usize) -> impl Iterator<Item = usize> + '_ {
+    fn members(&self, g: usize) -> impl DoubleEndedIterator<Item = usize> + '_ {
         let span = self.ptr[g] as usize..self.ptr[g + 1] as usize;
         span.filter(move |&i| self.chunk[i] == g as i32)
     }
 
-    /// The bytes of token `i`, counted from the start of chunk `g`.
+    /// The bytes of token `i` of chunk `g`, counted so that both sides' can be compared.
     fn bytes_in(&self, g: usize, i: usize) -> Range<i32> {
-        let from = self.start(self.ptr[g] as usize);
-        self.start(i) - from..self.end[i] - from
+        if let Some(starts) = self.starts {
+            return starts[i]..self.end[i];
+        }
+        let start = |i: usize| if i == 0 { 0 } else { self.end[i - 1] };
+        // The sides may have spelled different bytes before, but a chunk starts at the same place on both.
+        let from = start(self.ptr[g] as usize);
+        start(i) - from..self.end[i] - from
     }
 }
 
@@ -69,26 +79,25 @@ impl<'a> Half<'a> {
 pub fn overlaps(a: &Alignment) -> Overlaps {
     let (s, t) = (Half::of(a, Side::Student), Half::of(a, Side::Teacher));
     let mut all = Overlaps { indptr: vec![0], ..Overlaps::default() };
-    let mut next = 0;
+    // No teacher token before this one reaches into the student token at hand, or a later one.
+    let mut first = 0;
     for (i, &g) in a.student_chunk.iter().enumerate() {
         if g >= 0 && a.kind[g as usize] != Kind::Rewritten {
             let g = g as usize;
             let bytes = s.bytes_in(g, i);
-            next = next.max(t.ptr[g] as usize);
-            while next < t.ptr[g + 1] as usize {
-                if t.chunk[next] == g as i32 {
-                    let other = t.bytes_in(g, next);
-                    all.indices.push(next as i32);
-                    all.nbytes.push(bytes.end.min(other.end) - bytes.start.max(other.start));
-                    if other.end > bytes.end {
-                        break; // it reaches into the next student token too
-                    }
-                    if other.end == bytes.end {
-                        next += 1;
-                        break;
-                    }
+            let stop = a.kind[g] == Kind::Stop;
+            first = first.max(t.ptr[g] as usize);
+            let to = t.ptr[g + 1] as usize;
+            while first < to && (t.chunk[first] != g as i32 || (!stop && t.bytes_in(g, first).end <= bytes.start)) {
+                first += 1;
+            }
+            for j in (first..to).filter(|&j| t.chunk[j] == g as i32) {
+                let other = t.bytes_in(g, j);
+                if other.start >= bytes.end && !stop {
+                    break;
                 }
-                next += 1;
+                all.indices.push(j as i32);
+                all.nbytes.push(bytes.end.min(other.end) - bytes.start.max(other.start));
             }
         }
         all.indptr.push(all.indices.len() as i64);
@@ -122,7 +131,7 @@ pub fn map_spans(a: &Alignment, spans: &[[i64; 2]], to: Side, mode: SpanMode) ->
         let counterparts = |c: usize| {
             let members = || from.members(c).filter(|&i| inside(i));
             let own = members().next().map_or(0, |i| from.bytes_in(c, i).start)
-                ..members().last().map_or(0, |i| from.bytes_in(c, i).end);
+                ..members().next_back().map_or(0, |i| from.bytes_in(c, i).end);
             let whole = from.members(c).all(inside);
             let keeps = move |j: &usize| {
                 let other = onto.bytes_in(c, *j);
@@ -136,7 +145,7 @@ pub fn map_spans(a: &Alignment, spans: &[[i64; 2]], to: Side, mode: SpanMode) ->
             onto.members(c).filter(keeps)
         };
         let forth = (g..=h).find_map(|c| counterparts(c).next());
-        let back = (g..=h).rev().find_map(|c| counterparts(c).last());
+        let back = (g..=h).rev().find_map(|c| counterparts(c).next_back());
         Ok(match (forth, back) {
             (Some(start), Some(stop)) => [start as i64, stop as i64 + 1],
             _ => [-1, -1],
@@ -163,6 +172,7 @@ pub fn align_offsets(student: &[[i64; 2]], teacher: &[[i64; 2]]) -> Result<Align
         }
     }
     let ends = |spans: &[[i64; 2]]| spans.iter().map(|s| s[1] as i32).collect::<Vec<_>>();
+    let starts = |spans: &[[i64; 2]]| spans.iter().map(|s| s[0] as i32).collect::<Vec<_>>();
     let mut a = Alignment {
         student_chunk: vec![-1; student.len()],
         teacher_chunk: vec![-1; teacher.len()],
@@ -170,55 +180,64 @@ pub fn align_offsets(student: &[[i64; 2]], teacher: &[[i64; 2]]) -> Result<Align
         teacher_end: ends(teacher),
         teacher_pos: vec![-1; student.len()],
         teacher_off: vec![-1; student.len()],
+        starts: Some(Box::new((starts(student), starts(teacher)))),
         ..Alignment::default()
     };
     let (mut i, mut j, mut last) = (0, 0, (0, 0));
     while i < student.len() && j < teacher.len() {
-        if student[i][1] <= teacher[j][0] || student[i][0] == student[i][1] {
-            i += 1;
-            continue;
-        }
-        if teacher[j][1] <= student[i][0] || teacher[j][0] == teacher[j][1] {
-            j += 1;
-            continue;
-        }
-        // Two spans that overlap; everything that starts before the furthest end belongs with them.
+        // Everything that starts before the furthest end so far belongs together.
         let (from_i, from_j, g) = (i, j, a.kind.len() as i32);
-        let mut end = student[i][1].max(teacher[j][1]);
-        let (mut students, mut teachers) = (0, 0);
+        let (mut students, mut teachers, mut end) = (0, 0, -1);
+        let take = |span: &[i64; 2], end: &mut i64, taken: &mut usize| {
+            if *end >= 0 && span[0] >= *end {
+                return false;
+            }
+            if span[0] < span[1] {
+                (*taken, *end) = (*taken + 1, span[1].max(*end));
+            }
+            true
+        };
         loop {
-            if i < student.len() && student[i][0] < end {
-                let [start, stop] = student[i];
-                if start < stop {
-                    (students, end) = (students + 1, end.max(stop));
-                    a.student_chunk[i] = g;
-                }
-                i += 1;
-            } else if j < teacher.len() && teacher[j][0] < end {
-                let [start, stop] = teacher[j];
-                if start < stop {
-                    (teachers, end) = (teachers + 1, end.max(stop));
-                    a.teacher_chunk[j] = g;
-                }
-                j += 1;
+            let student_first = j == teacher.len() || (i < student.len() && student[i][0] <= teacher[j][0]);
+            let taken = if i < student.len() && student_first {
+                let taken = take(&student[i], &mut end, &mut students);
+                i += usize::from(taken);
+                taken
+            } else if j < teacher.len() {
+                let taken = take(&teacher[j], &mut end, &mut teachers);
+                j += usize::from(taken);
+                taken
             } else {
+                false
+            };
+            if !taken {
                 break;
             }
         }
-        let mut at = from_j;
-        for k in (from_i..i).filter(|&k| student[k][0] < student[k][1]) {
-            while at < j && teacher[at][1] <= student[k][0] {
+        if students == 0 || teachers == 0 {
+            continue;
+        }
+        let full =
+            |spans: &[[i64; 2]], range: Range<usize>| range.filter(|&k| spans[k][0] < spans[k][1]).collect::<Vec<_>>();
+        let (own, other) = (full(student, from_i..i), full(teacher, from_j..j));
+        let mut at = 0;
+        for &k in &own {
+            a.student_chunk[k] = g;
+            while at < other.len() && teacher[other[at]][1] <= student[k][0] {
                 at += 1;
             }
-            if at < j && teacher[at][0] <= student[k][0] {
-                a.teacher_pos[k] = at as i32;
-                a.teacher_off[k] = (student[k][0] - teacher[at][0]) as i32;
+            if let Some(&t) = other.get(at).filter(|&&t| teacher[t][0] <= student[k][0]) {
+                a.teacher_pos[k] = t as i32;
+                a.teacher_off[k] = (student[k][0] - teacher[t][0]) as i32;
             }
         }
-        a.student_ptr.push(from_i as i32);
-        a.teacher_ptr.push(from_j as i32);
+        for &k in &other {
+            a.teacher_chunk[k] = g;
+        }
+        a.student_ptr.push(own[0] as i32);
+        a.teacher_ptr.push(other[0] as i32);
         a.kind.push(Kind::of(students, teachers));
-        last = (i, j);
+        last = (own[own.len() - 1] + 1, other[other.len() - 1] + 1);
     }
     a.student_ptr.push(last.0 as i32);
     a.teacher_ptr.push(last.1 as i32);

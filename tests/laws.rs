@@ -180,6 +180,7 @@ fn swapped(a: &Alignment) -> Alignment {
         teacher_end: a.student_end.clone(),
         teacher_pos: vec![],
         teacher_off: vec![],
+        starts: None,
     }
 }
 

@@ -64,11 +64,50 @@ class Chunk:
     start: tuple[int, int]
 
 
+def turn_ends(tokens: Tokens) -> list[range]:
+    """The runs of tokens without bytes in which there is a stop."""
+    runs: list[range] = []
+    for i, token in enumerate(tokens):
+        if not spelled(token):
+            joins = bool(runs) and runs[-1].stop == i
+            runs[-1:] = [range(runs[-1].start, i + 1)] if joins else [*runs[-1:], range(i, i + 1)]
+    return [run for run in runs if STOP in tokens[run.start : run.stop]]
+
+
 def chunks(student: Tokens, teacher: Tokens, pieces: Pieces | None = None) -> list[Chunk]:
+    """Both sides turn by turn where they have as many, else as one text.
+
+    `pieces` say which parts of the whole texts correspond; then turns must end at the same places. Without them, in
+    every turn, one side's bytes must be the beginning of the other's.
+    """
+    ends, others = turn_ends(student), turn_ends(teacher)
+    if pieces is not None or len(ends) != len(others):
+        return chunks_of_stretch(student, teacher, pieces)
+    found: list[Chunk] = []
+    x = y = 0
+    for end, other in zip([*ends, None], [*others, None], strict=True):
+        to_x, to_y = (end.start, other.start) if end and other else (len(student), len(teacher))
+        for chunk in chunks_of_stretch(student[x:to_x], teacher[y:to_y]):
+            s, t = [x + i for i in chunk.student], [y + j for j in chunk.teacher]
+            found.append(Chunk(s, t, chunk.kind, (x + chunk.start[0], y + chunk.start[1])))
+        if end and other:
+            # What is left before the end of the turn corresponds, whatever it is.
+            seen_x = [i + 1 for chunk in found for i in chunk.student]
+            seen_y = [j + 1 for chunk in found for j in chunk.teacher]
+            s = [i for i in range(max([x, *seen_x]), to_x) if spelled(student[i])]
+            t = [j for j in range(max([y, *seen_y]), to_y) if spelled(teacher[j])]
+            if s or t:
+                found.append(Chunk(s, t, Kind.REWRITTEN, ([*s, to_x][0], [*t, to_y][0])))
+            stops = student.index(STOP, to_x), teacher.index(STOP, to_y)
+            found.append(Chunk([stops[0]], [stops[1]], Kind.STOP, stops))
+            x, y = end.stop, other.stop
+    return found
+
+
+def chunks_of_stretch(student: Tokens, teacher: Tokens, pieces: Pieces | None = None) -> list[Chunk]:
     """Cut wherever a token ends on both sides at the same place of the text.
 
-    Inside a piece that differs there is no such place; inside an equal one every byte is. Without `pieces` one side's
-    bytes must be the beginning of the other's.
+    Inside a piece that differs there is no such place; inside an equal one every byte is.
     """
     if pieces is None:
         common = min(spell(student), spell(teacher), key=len)
@@ -266,6 +305,25 @@ def without_stops(tokens: Tokens) -> Tokens:
     return [token for token in tokens if token != STOP]
 
 
+def uneven(student: Tokens, teacher: Tokens) -> tuple[Tokens, Tokens]:
+    """The same with different numbers of turns, so that only their places in the text can tell which correspond."""
+    if len(turn_ends(student)) == len(turn_ends(teacher)):
+        return student, without_stops(teacher)
+    return student, teacher
+
+
+def cut_turns(
+    turns: list[tuple[bytes, bytes]], at: list[tuple[list, list]], ends: list[Tokens]
+) -> tuple[Tokens, Tokens]:
+    """Turns of both sides in tokens, each closed by one of the `ends`."""
+    student: Tokens = []
+    teacher: Tokens = []
+    for k, ((x, y), (a, b)) in enumerate(zip(turns, at, strict=False)):
+        student += [*without_stops(cut(x, a)), *ends[k % len(ends)]]
+        teacher += [*without_stops(cut(y, b)), *ends[(k + 1) % len(ends)]]
+    return student, teacher
+
+
 #: Where to cut, and what to throw in: see `cut`.
 places = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 12)), max_size=24)
 
@@ -324,4 +382,4 @@ def vocabularies(draw: st.DrawFn) -> tuple[Tokens, Tokens]:
         teacher.append(draw(st.sampled_from([token for token in fitting if rest.startswith(token)])))
         rest = rest[len(spelled(teacher[-1])) :]
         teacher += draw(st.sampled_from([[], [], [], [SPECIAL], [STOP], [STOP, SPECIAL]]))
-    return student, teacher
+    return uneven(student, teacher)

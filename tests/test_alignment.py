@@ -87,7 +87,7 @@ def same(a: Alignment | AlignmentBatch, b: Alignment | AlignmentBatch) -> None:
 @law
 @given(oracle.byte_texts, oracle.places, oracle.places)
 def test_equal_bytes_give_the_oracles_chunks(text: bytes, a: list, b: list) -> None:
-    student, teacher = cut(text, a), cut(text, b)
+    student, teacher = oracle.uneven(cut(text, a), cut(text, b))
     alignment = align(student, teacher)
     check(alignment, student, teacher)
     check_shape(alignment, student, teacher)
@@ -102,7 +102,7 @@ def test_random_vocabularies_give_the_oracles_chunks(sides: tuple[Tokens, Tokens
 @law
 @given(oracle.byte_texts, oracle.places, oracle.places)
 def test_there_are_as_many_chunks_as_common_byte_ends(text: bytes, a: list, b: list) -> None:
-    student, teacher = cut(text, a), cut(text, b)
+    student, teacher = oracle.uneven(cut(text, a), cut(text, b))
     alignment = align(student, teacher)
     common = set(oracle.byte_ends(student)) & set(oracle.byte_ends(teacher)) - {0}
     assert (alignment.kind != Kind.STOP).sum() == len(common)
@@ -163,10 +163,15 @@ def test_a_side_aligned_to_itself_is_one_to_one(text: bytes, a: list) -> None:
     np.testing.assert_array_equal(alignment.student_chunk, alignment.teacher_chunk)
 
 
+turn_texts = st.lists(st.tuples(oracle.byte_texts.filter(bool), st.integers(0, 40), st.integers(0, 40)), max_size=4)
+cuts = st.lists(st.tuples(oracle.places, oracle.places), min_size=4, max_size=4)
+ways_to_end = st.permutations([[STOP], [SPECIAL, STOP], [STOP, STOP, SPECIAL]])
+
+
 @law
-@given(oracle.byte_texts, oracle.places, oracle.places, st.integers(0, 64), st.booleans())
-def test_cutting_the_end_changes_only_the_last_chunk(text: bytes, a: list, b: list, keep: int, left: bool) -> None:
-    student, teacher = cut(text, a), cut(text, b)
+@given(turn_texts, cuts, ways_to_end, st.integers(0, 64), st.booleans())
+def test_cutting_the_end_changes_only_the_last_chunk(texts: list, at: list, ends: list, keep: int, left: bool) -> None:
+    student, teacher = oracle.cut_turns([(text, text) for text, _, _ in texts], at, ends)
     whole = oracle.chunks(student, teacher)
     if left:
         student = student[:keep]
@@ -192,7 +197,7 @@ def test_cutting_the_end_of_a_changed_text_changes_only_the_last_chunk(
 @law
 @given(oracle.byte_texts, oracle.byte_texts, st.booleans(), oracle.places, oracle.places)
 def test_strict_refuses_exactly_what_differs(x: bytes, y: bytes, equal: bool, a: list, b: list) -> None:
-    student, teacher = cut(x, a), cut(x if equal else y, b)
+    student, teacher = (oracle.without_stops(cut(text, at)) for text, at in ((x, a), (x if equal else y, b)))
     if equal or x == y:
         same(align(student, teacher, strict=True), align(student, teacher))
         return
@@ -248,6 +253,55 @@ def test_stops_pair_within_several_turns() -> None:
     check(a, student, teacher)
     assert a.student_chunk.tolist() == [0, 1, -1, 2, 3, -1]
     assert a.teacher_chunk.tolist() == [0, 0, -1, 1, 2, 3]
+
+
+@law
+@given(turn_texts, cuts, ways_to_end)
+def test_as_many_turns_correspond_whatever_is_in_them(texts: list, at: list, ends: list) -> None:
+    # The end of every turn is missing on one side, or on none.
+    # Some of it is left: without text between them two ends are one.
+    turns = [(text[: max(len(text) - x, 1)], text[: max(len(text) - y, 1)]) for text, x, y in texts]
+    student, teacher = oracle.cut_turns(turns, at, ends)
+    alignment = align(student, teacher)
+    check_shape(alignment, student, teacher)
+    check(alignment, student, teacher)
+    assert (alignment.kind == Kind.STOP).sum() == len(oracle.turn_ends(student))
+
+
+@law
+@given(st.lists(oracle.changed_texts, max_size=4), cuts, ways_to_end)
+def test_changes_stay_in_their_turn(turns: list[Pieces], at: list, ends: list) -> None:
+    texts = [(oracle.side(pieces, 0), oracle.side(pieces, 1)) for pieces in turns]
+    student, teacher = oracle.cut_turns(texts, at, ends)
+    check(align(student, teacher), student, teacher, [piece for pieces in turns for piece in pieces])
+
+
+@pytest.mark.parametrize("more", [b" ", b"x", "\u200b".encode()])
+def test_text_before_a_stop_on_one_side_does_not_cost_the_stop(more: bytes) -> None:
+    longer: Tokens = [b"abcdefgh", more, STOP]
+    for student, teacher in ((longer, [b"abcdefgh", STOP]), ([b"abcdefgh", STOP], longer)):
+        a = align(student, teacher)
+        check(a, student, teacher)
+        assert a.kind.tolist() == [Kind.ONE_TO_ONE, Kind.REWRITTEN, Kind.STOP]
+        assert a.coverage == pytest.approx(2 / 3 if student is longer else 1)
+
+
+_INSIDE_A_CHARACTER = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+import xtokmap
+
+bt = xtokmap.ByteTable.from_bytes([None, b"a", bytes([0xC3]), bytes([0xA9]), bytes([0xF0, 0x9F])], stop_ids=[0])
+al = xtokmap.Aligner(bt, bt)
+for student, teacher in (([2, 1], [2, 0, 3]), ([4, 0, 3], [4, 1])):
+    al.align(student, teacher), al.align(teacher, student)
+"""
+
+
+def test_a_stop_inside_a_character_that_differs_ends() -> None:
+    # In a process of its own: a merge that does not move on takes all memory.
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", _INSIDE_A_CHARACTER], env=environment, timeout=20, check=True)
 
 
 # ---- one alignment -----------------------------------------------------------------------------------------------
@@ -331,7 +385,7 @@ def padded(
 @settings(law, max_examples=100)
 @given(rows_of_tokens, st.sampled_from([np.int32, np.int64, np.uint32]), st.sampled_from([1, 2, None]), st.booleans())
 def test_a_batch_is_its_rows(rows: list, dtype: type, threads: int | None, right: bool) -> None:
-    sides = [(cut(text, a), cut(text, b)) for text, a, b in rows]
+    sides = [oracle.uneven(cut(text, a), cut(text, b)) for text, a, b in rows]
     s, student = table(*(row for row, _ in sides))
     t, teacher = table(*(row for _, row in sides))
     al = Aligner(s, t)
@@ -886,13 +940,13 @@ def test_batches_that_do_not_fit(ab: Aligner, student: object, mask: object, mes
 
 
 def test_threads_that_cannot_be(ab: Aligner) -> None:
-    with pytest.raises(XTokMapError, match="threads=0: use at least 1, or None for all cores"):
+    with pytest.raises(XTokMapError, match="threads=0: use 1 to 4096, or None for all cores"):
         ab.align_batch([[2]], [[2]], threads=0)
 
 
 def test_strict_names_the_place(ab: Aligner) -> None:
     with pytest.raises(ByteMismatchError) as raised:
-        ab.align_batch([[2, 3], [2, 1, 2]], [[2], [1, 2]], strict=True)
+        ab.align_batch([[2, 3], [2, 0, 2]], [[2], [0, 2]], strict=True)
     assert str(raised.value) == (
         'row 1: the bytes differ at byte 1: student at token 2 (b"a") in b"aa", teacher at token 1 (b"ab") in b"ab"; '
         "align the text that was really encoded, or use strict=False to put the stretch in a REWRITTEN chunk"
@@ -900,6 +954,10 @@ def test_strict_names_the_place(ab: Aligner) -> None:
     assert (raised.value.row, raised.value.byte) == (1, 1)
     with pytest.raises(ByteMismatchError, match=re.escape('byte 1: student at its end in b"a", teacher at token 0')):
         ab.align([2], [2], strict=True)
+    # Positions and bytes are those of the row in its later turns too.
+    with pytest.raises(ByteMismatchError, match=re.escape('student at token 4 (b"a") in b"a"')) as raised:
+        ab.align([2, 3, 1, 0, 2], [2, 1, 1, 0], strict=True)
+    assert raised.value.byte == 2
 
 
 @pytest.mark.parametrize(
@@ -933,6 +991,11 @@ def test_none_in_the_middle_is_a_special() -> None:
         bt.decode([0, -1])
 
 
+def test_decode_refuses_numbers_beyond_64_bits(ab: Aligner) -> None:
+    with pytest.raises(XTokMapError):
+        ab.student.decode([2**70])
+
+
 def test_a_row_of_too_many_bytes() -> None:
     bt = ByteTable.from_bytes([b"a" * 2**16, b"b", b"a" * (2**16 - 1)])
     al = Aligner(bt, bt)
@@ -953,27 +1016,15 @@ def test_a_row_of_too_many_bytes() -> None:
 # ---- what does not hold yet --------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="text before an end of turn on one side only hides that end of turn")
-@pytest.mark.parametrize("more", [b" ", b"x", "\u200b".encode()])
-def test_text_before_a_stop_on_one_side_does_not_cost_the_stop(more: bytes) -> None:
-    a = align([b"abcdefgh", more, STOP], [b"abcdefgh", STOP])
-    assert a.kind.tolist() == [Kind.ONE_TO_ONE, Kind.REWRITTEN, Kind.STOP]
-    b = align([b"abcdefgh", STOP], [b"abcdefgh", more, STOP])
-    assert b.kind.tolist() == [Kind.ONE_TO_ONE, Kind.REWRITTEN, Kind.STOP]
-
-
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="numbers that do not fit the core's integers")
-@pytest.mark.parametrize("case", ["threads", "stop_ids", "decode"])
+@pytest.mark.parametrize("case", ["threads", "stop_ids"])
 def test_numbers_beyond_the_cores_integers(ab: Aligner, case: str) -> None:
     with pytest.raises(XTokMapError):
         {
             "threads": lambda: ab.align_batch([[2]], [[2]], threads=-1),
             "stop_ids": lambda: ByteTable.from_bytes([None], stop_ids=[2**70]),
-            "decode": lambda: ab.student.decode([2**70]),
         }[case]()
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="ByteTable.decode raises without the attributes")
 def test_decode_says_which_id(ab: Aligner) -> None:
     with pytest.raises(TokenIdError) as raised:
         ab.student.decode([2, 9])

@@ -173,6 +173,10 @@ def test_chunk_gap_sums_over_chunks_and_counts_bytes():
     nats, nbytes = chunk_gap(P, Q, index_of(STUDENT, TEACHER))
     assert nats.item() == pytest.approx(-0.4 + 0.3 + 0.5, abs=1e-6)
     assert nbytes.tolist() == [12]
+    with_stop = index_of([[b"a", None]], [[b"a", None]])
+    p, q = tensor(-1.0, -2.0), tensor(-0.5, -5.0)
+    assert chunk_gap(p, q, with_stop)[0].tolist() == [2.5]
+    assert chunk_gap(p, q, with_stop, stops=False)[0].tolist() == [-0.5]
 
 
 WORDS = [b"a", b"b", b"ab", b"ba", b"abc", b"c", "é".encode(), b"\xc3", b"\xa9", b" "]

@@ -26,7 +26,7 @@ def sides(draw: st.DrawFn) -> tuple[Tokens, Tokens, Pieces | None]:
         return *map(oracle.without_stops, tokens), pieces
     text = draw(oracle.byte_texts)
     student, teacher = cut(text, draw(oracle.places)), cut(text, draw(oracle.places))
-    return student[: draw(st.integers(0, 60))], teacher, None
+    return *oracle.uneven(student[: draw(st.integers(0, 60))], teacher), None
 
 
 def pairs(overlaps: Overlaps) -> dict[tuple[int, int], int]:
@@ -321,19 +321,16 @@ def test_equal_texts_align_as_spacy_alignments_does() -> None:
 # ---- what does not hold yet --------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="an alignment from offsets keeps ends only, and takes a gap for part of a span")
 def test_overlaps_and_spans_of_offsets_with_gaps() -> None:
     a = align_offsets([(0, 2), (3, 5)], [(0, 2), (3, 4), (4, 5)])
     assert pairs(a.overlaps()) == {(0, 0): 2, (1, 1): 1, (1, 2): 1}
 
 
-@pytest.mark.xfail(strict=True, reason="a span that only its own side ties to a chunk is left out where it comes first")
 def test_spans_that_overlap_on_their_own_side_stay_together() -> None:
     assert align_offsets([(0, 2)], [(1, 3), (2, 4)]).teacher_chunk.tolist() == [0, 0]
     assert align_offsets([(2, 4)], [(0, 2), (1, 3)]).teacher_chunk.tolist() == [0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="an alignment from offsets keeps ends only: equal spans look empty")
 def test_overlaps_and_spans_of_equal_offsets() -> None:
     a = align_offsets([(0, 1), (0, 1)], [(0, 1)])
     assert pairs(a.overlaps()) == {(0, 0): 1, (1, 0): 1}

@@ -80,6 +80,7 @@ def overlaps(
     teacher_chunk: npt.NDArray[np.int32],
     student_end: npt.NDArray[np.int32],
     teacher_end: npt.NDArray[np.int32],
+    starts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]: ...
 def map_spans(
     student_ptr: npt.NDArray[np.int32],
@@ -89,9 +90,10 @@ def map_spans(
     teacher_chunk: npt.NDArray[np.int32],
     student_end: npt.NDArray[np.int32],
     teacher_end: npt.NDArray[np.int32],
+    starts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
     spans: npt.NDArray[np.int64],
     to_teacher: bool,
     cover: bool,
 ) -> npt.NDArray[np.int64]: ...
-def align_offsets(student: npt.NDArray[np.int64], teacher: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]: ...
+def align_offsets(student: npt.NDArray[np.int64], teacher: npt.NDArray[np.int64]) -> dict[str, Any]: ...
 def get_alignments(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]: ...

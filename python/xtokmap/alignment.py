@@ -96,6 +96,8 @@ class Alignment:
     teacher_pos: Int32
     teacher_off: Int32
     _bytes: _Bytes | None = field(default=None, kw_only=True)
+    #: Where the tokens of both sides start, if they leave gaps or overlap.
+    _starts: tuple[Int32, Int32] | None = field(default=None, kw_only=True)
 
     @property
     def num_chunks(self) -> int:
@@ -161,7 +163,9 @@ class Alignment:
         array = _offsets(spans, "spans")
         return _core.map_spans(*self._fields(), array, to == "teacher", mode == "cover")
 
-    def _fields(self) -> tuple[Int32, Int32, npt.NDArray[np.uint8], Int32, Int32, Int32, Int32]:
+    def _fields(
+        self,
+    ) -> tuple[Int32, Int32, npt.NDArray[np.uint8], Int32, Int32, Int32, Int32, tuple[Int32, Int32] | None]:
         return (
             self.student_ptr,
             self.teacher_ptr,
@@ -170,6 +174,7 @@ class Alignment:
             self.teacher_chunk,
             self.student_end,
             self.teacher_end,
+            self._starts,
         )
 
 
@@ -364,9 +369,10 @@ class Aligner:
     ) -> tuple[list[Int64], AlignmentBatch]:
         """Student completions -> what the teacher is given for them, and the alignment of the two, in bulk.
 
-        The text is the lossy decode of the student's bytes: what is not UTF-8 becomes U+FFFD, as the student's own
-        decoder counts it, and alignment counts the same way. The student's ids are aligned as sampled. Where a student
-        row has an end-of-turn token the teacher's row gets the teacher's own, and the two form a STOP chunk.
+        The text is the lossy decode of the student's bytes: what is not UTF-8 becomes U+FFFD, one for a maximal
+        invalid part, or for each byte of it where the student's vocabulary is byte fallback. The student's ids are
+        aligned as sampled. Where a student row has an end-of-turn token the teacher's row gets the teacher's own, and
+        the two form a STOP chunk.
 
         Args:
             student_ids: B rows, as `align_batch` takes them.

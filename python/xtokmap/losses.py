@@ -193,19 +193,29 @@ def policy_loss(
     return total / denominator
 
 
-def chunk_gap(student_logprobs: Tensor, teacher_logprobs: Tensor, index: ChunkIndex) -> tuple[Tensor, Tensor]:
+def chunk_gap(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, index: ChunkIndex, *, stops: bool = True
+) -> tuple[Tensor, Tensor]:
     """The sampled reverse KL of every row: sums of L_S - L_T over its chunks, and the bytes that they spell.
 
     On samples of the student, nats / bytes estimates KL(student || teacher) per byte without bias from the way in
     which either side cuts the text into tokens.
 
+    Args:
+        student_logprobs: `[B, Ts]`; nats.
+        teacher_logprobs: `[B, Tt]`; nats.
+        index: of the same rows.
+        stops: whether the ends of turns count; False measures the text alone.
+
     Returns:
         float32 `[B]` nats and int64 `[B]` bytes, over chunks with finite logprobs and tokens on both sides.
     """
     credit = chunk_credit(student_logprobs, teacher_logprobs, index, "full", clamp=None)
-    per_token = torch.where(credit.scored, credit.advantages, 0)
-    m = index.to_student(index.student_count).clamp(min=1)
-    nats = -(per_token / m).sum(1)
+    # Every token of a chunk has the chunk's whole gap.
+    share = 1 / index.student_count.clamp(min=1)
+    if not stops:
+        share = torch.where(index.kind == _STOP, 0, share)
+    nats = -(credit.advantages * index.to_student(share)).sum(1)
     return nats, torch.where(credit.scored, index.student_len, 0).sum(1)
 
 

@@ -113,7 +113,7 @@ def _as_batch(a: AlignmentBatch | Alignment) -> AlignmentBatch:
     if isinstance(a, AlignmentBatch):
         return a
     counts = {"student_cu": len(a.student_chunk), "teacher_cu": len(a.teacher_chunk), "chunk_cu": len(a.kind)}
-    arrays: dict[str, Any] = {f.name: getattr(a, f.name) for f in fields(a)}
+    arrays: dict[str, Any] = {f.name: getattr(a, f.name) for f in fields(a) if f.name != "_starts"}
     arrays.update({name: np.asarray([0, n], dtype=np.int64) for name, n in counts.items()})
     return AlignmentBatch(**arrays)
 

@@ -62,7 +62,7 @@ class Config:
     )
     clamp: float = _doc(10.0, "largest absolute advantage (the paper: 10)")
     max_chunk_tokens: int = _doc(6, "chunks with more tokens on a side are unscored, 0: no limit (the paper: 6)")
-    score_stop: bool = _doc(True, "whether end-of-turn tokens are scored; a base teacher does not know when to stop")
+    score_stop: bool = _doc(True, "score ends of turns, and measure them; a base teacher does not know when to stop")
     clip_low: float = _doc(0.2, "PPO's lower clip (the paper: 0.2)")
     clip_high: float = _doc(0.28, "PPO's upper clip (the paper: 0.28)")
     clip_dual: float = _doc(10.0, "PPO's dual clip (the paper: 10)")
@@ -318,7 +318,7 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum = loss_sum + loss.detach()
             if turn == 0:
-                nats[at], nbytes[at] = chunk_gap(old, teacher[at], index.rows(at))
+                nats[at], nbytes[at] = chunk_gap(old, teacher[at], index.rows(at), stops=config.score_stop)
                 for name in counts:
                     counts[name] = counts[name] + (getattr(given, name) & response[at]).sum()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
@@ -347,7 +347,7 @@ def ratio_with_error(nats: Sequence[float], nbytes: Sequence[float]) -> tuple[fl
 def coverage_shares(counts: Sequence[int], tokens: int) -> dict[str, float]:
     """Share of the response tokens in chunks of each kind, and of those in none."""
     shares = {kind.name: counts[kind] / max(tokens, 1) for kind in Kind}
-    return {**shares, "UNALIGNED": 1 - sum(shares.values())}
+    return {**shares, "UNALIGNED": max(0.0, 1 - sum(shares.values()))}
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: 
             own = torch.zeros_like(rollouts.index.student_chunk, dtype=torch.float32)
             for rows in roller.micro_batches(rollouts):
                 own[torch.tensor(rows, device=roller.device)] = roller.logprobs(rollouts, rows)
-            gap, size = chunk_gap(own, rollouts.teacher_logprobs, rollouts.index)
+            gap, size = chunk_gap(own, rollouts.teacher_logprobs, rollouts.index, stops=config.score_stop)
             counts += coverage_counts(rollouts.index)
             for i, x, y, ids in zip(batch, gap.tolist(), size.tolist(), rollouts.completion_ids, strict=True):
                 nats[i] += x
