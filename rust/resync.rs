@@ -7,6 +7,8 @@
 //! character is impossible. Only where the atoms differ too (inserted, deleted or replaced text) is there a search, first
 //! for the shortest edit, then for a far block of equal text.
 
+use std::cmp::Ordering;
+
 use unicode_normalization::char::{canonical_combining_class, decompose_compatible};
 
 use crate::align::Tokens;
@@ -102,6 +104,12 @@ impl<'a> Text<'a> {
                 None => chunk.invalid().len(),
             },
         }
+    }
+
+    /// Whether a white-space character is at `x`.
+    fn is_space(&self, x: usize) -> bool {
+        let unit = &self.bytes[x..x + self.unit_len(x)];
+        std::str::from_utf8(unit).is_ok_and(|c| !c.is_empty() && c.trim().is_empty())
     }
 
     fn blocks(&mut self) -> &[(u64, u32)] {
@@ -218,29 +226,58 @@ impl<'a> Resync<'a> {
             p
         };
         let (mut p, mut q) = (atom_at(&self.s, x), atom_at(&self.t, y));
+        let mut fresh = true;
         loop {
-            let (to_x, to_y) = (self.s.byte(p), self.t.byte(q));
-            if (to_x, to_y) != (x, y) {
-                // A changed stretch ends here; what both sides end it with has not changed.
-                let kept = self.common_units_before((x, y), (to_x, to_y));
-                let (start_x, start_y) = (to_x - kept, to_y - kept);
-                let equal = common_prefix(&self.s.bytes[start_x..], &self.t.bytes[start_y..]);
-                self.equal_from = (start_x, start_y);
-                match Ends::common(&mut ends_s, &mut ends_t, (start_x, start_y), equal) {
-                    // A chunk holds at least one token.
-                    Some(end) if end != tokens => return Some(end),
-                    _ => {}
+            let space = if fresh { self.space_inserted(x, y) } else { None };
+            fresh = false;
+            let (to_x, to_y) = space.unwrap_or_else(|| (self.s.byte(p), self.t.byte(q)));
+            if (to_x, to_y) == (x, y) {
+                if p == self.s.atoms.len() && q == self.t.atoms.len() {
+                    return None;
                 }
-                // No token ends between this stretch and the next one.
-                let next = self.unit_start(start_x + equal, start_y + equal);
-                (x, y) = (next.0.max(to_x), next.1.max(to_y));
-                (p, q) = (atom_at(&self.s, x), atom_at(&self.t, y));
+                (p, q) = self.next_cut(p, q)?;
                 continue;
             }
-            if p == self.s.atoms.len() && q == self.t.atoms.len() {
-                return None;
+            // A changed stretch ends here; what both sides end it with has not changed.
+            let kept = self.common_units_before((x, y), (to_x, to_y));
+            let (start_x, start_y) = (to_x - kept, to_y - kept);
+            let equal = common_prefix(&self.s.bytes[start_x..], &self.t.bytes[start_y..]);
+            self.equal_from = (start_x, start_y);
+            match Ends::common(&mut ends_s, &mut ends_t, (start_x, start_y), equal) {
+                // A chunk holds at least one token.
+                Some(end) if end != tokens => return Some(end),
+                _ => {}
             }
-            (p, q) = self.next_cut(p, q)?;
+            // No token ends between this stretch and the next one.
+            let next = self.unit_start(start_x + equal, start_y + equal);
+            (x, y) = (next.0.max(to_x), next.1.max(to_y));
+            (p, q) = (atom_at(&self.s, x), atom_at(&self.t, y));
+            fresh = true;
+        }
+    }
+
+    /// Where both sides agree behind one white-space character that only one of them has here, and agree for longer than
+    /// behind the pair of characters: the prefix space before a line end is no line end that became a space.
+    fn space_inserted(&self, x: usize, y: usize) -> Option<(usize, usize)> {
+        const ENOUGH: usize = 64;
+        let (past_s, past_t) = (x + self.s.unit_len(x), y + self.t.unit_len(y));
+        let equal = |x: usize, y: usize| {
+            let (a, b) = (&self.s.bytes[x..], &self.t.bytes[y..]);
+            let equal = common_prefix(&a[..a.len().min(ENOUGH)], &b[..b.len().min(ENOUGH)]);
+            // The first bytes of two characters say nothing.
+            if equal < self.s.unit_len(x) {
+                0
+            } else {
+                equal
+            }
+        };
+        let both = equal(past_s, past_t);
+        let only_s = if self.s.is_space(x) { equal(past_s, y) } else { 0 };
+        let only_t = if self.t.is_space(y) { equal(x, past_t) } else { 0 };
+        match only_s.cmp(&only_t) {
+            Ordering::Greater if only_s > both => Some((past_s, y)),
+            Ordering::Less if only_t > both => Some((x, past_t)),
+            _ => None,
         }
     }
 

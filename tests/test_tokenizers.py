@@ -61,7 +61,7 @@ class Case:
     decode: Any  # rows of ids -> texts, nothing cleaned up, specials left out
     stops: tuple[int, ...]
     invalid: str = "maximal"
-    edge: str = ""  # where the decoder leaves a space out: "prefix", "suffix"
+    edge: str = ""  # where the decoder leaves a space out: "prefix", "suffix"; "first": all of the first token's
     exact: bool = True  # decode(encode(text)) == text
     codec: Any = None  # what text_codec is given, where that is not `source`
     table: xtokmap.ByteTable = field(init=False)
@@ -70,8 +70,14 @@ class Case:
         self.table = byte_table(self.source)
 
     def spell(self, ids):
-        text = lossy(self.table.decode(ids), self.invalid)
-        return {"prefix": text.removeprefix(" "), "suffix": text.removesuffix(" ")}.get(self.edge, text)
+        """What the decoder makes of these ids."""
+        first, rest = self.table.decode(ids[:1]), self.table.decode(ids[1:])
+        if self.edge == "prefix":
+            first = first.removeprefix(b" ")
+        elif self.edge == "first":
+            first = first.replace(b" ", b"")
+        text = lossy(first + rest, self.invalid)
+        return text.removesuffix(" ") if self.edge == "suffix" else text
 
 
 def of_tokenizer(tokenizer, source=None, **options):
@@ -122,10 +128,10 @@ def smollm2():
     return case
 
 
-def trained(model, trainer, pre_tokenizer, decoder, normalizer=None):
+def trained(model, trainer, pre_tokenizer, decoder, normalizer=None, texts=TEXTS):
     tokenizer = Tokenizer(model)
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre_tokenizer, decoder
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.train_from_iterator(texts * 3, trainer)
     return tokenizer
 
 
@@ -148,23 +154,23 @@ def byte_level():
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def llama(decoder):
+def llama(decoder, edge):
     """Byte fallback as converters write it: `<0xNN>` pieces in the vocabulary, spaces as `▁`."""
     tokenizer = trained(
         models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"),
         trainers.BpeTrainer(
             vocab_size=600,
             special_tokens=["<unk>", "<s>", "</s>", *BYTE_PIECES],
-            limit_alphabet=80,
             show_progress=False,
         ),
         None,
         decoder,
         normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        texts=[CORPUS[kind] for kind in ("prose", "code", "digits", "whitespace", "korean")],
     )
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]  # the byte pieces are ordinary pieces
-    return of_tokenizer(Tokenizer.from_str(json.dumps(spec)), stops=(2,), invalid="each", edge="prefix")
+    return of_tokenizer(Tokenizer.from_str(json.dumps(spec)), stops=(2,), invalid="each", edge=edge)
 
 
 def word_piece(cleanup):
@@ -188,7 +194,7 @@ def unigram():
         pre_tokenizers.Metaspace(),
         decoders.Metaspace(),
     )
-    return of_tokenizer(tokenizer, stops=(1,), edge="prefix", exact=False)
+    return of_tokenizer(tokenizer, stops=(1,), edge="first", exact=False)
 
 
 def suffix():
@@ -244,10 +250,12 @@ CASES = {
     "llama": lambda: llama(
         decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
+        ),
+        edge="prefix",
     ),
     "metaspace-bytes": lambda: llama(
-        decoders.Sequence([decoders.Metaspace(prepend_scheme="first"), decoders.ByteFallback(), decoders.Fuse()])
+        decoders.Sequence([decoders.Metaspace(prepend_scheme="first"), decoders.ByteFallback(), decoders.Fuse()]),
+        edge="first",
     ),
     "wordpiece": lambda: word_piece(cleanup=True),
     "wordpiece-verbatim": lambda: word_piece(cleanup=False),
@@ -293,8 +301,8 @@ def test_text(case, kind):
         ids = [i for i in ids if i not in specials]
     assert case.spell(ids) == case.decode([ids])[0]
     if case.exact and not specials:
-        assert case.spell(ids) == text
-        assert case.table.decode(ids).endswith(text.encode())
+        prefix = b" " if case.edge in ("prefix", "first") else b""
+        assert case.table.decode(ids) == prefix + text.encode()
 
 
 def test_specials_have_no_bytes(case):
@@ -381,6 +389,7 @@ def test_mistral_common_objects():
         expected = rows_of(_made(name).table)
         assert rows_of(byte_table(tokenizer)) == rows_of(byte_table(inner)) == rows_of(byte_table(inner.tokenizer))
         assert rows_of(byte_table(tokenizer)) == expected
+        assert split(text_codec(tokenizer).encode_batch(TEXTS)) == [_made(name).encode(text) for text in TEXTS]
 
 
 def test_mistral_common_inside_transformers():
@@ -388,8 +397,7 @@ def test_mistral_common_inside_transformers():
     pytest.importorskip("mistral_common")
     tokenizer = backend.MistralCommonBackend(str(real.path("tekken")))
     assert rows_of(byte_table(tokenizer)) == rows_of(_made("tekken").table)
-    ids, cu = text_codec(tokenizer).encode_batch(TEXTS)
-    assert [row.tolist() for row in np.split(ids, cu[1:-1])] == [_made("tekken").encode(text) for text in TEXTS]
+    assert split(text_codec(tokenizer).encode_batch(TEXTS)) == [_made("tekken").encode(text) for text in TEXTS]
 
 
 def test_tiktoken_encoding_has_specials_that_its_file_lacks():
@@ -428,6 +436,12 @@ def test_sentencepiece_files_and_processors(tmp_path, kind):
         assert (table[i] is None) == hidden
 
 
+def test_sentencepiece_names_its_end_of_text():
+    model = sentencepiece_model("bpe", eos_piece="<fin>")
+    processor = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=model)
+    assert byte_table(processor).stop_ids[0] == processor.eos_id() == processor.piece_to_id("<fin>")
+
+
 def test_sentencepiece_pieces_need_no_package(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(byte_fallback_model())
     expected = rows_of(_made("sentencepiece-bpe").table)
@@ -445,7 +459,7 @@ def test_slow_sentencepiece_tokenizer(tmp_path):
     tokenizer = slow.SentencePieceBackend(
         vocab_file=str(tmp_path / "tokenizer.model"), eos_token="</s>", unk_token="<unk>", bos_token="<s>"
     )
-    tokenizer.add_tokens(["<tool_call>", AddedToken("<|im_end|>", special=True)])
+    tokenizer.add_tokens(["<tool_call>", AddedToken("<|im_end|>", special=True), "▁▁"])  # the last is a piece already
     table, own = byte_table(tokenizer), _made("sentencepiece-bpe").table
     tool, end = tokenizer.convert_tokens_to_ids(["<tool_call>", "<|im_end|>"])
     assert {tool, end} == {len(own), len(own) + 1}
@@ -456,9 +470,12 @@ def test_slow_sentencepiece_tokenizer(tmp_path):
     ids, _ = text_codec(tokenizer).encode_batch([text])
     assert table.decode(ids.tolist()).strip() == text.encode()
 
+    other = slow.SentencePieceBackend(vocab_file=tokenizer.vocab_file, eos_token="<ctrl>", unk_token="<unk>")
+    assert byte_table(other).stop_ids == (tokenizer.sp_model.piece_to_id("<ctrl>"), *own.stop_ids)
+
     class Shifted(slow.SentencePieceBackend):
-        def convert_ids_to_tokens(self, ids, **options):
-            return super().convert_ids_to_tokens([max(i - 1, 0) for i in ids], **options)
+        def _convert_id_to_token(self, index):
+            return super()._convert_id_to_token(max(index - 1, 0))
 
     with pytest.raises(UnsupportedTokenizerError, match=r"Shifted is a slow tokenizer: .*fast version"):
         byte_table(Shifted(vocab_file=str(tmp_path / "tokenizer.model"), eos_token="</s>", unk_token="<unk>"))
@@ -497,6 +514,20 @@ def test_gguf(tmp_path, endianess):
     gpt2 = write_gguf(tmp_path / "gpt2.gguf", "gpt2", PIECES, types_, endianess, eos=6)
     rows[3:6], rows[10] = [b"<0xE2>", "▁the".encode(), "▁▁".encode()], b" \xe9"
     assert rows_of(byte_table(gpt2)) == (rows, (6, 2), "maximal")
+
+
+def test_user_defined_turn_markers_are_special_and_html_is_not(tmp_path):
+    """Gemma's pieces: <end_of_turn> is user-defined, and so is </s>, which is HTML there."""
+    path = write_gguf(tmp_path / "gemma.gguf", "llama", ["<eos>", "</s>", "<end_of_turn>", "<b>"], [3, 4, 4, 4], eos=0)
+    assert rows_of(byte_table(path)) == ([None, b"</s>", None, b"<b>"], (0, 2), "each")
+
+
+def test_gguf_user_defined_tokens_are_text(tmp_path):
+    """Also where their letters are in the byte alphabet; and a file beside can make one of them the end of a turn."""
+    write_gguf(tmp_path / "x.gguf", "gpt2", ["Ġé", "Ġé!", "<|user|>"], [1, 4, 4])
+    assert rows_of(byte_table(tmp_path)) == ([b" \xe9", "Ġé!".encode(), b"<|user|>"], (), "maximal")
+    write(tmp_path, generation_config={"eos_token_id": 2})
+    assert rows_of(byte_table(tmp_path)) == ([b" \xe9", "Ġé!".encode(), None], (2,), "maximal")
 
 
 def test_gguf_refusals(tmp_path):
@@ -541,8 +572,8 @@ def write(directory, **files):
 
 
 def test_directory_declares_stops_and_added_tokens(tmp_path):
-    own = _made("sentencepiece-bpe").table
-    n = len(own)
+    case = _made("sentencepiece-bpe")
+    own, n, two = case.table, len(case.table), case.source.piece_to_id("▁▁")
     (tmp_path / "tokenizer.model").write_bytes(byte_fallback_model())
     write(
         tmp_path,
@@ -555,6 +586,7 @@ def test_directory_declares_stops_and_added_tokens(tmp_path):
                 str(n + 2): {"content": "<tool_call>", "special": False},
                 str(n + 3): {"content": "<|im_end|>", "special": True},
                 str(n + 4): {"content": "<|observation|>", "special": False},
+                str(two): {"content": "▁▁", "special": False},
             },
         },
         generation_config={"eos_token_id": [2, n + 4, 10**6, 300]},
@@ -562,6 +594,7 @@ def test_directory_declares_stops_and_added_tokens(tmp_path):
     )
     table = byte_table(tmp_path)
     assert [table[i] for i in range(n, n + 5)] == [None, None, b"<tool_call>", None, None]
+    assert table[two] == b"  "
     assert table.stop_ids == (n, 2, n + 4, n + 3, own.stop_ids[1])  # 300 is an ordinary piece: not this vocabulary's
     with pytest.raises(UnsupportedTokenizerError, match=r"cannot encode the added tokens.*AutoTokenizer"):
         text_codec(tmp_path)
@@ -761,6 +794,66 @@ def test_denormalizer_is_refused(tmp_path):
         byte_table(tmp_path / "x.model")
 
 
+LEVEL = {"type": "ByteLevel"}
+HOSTILE = {
+    "huge.tiktoken": b"YQ== 99999999999\n",
+    "twice.tiktoken": b"YQ== 0\nYg== 0\n",
+    "negative.tiktoken": b"YQ== -1\nYg== 0\n",
+    "negative.json": {"model": {"vocab": {"a": -1, "b": 0}}, "decoder": LEVEL},
+    "text.json": {"model": {"vocab": {"a": "0"}}, "decoder": LEVEL},
+    "float.json": {"model": {"vocab": {"a": 1.5}}, "decoder": LEVEL},
+    "huge.json": {"model": {"vocab": {"a": 10**12}}, "decoder": LEVEL},
+    "added.json": {
+        "model": {"vocab": {}},
+        "decoder": LEVEL,
+        "added_tokens": [{"id": 0, "content": 1, "special": False}],
+    },
+    "surrogate.json": {"model": {"vocab": {"\ud800": 0}}, "decoder": LEVEL},
+    "deep.json": b"[" * 100_000,
+    "list.json": [],
+    "tekken.json": {"config": {"default_num_special_tokens": 10**12, "default_vocab_size": 10**12}, "vocab": []},
+    "array.gguf": b"GGUF\x03\0\0\0"
+    + bytes(8)
+    + b"\x01"
+    + bytes(7)
+    + b"\x01"
+    + bytes(7)
+    + b"k\x09"
+    + bytes(7)
+    + b"\xff" * 8,
+    "old.gguf": b"GGUF\x01\0\0\0" + bytes(16),
+    "varint.model": b"\xff" * 100,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_by_name(tmp_path, name):
+    content = HOSTILE[name]
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(UnsupportedTokenizerError, match=re.escape(f"{path}: ")):
+        byte_table(path)
+
+
+class PythonPart:
+    def pre_tokenize(self, pretokenized):
+        pass
+
+    def decode_chain(self, tokens):
+        return tokens
+
+
+def test_parts_in_python_are_refused_where_they_matter():
+    tokenizer = of_decoder(decoders.ByteLevel(), {"a": 0})
+    tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(PythonPart())
+    assert byte_table(tokenizer)[0] == b"a"
+    with pytest.raises(UnsupportedTokenizerError, match=r"tokenizer: Custom PreTokenizer .*set a built-in one"):
+        text_codec(tokenizer)
+    tokenizer.decoder = decoders.Decoder.custom(PythonPart())
+    with pytest.raises(UnsupportedTokenizerError, match=r"decoder: .*set a built-in one"):
+        byte_table(tokenizer)
+
+
 def damaged(data, rng, cuts):
     yield b""
     for _ in range(cuts):
@@ -835,8 +928,15 @@ def split(encoded):
     return [row.tolist() for row in np.split(ids, cu[1:-1])]
 
 
-def test_codec_encodes_as_the_tokenizer_does(case):
-    codec = text_codec(case.codec or case.source)
+@pytest.fixture
+def exact_codec(monkeypatch):
+    """`text_codec` where fastokens is not installed."""
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    return text_codec
+
+
+def test_codec_encodes_as_the_tokenizer_does(case, exact_codec):
+    codec = exact_codec(case.codec or case.source)
     plain = [text for kind, text in CORPUS.items() if kind != "markers"]
     assert split(codec.encode_batch(plain)) == [case.encode(text) for text in plain]
     assert split(codec.encode_batch(["", "x"])) == [case.encode(""), case.encode("x")]
@@ -845,16 +945,36 @@ def test_codec_encodes_as_the_tokenizer_does(case):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in LACKING])
-def test_codec_reads_special_tokens_as_text(name):
+def test_codec_reads_special_tokens_as_text(name, exact_codec):
     case = _made(name)
-    ids, _ = text_codec(case.codec or case.source).encode_batch([CORPUS["markers"]])
-    assert case.spell(ids.tolist()) == CORPUS["markers"]
+    ids, _ = exact_codec(case.codec or case.source).encode_batch([CORPUS["markers"]])
+    assert not case.table.is_special[ids].any()
+    assert case.table.decode(ids.tolist()).removeprefix(b" ").decode() == CORPUS["markers"]
 
 
 def test_codec_keeps_ordinary_added_tokens_whole():
     case = _made("byte-level")
     ids, _ = text_codec(case.source).encode_batch(["a<think>b"])
     assert case.source.token_to_id("<think>") in ids
+
+
+def test_codec_reads_an_unmarked_end_of_text_as_text(tmp_path):
+    """An eos that is an added token but not marked special, as in DeepSeek Coder; a user-defined one, as in Gemma."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = copy.deepcopy(_made("byte-level").source)
+    tokenizer.add_tokens(["<|EOT|>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|EOT|>")
+    fast.save_pretrained(tmp_path)
+    for source in (fast, tmp_path):
+        table = byte_table(source)
+        assert table.stop_ids[0] == tokenizer.token_to_id("<|EOT|>")
+        ids, _ = text_codec(source).encode_batch(["a<|EOT|>b<think>"])
+        assert table.decode(ids.tolist()) == b"a<|EOT|>b<think>"
+        assert tokenizer.token_to_id("<think>") in ids
+    case = _made("sentencepiece-bpe")
+    ids, _ = text_codec(case.source).encode_batch(["a<end_of_turn>b<think>"])
+    assert case.table.decode(ids.tolist()) == b" a<end_of_turn>b<think>"
+    assert case.source.piece_to_id("<think>") in ids
 
 
 def test_codec_leaves_the_tokenizer_alone():
@@ -869,12 +989,12 @@ def test_codec_leaves_the_tokenizer_alone():
     assert len(tokenizer.encode(text).ids) == 5
 
 
-def test_codecs_of_files(tmp_path):
+def test_codecs_of_files(tmp_path, exact_codec):
     _made("llama").source.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "x.model").write_bytes(byte_fallback_model())
     plain = [CORPUS["prose"], CORPUS["emoji"]]
     for path, name in ((tmp_path, "llama"), (str(tmp_path / "x.model"), "sentencepiece-bpe")):
-        assert split(text_codec(path).encode_batch(plain)) == [_made(name).encode(text) for text in plain]
+        assert split(exact_codec(path).encode_batch(plain)) == [_made(name).encode(text) for text in plain]
     tekken_case = _made("tekken")
     assert split(text_codec(real.path("tekken")).encode_batch(plain)) == [tekken_case.encode(text) for text in plain]
     for thing in (xtokmap.ByteTable.from_bytes([b"a"]), object()):
@@ -906,7 +1026,8 @@ def test_sentencepiece_codec_ignores_the_processors_defaults():
     noisy = sentencepiece.SentencePieceProcessor(
         model_proto=byte_fallback_model(), add_bos=True, add_eos=True, reverse=True, out_type=str
     )
-    assert split(text_codec(noisy).encode_batch(TEXTS)) == [_made("sentencepiece-bpe").encode(text) for text in TEXTS]
+    plain = [text for kind, text in CORPUS.items() if kind != "markers"]
+    assert split(text_codec(noisy).encode_batch(plain)) == [_made("sentencepiece-bpe").encode(text) for text in plain]
 
 
 class WrongFastokens:
@@ -917,11 +1038,6 @@ class WrongFastokens:
 
     def from_json_str(self, spec):
         return self
-
-    def no_truncation(self):
-        pass
-
-    no_padding = no_truncation
 
     def encode_batch_flat(self, texts, split_special_tokens):
         rows = [[7] if text == ODD_TEXTS[4] else self.tokenizer.encode(text).ids for text in texts]
@@ -939,13 +1055,17 @@ def test_fastokens_that_differs_is_not_used(monkeypatch):
     assert split(codec.encode_batch([ODD_TEXTS[4]])) == [tokenizer.encode(ODD_TEXTS[4]).ids]
 
 
-@pytest.mark.parametrize("name", ["deepseek", "smollm2", "byte-level", "llama"])
-def test_fastokens_is_used_where_it_agrees(name, monkeypatch):
+@pytest.mark.parametrize("name", ["deepseek", "smollm2", "byte-level", "llama", "wordpiece"])
+def test_codec_with_fastokens_is_the_codec_without(name, recwarn, monkeypatch):
+    """Used, or refused in silence (it does not know the kind), or refused with a warning (it is wrong)."""
     pytest.importorskip("fastokens")
     case = _made(name)
     tokenizer = getattr(case.codec, "backend_tokenizer", case.codec)
-    fast = text_codec(tokenizer)
+    codec = text_codec(tokenizer)
+    assert all("fastokens gives other ids" in str(warning.message) for warning in recwarn)
     monkeypatch.setitem(sys.modules, "fastokens", None)
     exact = text_codec(tokenizer)
-    assert type(fast) is not type(exact)
-    assert split(fast.encode_batch(TEXTS)) == split(exact.encode_batch(TEXTS))
+    if name == "deepseek":
+        assert type(codec) is not type(exact)
+    sample = [*TEXTS, *ODD_TEXTS, "</s><s><unk>", "[SEP][CLS]"]
+    assert split(codec.encode_batch(sample)) == split(exact.encode_batch(sample))

@@ -126,7 +126,7 @@ def demo(
             steps=steps or 16,
             batch_size=16,
             max_new_tokens=40,
-            learning_rate=2e-5,
+            learning_rate=5e-5,
             warmup_steps=2,
             micro_batch=8,
             eval_samples=2,

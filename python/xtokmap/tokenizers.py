@@ -68,11 +68,11 @@ def byte_table(tokenizer: Any) -> ByteTable:
     Added tokens that are not special (`<think>`) are the UTF-8 bytes of their content.
 
     A space that a decoder leaves out at the edge of a text belongs to that place, not to the token, which keeps it:
-    `▁the` is `b" the"` everywhere, though SentencePiece-style decoders strip the first one; a WordPiece token that
-    starts a word is `b" word"`, though nothing stands before the first; a BPEDecoder token that ends a word is
-    `b"word "`, though nothing stands after the last. WordPiece's clean-up (`" ."` -> `"."`) is in the bytes as far as
-    it happens inside one token, as in `tokenizers`; what transformers does over a whole text with
-    `clean_up_tokenization_spaces` is not.
+    `▁the` is `b" the"` everywhere, though SentencePiece-style decoders strip the first one (Metaspace all of the first
+    token); a WordPiece token that starts a word is `b" word"`, though nothing stands before the first; a BPEDecoder
+    token that ends a word is `b"word "`, though nothing stands after the last. WordPiece's clean-up (`" ."` -> `"."`)
+    is in the bytes as far as it happens inside one token, as in `tokenizers`; what transformers does over a whole text
+    with `clean_up_tokenization_spaces` is not.
 
     `invalid` is "each" for vocabularies with byte pieces (`<0x0A>`), "maximal" for all others.
 
@@ -95,8 +95,14 @@ def byte_table(tokenizer: Any) -> ByteTable:
     if isinstance(tokenizer, ByteTable):
         return tokenizer
     if isinstance(tokenizer, (str, os.PathLike)):
-        return _vocabulary_of_path(Path(tokenizer)).table()
+        vocabulary = _vocabulary_of_path(Path(tokenizer))
+        with _reading(Path(tokenizer), "vocabulary"):
+            return vocabulary.table()
     return _vocabulary_of_object(tokenizer).table()
+
+
+#: Ids from here on are damage, not vocabulary: a table has a row for every id below the largest one.
+_ID_LIMIT = 1 << 24
 
 
 class _Vocabulary(NamedTuple):
@@ -111,6 +117,11 @@ class _Vocabulary(NamedTuple):
 
     def table(self) -> ByteTable:
         size = max(chain(self.tokens, self.special), default=-1) + 1
+        lowest = min(chain(self.tokens, self.special), default=0)
+        if lowest < 0 or size > _ID_LIMIT:
+            raise UnsupportedTokenizerError(
+                f"token id {min(lowest, 0) or size - 1}: ids go from 0 to {_ID_LIMIT - 1}; the vocabulary is damaged"
+            )
         rows = list(map(self.tokens.get, range(size)))
         by_name = {name: i for i, name in self.special.items()}
         named = (by_name[name] for name in STOP_TOKENS if name in by_name)
@@ -187,7 +198,7 @@ def _vocabulary_of_path(path: Path) -> _Vocabulary:
 
 #: What parsers raise on a damaged file. Not OSError: no permission, or no disk, is no damage.
 _DAMAGE = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError),
+    *(ArithmeticError, AttributeError, EOFError, LookupError, RecursionError, TypeError, ValueError),
     *(gzip.BadGzipFile, struct.error, zlib.error),
 )
 
@@ -355,16 +366,26 @@ def _of_tokenizers(tokenizer: Any) -> _Vocabulary:
     # The fast way reads the vocabulary without its merges. Unigram shows its unk id (and a piece that is there twice)
     # only in its JSON; wrappers (tokenizers.implementations, fastokens) have nothing but their JSON.
     if not hasattr(tokenizer, "get_added_tokens_decoder") or type(tokenizer.model).__name__ == "Unigram":
-        return _of_tokenizer_json(json.loads(tokenizer.to_str()))
+        return _of_tokenizer_json(json.loads(_serialized(tokenizer.to_str, "tokenizer")))
     model = tokenizer.model
     parts = {
         "type": type(model).__name__,
         "vocab": tokenizer.get_vocab(with_added_tokens=False),
         **{key: getattr(model, key, None) for key in ("unk_token", *_AFFIXES)},
     }
-    decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+    part = tokenizer.decoder
+    decoder = None if part is None else json.loads(_serialized(part.__getstate__, "decoder"))
     added = {i: (token.content, token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
     return _of_parts(parts, added, decoder)
+
+
+def _serialized(serialize: Callable[[], Any], what: str) -> Any:
+    try:
+        return serialize()
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UnsupportedTokenizerError(
+            f"{what}: {error}; a part that is written in Python cannot be read or copied, set a built-in one"
+        ) from None
 
 
 def _of_tokenizer_json(spec: dict[str, Any]) -> _Vocabulary:
@@ -610,6 +631,29 @@ def _of_sentencepiece(proto: bytes) -> _Vocabulary:
     return _of_pieces(pieces, types, stop_ids)
 
 
+def _without_markers(processor: Any) -> Any:
+    """A new processor without the user's defaults, that reads `<end_of_turn>` in a text as text.
+
+    SentencePiece finds user-defined pieces in every text; those that have no bytes here become control pieces.
+    """
+    proto = processor.serialized_model_proto()
+    special = _of_sentencepiece(proto).special
+    fields = bytearray()
+    piece_id = 0
+    for field, value in _protobuf(proto):
+        # The last type that a message gives is the one that counts.
+        marker = field == 1 and piece_id in special and dict(_protobuf(value)).get(3) == _USER_DEFINED
+        body = value + bytes([3 << 3, _CONTROL]) if marker else value
+        fields += _varint(field << 3 | 2) + _varint(len(body)) + body
+        piece_id += field == 1
+    return type(processor)(model_proto=bytes(fields))
+
+
+def _varint(value: int) -> bytes:
+    low, high = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + _varint(high) if high else bytes([low])
+
+
 def _protobuf(message: bytes) -> Iterator[tuple[int, Any]]:
     """The (field number, value) pairs of a protobuf message: int for a varint, else the raw bytes."""
 
@@ -663,15 +707,16 @@ def _of_mistral(tokenizer: Any) -> _Vocabulary:
 
 def _of_tekken(spec: dict[str, Any]) -> _Vocabulary:
     config = spec["config"]
-    count = int(config["default_num_special_tokens"])
-    inner = int(config["default_vocab_size"]) - count
+    count, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
+    if not 0 <= count <= size <= _ID_LIMIT:
+        raise ValueError(f"{count} special tokens among {size}")
     special = {i: f"<SPECIAL_{i}>" for i in range(count)}
     listed: Sequence[Mapping[str, Any]] = spec.get("special_tokens") or _TEKKEN_SPECIAL
     special.update({int(token["rank"]): token["token_str"] for token in listed})
     tokens = {
         count + int(token["rank"]): base64.b64decode(token["token_bytes"], validate=True)
         for token in spec["vocab"]
-        if int(token["rank"]) < inner
+        if int(token["rank"]) < size - count
     }
     return _Vocabulary(tokens, special)
 
@@ -724,6 +769,8 @@ def _gguf_fields(path: Path, wanted: Mapping[bytes, str]) -> dict[str, Any]:
 
         def string(at: int) -> tuple[bytes, int]:
             end = at + 8 + u64(data, at)[0]
+            if end > len(data):
+                raise ValueError("a string is cut off")
             return data[at + 8 : end], end
 
         (pairs,), at = u64(data, 16), 24
@@ -759,8 +806,9 @@ class TextCodec(Protocol):
         """Texts -> flat int64 ids and `cu_seqlens` int64 `[len(texts) + 1]`.
 
         No special tokens are added, and text that looks like one is encoded as text; added tokens that are not special
-        (`<think>`) are found in the text as ever, except by slow transformers tokenizers. A prefix space that the tokenizer itself puts before a text stays:
-        alignment takes it into the first chunk. Nothing is truncated or padded.
+        (`<think>`) are found in the text as ever, except by slow transformers tokenizers. A prefix space that the
+        tokenizer itself puts before a text stays: alignment takes it into the first chunk. Nothing is truncated or
+        padded.
         """
         ...
 
@@ -778,13 +826,16 @@ def text_codec(tokenizer: Any) -> TextCodec:
             package that can is missing.
         FileNotFoundError: a path that does not exist.
     """
+    roles: Iterable[str] = ()
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = _load_encoder(Path(tokenizer))
+        path = Path(tokenizer)
+        tokenizer = _load_encoder(path)
+        roles = _of_directory(path).special.values() if path.is_dir() else ()
     packages = _packages(tokenizer)
     if "transformers" in packages:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            return _fastest(backend)
+            return _fastest(backend, tokenizer.all_special_tokens)
         inner = getattr(tokenizer, "tokenizer", None)
         if _packages(inner) & {"transformers", "tiktoken", "mistral_common"}:
             return text_codec(inner)
@@ -792,13 +843,12 @@ def text_codec(tokenizer: Any) -> TextCodec:
             lambda texts: [tokenizer.encode(t, add_special_tokens=False, split_special_tokens=True) for t in texts]
         )
     if packages & {"tokenizers", "fastokens"}:
-        return _fastest(tokenizer)
+        return _fastest(tokenizer, roles)
     if "tiktoken" in packages:
         return _Lists(tokenizer.encode_ordinary_batch)
     if "sentencepiece" in packages:
-        # All that a SentencePieceProcessor may have been told to do by default is told here.
-        plain = dict.fromkeys(("add_bos", "add_eos", "reverse", "emit_unk_piece", "enable_sampling"), False)
-        return _Lists(lambda texts: tokenizer.encode(texts, out_type=int, **plain))
+        plain = _without_markers(tokenizer)
+        return _Lists(lambda texts: plain.encode(texts, out_type=int))
     if "mistral_common" in packages:
         core = _mistral_core(tokenizer)
         return _Lists(lambda texts: [core.encode(text, bos=False, eos=False) for text in texts])
@@ -872,25 +922,22 @@ ODD_TEXTS = (
 )
 
 
-def _fastest(tokenizer: Any) -> TextCodec:
-    spec = tokenizer.to_str()
-    copy = _require("tokenizers", "encoding").Tokenizer.from_str(spec)
+def _fastest(tokenizer: Any, roles: Iterable[str]) -> TextCodec:
+    copy = _require("tokenizers", "encoding").Tokenizer.from_str(_serialized(tokenizer.to_str, "tokenizer"))
     copy.encode_special_tokens = True
     copy.no_truncation()
     copy.no_padding()
+    added = {token.content: token.special for token in copy.get_added_tokens_decoder().values()}
+    copy.add_special_tokens([name for name in roles if added.get(name) is False])  # an eos may not be marked special
     # encode_batch_fast leaves the offsets out
     exact = _Lists(lambda texts: [row.ids for row in copy.encode_batch_fast(texts, add_special_tokens=False)])
     try:
         fastokens = importlib.import_module("fastokens")
     except ImportError:
         return exact
-    names = sorted(token.content for token in copy.get_added_tokens_decoder().values())[:64]
-    sample = [*ODD_TEXTS, "".join(names), " a ".join(names)]
+    sample = [*ODD_TEXTS, "".join(sorted(added)[:64]), " a ".join(sorted(added)[:64])]
     try:
-        inner = fastokens.Tokenizer.from_json_str(spec)
-        inner.no_truncation()
-        inner.no_padding()
-        fast = _Fastokens(inner)
+        fast = _Fastokens(fastokens.Tokenizer.from_json_str(copy.to_str()))
         got, got_cu = fast.encode_batch(sample)
     except ValueError:
         return exact  # a kind that fastokens does not know
