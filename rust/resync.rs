@@ -38,6 +38,8 @@ struct Text<'a> {
     bytes: Vec<u8>,
     invalid: Invalid,
     atoms: Vec<Atom>,
+    /// What `atom_at` found last.
+    recent: usize,
     /// (hash, first atom) of every block at a multiple of [`BLOCK`], sorted; made when first needed.
     blocks: Option<Vec<(u64, u32)>>,
 }
@@ -71,11 +73,25 @@ impl<'a> Text<'a> {
                 at += part.len();
             }
         }
-        Self { tokens, invalid, atoms, blocks: None, bytes }
+        Self { tokens, invalid, atoms, recent: 0, blocks: None, bytes }
     }
 
     fn char(&self, p: usize) -> Option<u32> {
         self.atoms.get(p).map(|atom| atom.char)
+    }
+
+    /// The first atom at or after byte `x` before which the text can be cut. Calls mostly ask for later and later bytes.
+    fn atom_at(&mut self, x: usize) -> usize {
+        let starts_before = |atom: &Atom| (atom.start as usize) < x;
+        let mut p = self.recent;
+        if p > 0 && self.atoms.get(p - 1).is_none_or(|atom| !starts_before(atom)) {
+            p = self.atoms.partition_point(starts_before);
+        }
+        while self.atoms.get(p).is_some_and(starts_before) || !self.cuts(p) {
+            p += 1;
+        }
+        self.recent = p;
+        p
     }
 
     /// The byte at which atom `p`'s unit starts; the end of the text after the last atom.
@@ -96,6 +112,9 @@ impl<'a> Text<'a> {
     /// Bytes of the unit at `x`, at least 1 inside the text.
     fn unit_len(&self, x: usize) -> usize {
         let rest = &self.bytes[x..self.bytes.len().min(x + 4)];
+        if rest.first().is_some_and(u8::is_ascii) {
+            return 1;
+        }
         match rest.utf8_chunks().next() {
             None => 0,
             Some(chunk) => match chunk.valid().chars().next() {
@@ -189,6 +208,9 @@ impl<'a> Resync<'a> {
 
     /// The start, on both sides, of the first unit that differs, given the first byte that does.
     pub fn unit_start(&self, x: usize, y: usize) -> (usize, usize) {
+        if x == self.equal_from.0 || self.s.bytes[x - 1].is_ascii() {
+            return (x, y);
+        }
         // The bytes before are the same on both sides; an unfinished character at their end is part of the difference.
         let before = &self.s.bytes[self.equal_from.0.max(x.saturating_sub(3))..x];
         let lead = before.iter().rposition(|&b| b >= 0xC0).filter(|&k| {
@@ -218,14 +240,7 @@ impl<'a> Resync<'a> {
         let (mut ends_s, mut ends_t) = (Ends::new(self.s.tokens, tokens.0), Ends::new(self.t.tokens, tokens.1));
         let (mut x, mut y) = from;
         // `p` and `q` stand at the same place of the text.
-        let atom_at = |text: &Text<'_>, x: usize| {
-            let mut p = text.atoms.partition_point(|atom| (atom.start as usize) < x);
-            while !text.cuts(p) {
-                p += 1;
-            }
-            p
-        };
-        let (mut p, mut q) = (atom_at(&self.s, x), atom_at(&self.t, y));
+        let (mut p, mut q) = (self.s.atom_at(x), self.t.atom_at(y));
         let mut fresh = true;
         loop {
             let space = if fresh { self.space_inserted(x, y) } else { None };
@@ -251,7 +266,7 @@ impl<'a> Resync<'a> {
             // No token ends between this stretch and the next one.
             let next = self.unit_start(start_x + equal, start_y + equal);
             (x, y) = (next.0.max(to_x), next.1.max(to_y));
-            (p, q) = (atom_at(&self.s, x), atom_at(&self.t, y));
+            (p, q) = (self.s.atom_at(x), self.t.atom_at(y));
             fresh = true;
         }
     }
@@ -260,6 +275,10 @@ impl<'a> Resync<'a> {
     /// behind the pair of characters: the prefix space before a line end is no line end that became a space.
     fn space_inserted(&self, x: usize, y: usize) -> Option<(usize, usize)> {
         const ENOUGH: usize = 64;
+        let (space_s, space_t) = (self.s.is_space(x), self.t.is_space(y));
+        if !space_s && !space_t {
+            return None;
+        }
         let (past_s, past_t) = (x + self.s.unit_len(x), y + self.t.unit_len(y));
         let equal = |x: usize, y: usize| {
             let (a, b) = (&self.s.bytes[x..], &self.t.bytes[y..]);
@@ -272,8 +291,8 @@ impl<'a> Resync<'a> {
             }
         };
         let both = equal(past_s, past_t);
-        let only_s = if self.s.is_space(x) { equal(past_s, y) } else { 0 };
-        let only_t = if self.t.is_space(y) { equal(x, past_t) } else { 0 };
+        let only_s = if space_s { equal(past_s, y) } else { 0 };
+        let only_t = if space_t { equal(x, past_t) } else { 0 };
         match only_s.cmp(&only_t) {
             Ordering::Greater if only_s > both => Some((past_s, y)),
             Ordering::Less if only_t > both => Some((x, past_t)),
