@@ -451,6 +451,7 @@ impl Aligner {
                 invalid: (self.student.invalid(), self.teacher.invalid()),
                 first_token: (students.start, teachers.start),
                 first_chunk: chunks.kind.len(),
+                first_end: chunks.end,
                 out: out.part(students, teachers),
                 chunks: &mut chunks,
             };
@@ -690,9 +691,10 @@ struct Merge<'a, 'o> {
     s: Tokens<'a>,
     t: Tokens<'a>,
     invalid: (Invalid, Invalid),
-    /// Where the stretch starts in the row, and in its chunks.
+    /// Where the stretch starts in the row, and in its chunks; where the chunk before it ends.
     first_token: (usize, usize),
     first_chunk: usize,
+    first_end: (usize, usize),
     out: RowOut<'o>,
     chunks: &'o mut Chunks,
 }
@@ -851,20 +853,23 @@ impl Merge<'_, '_> {
     /// Takes chunks back until the place before token `i`, `j` is at or before these bytes.
     fn back_to(&mut self, mut i: usize, mut j: usize, x: usize, y: usize) -> (usize, usize) {
         let (i0, j0) = self.first_token;
-        let mut taken = false;
+        let (from_i, from_j) = (i, j);
         while (self.s.start(i) > x || self.t.start(j) > y) && self.chunks.kind.len() > self.first_chunk {
-            taken = self.chunks.kind.pop().is_some();
+            self.chunks.kind.pop();
             i = self.chunks.student_ptr.pop().map_or(0, |start| start as usize - i0);
             j = self.chunks.teacher_ptr.pop().map_or(0, |start| start as usize - j0);
         }
-        if taken {
-            // `out` still holds the chunks that were taken back, from `i` and `j` on. A chunk may be empty on one side.
-            let end = |chunk: &[i32], ptr: &[i32], from: usize, first: usize| {
-                let tokens = chunk[..from].iter().rposition(|&g| g >= 0).map_or(0, |last| first + last + 1);
+        if (i, j) != (from_i, from_j) {
+            self.out.student_chunk[i..from_i].fill(-1);
+            self.out.teacher_chunk[j..from_j].fill(-1);
+            // A chunk may be empty on one side.
+            let end = |chunk: &[i32], ptr: &[i32], first: usize, before: usize| {
+                let tokens = chunk.iter().rposition(|&g| g >= 0).map_or(before, |last| first + last + 1);
                 tokens.max(ptr.last().map_or(0, |&start| start as usize))
             };
-            self.chunks.end.0 = end(self.out.student_chunk, &self.chunks.student_ptr, i, i0);
-            self.chunks.end.1 = end(self.out.teacher_chunk, &self.chunks.teacher_ptr, j, j0);
+            let before = self.first_end;
+            self.chunks.end.0 = end(&self.out.student_chunk[..i], &self.chunks.student_ptr, i0, before.0);
+            self.chunks.end.1 = end(&self.out.teacher_chunk[..j], &self.chunks.teacher_ptr, j0, before.1);
         }
         (i, j)
     }

@@ -305,7 +305,8 @@ impl<'a> Resync<'a> {
         loop {
             match (self.s.char(p), self.t.char(q)) {
                 (a, b) if a == b && a.is_some() => (p, q) = (p + 1, q + 1),
-                _ if self.s.may_skip(p) => p += 1,
+                // The order of the sides must not matter: of a mark and white space, the mark is passed.
+                (a, b) if self.s.may_skip(p) && (a > b || !self.t.may_skip(q)) => p += 1,
                 _ if self.t.may_skip(q) => q += 1,
                 (Some(_), Some(_)) => (p, q) = self.after_edit(p, q)?,
                 _ => return None,

@@ -478,3 +478,25 @@ fn a_prefix_space_is_not_taken_for_another_white_space() {
         );
     }
 }
+
+/// Findings of fuzzing; `None` here is an end of turn.
+#[test]
+fn fuzzing_found() {
+    type Case<'a> = (&'a [Option<&'a [u8]>], &'a [Option<&'a [u8]>]);
+    let cases: Vec<Case<'_>> = vec![
+        (&[Some(b"\0")], &[Some(b" ")]),
+        (&[None, Some(b"\xe8\x88"), Some(b"\x88")], &[None, Some(b"\xe8\x88"), Some(b"\xe8\x88")]),
+        (&[Some(b"\xc3"), Some(b"a")], &[Some(b"\xc3"), None, Some(b"\xa9")]),
+        (&[Some(b"\xc3"), None, Some(b"a"), None], &[Some(b"\xc3"), None, Some(b"\xa9")]),
+    ];
+    for (student, teacher) in cases {
+        let tokens = |side: &[Option<&[u8]>]| {
+            side.iter().map(|t| t.map_or_else(stop, |bytes| Some(bytes.to_vec()))).collect::<Tokens>()
+        };
+        let (student, teacher) = (tokens(student), tokens(teacher));
+        let (forth, back) = (align(&student, &teacher), align(&teacher, &student));
+        check_shape(&forth, &student, &teacher);
+        check_shape(&back, &teacher, &student);
+        assert_eq!(unplaced(forth), swapped(&back));
+    }
+}
