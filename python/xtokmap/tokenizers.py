@@ -523,8 +523,20 @@ def _byte_piece(token: str) -> bytes:
     return bytes.fromhex(piece[1]) if piece else token.encode()
 
 
+#: Characters that a replacement may put into one token: a chain of them could double it at every step.
+_GROWTH_LIMIT = 1 << 12
+
+
 def _replacer(old: str, new: str) -> Callable[[str], str]:
-    return lambda token: token.replace(old, new)
+    def spell(token: str) -> str:
+        if len(new) > len(old) and token.count(old) * len(new) > _GROWTH_LIMIT:
+            raise UnsupportedTokenizerError(
+                f"decoder step Replace {old[:20]!r}: a token becomes longer than {_GROWTH_LIMIT} characters; the "
+                "decoder is damaged"
+            )
+        return token.replace(old, new)
+
+    return spell
 
 
 #: What the WordPiece decoder's clean-up replaces, in its order.
@@ -574,11 +586,18 @@ def _is_tiktoken(path: Path) -> bool:
         return _TIKTOKEN_LINE.match(file.read(1024)) is not None
 
 
+#: Bytes; the largest known file has 4 million.
+_UNPACKED_LIMIT = 1 << 28
+
+
 def _of_tiktoken_file(path: Path) -> _Vocabulary:
     data = path.read_bytes()
     with _reading(path, ".tiktoken file (lines of base64 token and rank)"):
         if path.name.endswith(".gz"):
-            data = gzip.decompress(data)
+            with gzip.open(path) as file:
+                data = file.read(_UNPACKED_LIMIT + 1)
+            if len(data) > _UNPACKED_LIMIT:
+                raise ValueError(f"more than {_UNPACKED_LIMIT} bytes when unpacked")
         rows = [line.split() for line in data.splitlines() if line]
         tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in rows}
         if len(tokens) < len(rows) or min(tokens) < 0:
@@ -666,6 +685,8 @@ def _protobuf(message: bytes) -> Iterator[tuple[int, Any]]:
             if byte < 0x80:
                 return value, at
             shift += 7
+            if shift > 63:
+                raise ValueError("a number has more than 64 bits")
 
     at = 0
     while at < len(message):
