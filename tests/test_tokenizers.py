@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 import types
 from dataclasses import dataclass, field
 from functools import cache
@@ -62,6 +63,8 @@ class Case:
     stops: tuple[int, ...]
     invalid: str = "maximal"
     edge: str = ""  # where the decoder leaves a space out: "prefix", "suffix"; "first": all of the first token's
+    at_start: dict[int, bytes] = field(default_factory=dict)  # tokens that spell something else at position 0
+    apart: frozenset[int] = frozenset()  # byte pieces that the decoder spoils together: one bad byte, a bad run
     exact: bool = True  # decode(encode(text)) == text
     codec: Any = None  # what text_codec is given, where that is not `source`
     table: xtokmap.ByteTable = field(init=False)
@@ -72,7 +75,9 @@ class Case:
     def spell(self, ids):
         """What the decoder makes of these ids."""
         first, rest = self.table.decode(ids[:1]), self.table.decode(ids[1:])
-        if self.edge == "prefix":
+        if ids and ids[0] in self.at_start:
+            first = self.at_start[ids[0]]
+        elif self.edge == "prefix":
             first = first.removeprefix(b" ")
         elif self.edge == "first":
             first = first.replace(b" ", b"")
@@ -101,19 +106,29 @@ def of_sentencepiece(source, stops, model=None, **options):
     processor = pytest.importorskip("sentencepiece").SentencePieceProcessor(
         **({"model_proto": model} if model else {"model_file": str(source)})
     )
+    space = processor.piece_to_id("<0x20>")  # a byte is no prefix space; 0, the unknown piece, where there is none
     return Case(
-        source or processor, processor.encode, processor.decode, stops, "each", "prefix", codec=processor, **options
+        source or processor,
+        processor.encode,
+        processor.decode,
+        stops,
+        "each",
+        "prefix",
+        at_start={space: b" "},
+        codec=processor,
+        **options,
     )
 
 
-def tekken():
+def tekken(name="tekken"):
     package = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
-    core = package.Tekkenizer.from_file(real.path("tekken"))
+    core = package.Tekkenizer.from_file(real.path(name))
     return Case(
-        real.path("tekken"),
+        real.path(name),
         lambda text: core.encode(text, bos=False, eos=False),
         lambda rows: [core.decode(row) for row in rows],
         (2,),
+        codec=core,
     )
 
 
@@ -170,7 +185,14 @@ def llama(decoder, edge):
     )
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]  # the byte pieces are ordinary pieces
-    return of_tokenizer(Tokenizer.from_str(json.dumps(spec)), stops=(2,), invalid="each", edge=edge)
+    return of_tokenizer(
+        Tokenizer.from_str(json.dumps(spec)),
+        stops=(2,),
+        invalid="each",
+        edge=edge,
+        at_start={spec["model"]["vocab"]["<0x20>"]: b" "} if edge == "first" else {},
+        apart=frozenset(spec["model"]["vocab"][piece] for piece in BYTE_PIECES),
+    )
 
 
 def word_piece(cleanup):
@@ -182,7 +204,9 @@ def word_piece(cleanup):
         normalizers.BertNormalizer(),
     )
     tokenizer.add_tokens(["<think>"])
-    return of_tokenizer(tokenizer, stops=(2,), edge="prefix", exact=False)
+    # The decoder takes `##` away where something stands before it.
+    inner = {i: token.encode() for token, i in tokenizer.get_vocab().items() if token.startswith("##")}
+    return of_tokenizer(tokenizer, stops=(2,), edge="prefix", exact=False, at_start=inner)
 
 
 def unigram():
@@ -235,12 +259,16 @@ CASES = {
     "deepseek": lambda: of_tokenizer(
         Tokenizer.from_file(str(real.path("deepseek"))), real.path("deepseek"), stops=(1,)
     ),
+    "deepseek-litellm": lambda: of_tokenizer(
+        Tokenizer.from_file(str(real.path("deepseek-litellm"))), real.path("deepseek-litellm"), stops=(1,)
+    ),
     "anthropic": lambda: of_tokenizer(
         Tokenizer.from_file(str(real.path("anthropic"))), real.path("anthropic"), stops=(0,), exact=False
     ),
     "mistral-v1": lambda: of_sentencepiece(real.path("mistral-v1"), (2,)),
     "mistral-v3": lambda: of_sentencepiece(real.path("mistral-v3"), (2,)),
     "tekken": tekken,
+    "tekken-240718": lambda: tekken("tekken-240718"),
     "qwen": lambda: of_tiktoken("qwen"),
     "qwen3.6": lambda: of_tiktoken("qwen3.6"),
     "cl100k": lambda: of_tiktoken("cl100k"),
@@ -289,6 +317,25 @@ def test_every_id_spells_what_the_decoder_spells(case):
     got = case.decode([[x, i, x] for i in ids])
     wrong = [(i, case.table[i], text) for i, text in zip(ids, got, strict=True) if case.spell([x, i, x]) != text]
     assert not wrong, (len(wrong), wrong[:10])
+
+
+def test_every_id_alone(case):
+    """At position 0 and at the end of the text at once."""
+    ids = np.flatnonzero(~case.table.is_special).tolist()
+    got = case.decode([[i] for i in ids])
+    wrong = [(i, case.table[i], text) for i, text in zip(ids, got, strict=True) if case.spell([i]) != text]
+    assert not wrong, (len(wrong), wrong[:10])
+
+
+def test_random_ids(case):
+    """No tokenizer would make these rows: characters are cut, bytes are not UTF-8, markers stand anywhere."""
+    rng = random.Random(11)
+    ids = np.flatnonzero(~case.table.is_special).tolist()
+    short = [i for i in ids if case.table.lengths[i] == 1]  # most of what is not UTF-8 is there
+    rows = [[rng.choice(rng.choice((ids, short))) for _ in range(rng.randrange(1, 40))] for _ in range(200)]
+    rows = [[i for k, i in enumerate(row) if k == 0 or not {row[k - 1], i} <= case.apart] for row in rows]
+    wrong = [(row, text) for row, text in zip(rows, case.decode(rows), strict=True) if case.spell(row) != text]
+    assert not wrong, (len(wrong), min(wrong, key=lambda pair: len(pair[0])))
 
 
 @pytest.mark.parametrize("kind", CORPUS)
@@ -390,6 +437,22 @@ def test_mistral_common_objects():
         assert rows_of(byte_table(tokenizer)) == rows_of(byte_table(inner)) == rows_of(byte_table(inner.tokenizer))
         assert rows_of(byte_table(tokenizer)) == expected
         assert split(text_codec(tokenizer).encode_batch(TEXTS)) == [_made(name).encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name in real.FILES])
+def test_real_files_and_objects_agree(name):
+    """The object that loads a file gives the file's bytes; a bare rank file has no special tokens, its encoding has."""
+    case = _made(name)
+    thing = case.codec or case.source
+    got, file = byte_table(thing), case.table
+    assert got.invalid == file.invalid
+    assert [got[i] for i in range(len(file))] == [file[i] for i in range(len(file))]
+    if name in real.ENCODINGS:
+        specials = real.ENCODINGS[name][1]
+        assert np.flatnonzero(got.is_special).tolist() == list(range(len(file), max(specials.values()) + 1))
+        assert set(got.stop_ids) == {specials[token] for token in ("<|im_end|>", "<|endoftext|>") if token in specials}
+    else:
+        assert (len(got), got.stop_ids) == (len(file), file.stop_ids)
 
 
 def test_mistral_common_inside_transformers():
@@ -598,6 +661,23 @@ def test_directory_declares_stops_and_added_tokens(tmp_path):
     assert table.stop_ids == (n, 2, n + 4, n + 3, own.stop_ids[1])  # 300 is an ordinary piece: not this vocabulary's
     with pytest.raises(UnsupportedTokenizerError, match=r"cannot encode the added tokens.*AutoTokenizer"):
         text_codec(tmp_path)
+
+
+def test_saved_model_directory_orders_its_stops(tmp_path):
+    """The tokenizer's eos, then generation_config's list in its order, then the names that are left."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = copy.deepcopy(_made("byte-level").source)
+    tokenizer.add_special_tokens(["<|eot_id|>", "</s>", "<pad>"])
+    im_end, end, eot, s, think = map(
+        tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<think>")
+    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(tmp_path)
+    assert byte_table(tmp_path).stop_ids == (s, im_end, eot, end)
+    transformers.GenerationConfig(eos_token_id=[end, s, eot, think]).save_pretrained(tmp_path)
+    table = byte_table(tmp_path)
+    assert table.stop_ids == (s, end, eot, think, im_end)
+    assert table[think] is None
 
 
 def test_directory_with_old_added_tokens_file(tmp_path):
@@ -811,7 +891,62 @@ HOSTILE = {
     "surrogate.json": {"model": {"vocab": {"\ud800": 0}}, "decoder": LEVEL},
     "deep.json": b"[" * 100_000,
     "list.json": [],
+    "bool.json": {"model": {"vocab": {"a": 0, "b": True}}, "decoder": LEVEL},
+    "half.json": {"model": {"vocab": {"a": 0, "b": 0.5, "c": 1}}, "decoder": LEVEL},
+    "unk.json": {"model": {"vocab": {"a": 0}, "unk_token": 0}, "decoder": LEVEL},
+    "unk-id.json": {"model": {"vocab": [["a", 0.0], ["b", 0.0]], "unk_id": 1.0}, "decoder": LEVEL},
+    "vocab.json": {"model": {"vocab": "ab"}, "decoder": LEVEL},
+    "2**40.json": {"model": {"vocab": {"a": 0, "b": 2**40}}, "decoder": LEVEL},
+    "steps.json": {"model": {"vocab": {"a": 0}}, "decoder": {"type": "Sequence", "decoders": {}}},
+    "metaspace.json": {"model": {"vocab": {"a": 0}}, "decoder": {"type": "Metaspace", "replacement": ""}},
+    **{
+        f"added-{name}.json": {
+            "model": {"vocab": {"a": 0, "b": 1}},
+            "decoder": LEVEL,
+            "added_tokens": [{"id": i, "content": content, "special": special} for i, content, special in added],
+        }
+        for name, added in {
+            "huge": [(2**40, "<x>", True)],
+            "negative": [(-1, "<x>", True)],
+            "twice": [(2, "<x>", False), (2, "<y>", False)],
+            "moved": [(0, "b", True)],
+            "taken": [(1, "<x>", False)],
+            "late": [(3, "<x>", False)],
+            "float": [(2.0, "<x>", True)],
+            "empty": [(2, "", False)],
+            "text": [(2, "<x>", "no")],
+        }.items()
+    },
     "tekken.json": {"config": {"default_num_special_tokens": 10**12, "default_vocab_size": 10**12}, "vocab": []},
+    **{
+        f"tekken-{name}.json": {
+            "config": {"default_num_special_tokens": 3, "default_vocab_size": 5, **config},
+            "special_tokens": special,
+            "vocab": [{"rank": rank, "token_bytes": token} for rank, token in vocab],
+        }
+        for name, (config, special, vocab) in {
+            "short": ({}, [], [(0, "YQ==")]),
+            "twice": ({}, [], [(0, "YQ=="), (0, "Yg==")]),
+            "negative": ({}, [], [(-1, "YQ=="), (0, "Yg==")]),
+            "huge": ({}, [], [(0, "YQ=="), (2**40, "Yg==")]),
+            "base64": ({}, [], [(0, "YQ=="), (1, "Y!g=")]),
+            "number": ({}, [], [(0, "YQ=="), (1, 5)]),
+            "text": ({}, [], [(0, "YQ=="), ("1", "Yg==")]),
+            "float": ({"default_num_special_tokens": 3.0}, [], [(0, "YQ=="), (1, "Yg==")]),
+            "special": ({}, [{"rank": 3, "token_str": "</s>"}], [(0, "YQ=="), (1, "Yg==")]),
+            "specials": ({}, [{"rank": 1, "token_str": t} for t in "ab"], [(0, "YQ=="), (1, "Yg==")]),
+            "name": ({}, [{"rank": 1, "token_str": 7}], [(0, "YQ=="), (1, "Yg==")]),
+            "few": ({"default_num_special_tokens": 2}, [], [(i, "YQ==") for i in range(3)]),
+        }.items()
+    },
+    "base64.tiktoken": b"YQ== 0\nY!g= 1\n",
+    "float.tiktoken": b"YQ== 0\nYg== 1.0\n",
+    "2**40.tiktoken": b"YQ== 0\nYg== %d\n" % 2**40,
+    "columns.tiktoken": b"YQ== 0 1\n",
+    "plain.tiktoken.gz": b"YQ== 0\n",
+    "short.tiktoken.gz": gzip.compress(b"YQ== 0\n")[:-4],
+    "byte.model": b"\x0a\x07\x0a\x03abc\x18\x06",
+    "type.model": b"\x0a\x05\x0a\x01a\x18\x09",
     "array.gguf": b"GGUF\x03\0\0\0"
     + bytes(8)
     + b"\x01"
@@ -831,8 +966,82 @@ def test_hostile_files_are_refused_by_name(tmp_path, name):
     content = HOSTILE[name]
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    with pytest.raises(UnsupportedTokenizerError, match=re.escape(f"{path}: ")):
-        byte_table(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnsupportedTokenizerError, match=re.escape(f"{path}: ")):
+            byte_table(path)
+        assert tracemalloc.get_traced_memory()[1] < 100e6  # no row for each id below a huge one
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens", {"<x>": 1.0}),
+        ("added_tokens", {"<x>": -1}),
+        ("added_tokens", {"<x>": 2**40}),
+        ("added_tokens", {"<x>": 700, "<y>": 700}),
+        ("added_tokens", []),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "<x>"}}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"700": {"content": 7, "special": True}}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"700": "<x>"}}),
+        ("tokenizer_config", {"additional_special_tokens": 7}),
+        ("special_tokens_map", {"eos_token": []}),
+        ("generation_config", {"eos_token_id": "2"}),
+        ("generation_config", {"eos_token_id": [2, [2]]}),
+        ("generation_config", {"eos_token_id": True}),
+        ("config", {"eos_token_id": 2.0}),
+        ("config", None),
+    ],
+)
+def test_hostile_files_beside_are_refused_by_name(tmp_path, file, content):
+    (tmp_path / "tokenizer.model").write_bytes(byte_fallback_model())
+    write(tmp_path, **{file: content})
+    with pytest.raises(UnsupportedTokenizerError, match=re.escape(str(tmp_path))):
+        byte_table(tmp_path)
+
+
+def test_added_ids_are_those_that_tokenizers_gives(tmp_path):
+    """It passes over the ids of the file; where they differ, nobody can say which ones a model was trained with."""
+    for added in ([(2, "<x>"), (3, "<y>")], [(1, "b"), (2, "<x>")], [(3, "<y>"), (2, "<x>")], [(2, "<x>"), (4, "<y>")]):
+        spec = json.loads(of_decoder(decoders.ByteLevel(), {"a": 0, "b": 1}).to_str())
+        options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        spec["added_tokens"] = [{"id": i, "content": content, **options} for i, content in added]
+        path = write(tmp_path, tokenizer=spec) / "tokenizer.json"
+        given = Tokenizer.from_file(str(path))
+        if all(given.token_to_id(content) == i for i, content in added):
+            assert rows_of(byte_table(path)) == rows_of(byte_table(given))
+        else:
+            with pytest.raises(UnsupportedTokenizerError, match=r"added token '<.>' is listed as id ., but tokenizers"):
+                byte_table(path)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 5000, "a\0b", "no/such/file.gguf"])
+def test_names_of_nothing(name):
+    for reader in (byte_table, text_codec):
+        with pytest.raises(FileNotFoundError, match="no such file or directory"):
+            reader(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "package"),
+    [
+        ("tokenizer.json", b"{}", "tokenizers"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}', "tokenizers"),
+        ("tokenizer.json", b'{"model"', "tokenizers"),
+        ("tekken.json", b'{"config": {}, "vocab": []}', "mistral_common"),
+        ("tekken.json", json.dumps(HOSTILE["tekken-short.json"]).encode(), "mistral_common"),
+        ("x.model", b"", "sentencepiece"),
+        ("x.model", b"\xff" * 100, "sentencepiece"),
+    ],
+)
+def test_codecs_of_damaged_files(tmp_path, file, content, package):
+    """Each package has its own way to fail: a bare Exception, a RuntimeError, an AssertionError."""
+    pytest.importorskip(package)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UnsupportedTokenizerError, match=re.escape(f"{tmp_path / file}: ")):
+        text_codec(tmp_path / file)
 
 
 class PythonPart:

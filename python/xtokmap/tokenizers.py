@@ -95,8 +95,9 @@ def byte_table(tokenizer: Any) -> ByteTable:
     if isinstance(tokenizer, ByteTable):
         return tokenizer
     if isinstance(tokenizer, (str, os.PathLike)):
-        vocabulary = _vocabulary_of_path(Path(tokenizer))
-        with _reading(Path(tokenizer), "vocabulary"):
+        path = _existing(tokenizer)
+        vocabulary = _vocabulary_of_path(path)
+        with _reading(path, "vocabulary"):
             return vocabulary.table()
     return _vocabulary_of_object(tokenizer).table()
 
@@ -163,12 +164,16 @@ _MODEL_NAME = re.compile(r".*\.model(\.v\d+(m\d+)?)?")
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
 
 
-def _vocabulary_of_path(path: Path) -> _Vocabulary:
-    if not path.exists():
+def _existing(path: str | os.PathLike[str]) -> Path:
+    if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long or empty
         raise FileNotFoundError(
             f"{path}: no such file or directory; a tokenizer on a hub must be loaded first, e.g. with "
             "transformers.AutoTokenizer.from_pretrained, and passed as an object"
         )
+    return Path(path)
+
+
+def _vocabulary_of_path(path: Path) -> _Vocabulary:
     if path.is_dir():
         return _of_directory(path)
     if path.name.endswith((".tiktoken", ".tiktoken.gz")):
@@ -222,6 +227,15 @@ def _load_json(path: Path) -> dict[str, Any]:
         if not isinstance(spec, dict):
             raise TypeError(f"expected an object, got {type(spec).__name__}")
     return spec
+
+
+def _integers(values: Iterable[Any]) -> list[int]:
+    """Ids out of JSON, where 1.0, true and "1" are something else."""
+    ids = list(values)
+    for i in ids:
+        if type(i) is not int:
+            raise TypeError(f"expected an integer, got {i!r}")
+    return ids
 
 
 def _require(package: str, what: str) -> Any:
@@ -297,9 +311,15 @@ def _added_beside(directory: Path) -> tuple[dict[int, tuple[str, bool]], set[str
     for key in ("additional_special_tokens", "extra_special_tokens"):
         extra = keys.get(key) or ()
         roles.update(_content(token) for token in (extra.values() if isinstance(extra, dict) else extra))
-    added = {i: (name, name in roles) for name, i in _config(directory, "added_tokens.json").items()}
+    old = _config(directory, "added_tokens.json")
+    added = {i: (name, name in roles) for name, i in zip(old, _integers(old.values()), strict=True)}
+    if len(added) < len(old):
+        raise ValueError("added_tokens.json gives one id to more than one token")
     for i, token in (config.get("added_tokens_decoder") or {}).items():
-        added[int(i)] = token["content"], bool(token.get("special")) or token["content"] in roles
+        content = token["content"]
+        if not isinstance(content, str):
+            raise TypeError(f"added token {i} has the content {content!r}")
+        added[int(i)] = content, bool(token.get("special")) or content in roles
     return added, roles
 
 
@@ -309,7 +329,8 @@ def _declared_stops(directory: Path, names: Mapping[int, str]) -> Iterator[int]:
     yield from (i for i, name in names.items() if name == eos)
     for file in ("generation_config.json", "config.json"):
         ids: Any = _config(directory, file).get("eos_token_id")
-        yield from (i for i in (ids if isinstance(ids, list) else [ids]) if i in names)
+        if ids is not None:
+            yield from (i for i in _integers(ids if isinstance(ids, list) else [ids]) if i in names)
 
 
 # ---- transformers and tokenizers ---------------------------------------------------------------------------------
@@ -389,8 +410,32 @@ def _serialized(serialize: Callable[[], Any], what: str) -> Any:
 
 
 def _of_tokenizer_json(spec: dict[str, Any]) -> _Vocabulary:
-    added = {token["id"]: (token["content"], token["special"]) for token in spec.get("added_tokens") or []}
-    return _of_parts(spec["model"], added, spec["decoder"])
+    model = spec["model"]
+    vocab = model.get("vocab")
+    known: dict[str, int] = {}
+    if isinstance(vocab, dict):
+        known = dict(zip(vocab, _integers(vocab.values()), strict=True))
+    elif isinstance(vocab, list):
+        known = {piece: i for i, (piece, _) in enumerate(vocab)}
+    _integers(unk for unk in [model.get("unk_id")] if unk is not None)
+    if not isinstance(model.get("unk_token"), (str, type(None))):
+        raise TypeError(f"unk_token {model['unk_token']!r} is no text")
+    added: dict[int, tuple[str, bool]] = {}
+    after = len(vocab or ())
+    for token in spec.get("added_tokens") or []:
+        i, content, is_special = token["id"], token["content"], token["special"]
+        if [type(part) for part in (i, content, is_special)] != [int, str, bool] or not content:
+            raise TypeError(f"added token {token!r}: needs an integer id, a content and true or false for special")
+        # tokenizers does not take the id from the file: that of the vocabulary, else the next one.
+        own = known.setdefault(content, after)
+        if own != i:
+            raise UnsupportedTokenizerError(
+                f"added token {content!r} is listed as id {i}, but tokenizers loads it as {own}; make them agree, or "
+                "load the tokenizer and pass that"
+            )
+        added[i] = content, is_special
+        after = max(after, i + 1)
+    return _of_parts(model, added, spec["decoder"])
 
 
 #: How a model marks where a word ends or goes on; the decoder must take the mark away again.
@@ -464,7 +509,7 @@ def _spelling(spec: dict[str, Any]) -> _Spelling:
             open_ = False
         elif kind == "Strip" and not open_ and (step["content"], step["stop"]) == (" ", 0) and step["start"] <= 1:
             pass  # the prefix space, at position 0 of a text
-        elif kind == "Metaspace" and open_:
+        elif kind == "Metaspace" and open_ and len(step.get("replacement", "▁")) == 1:
             texts.append(_replacer(step.get("replacement", "▁"), " "))
         elif kind == "Replace" and open_ and step["pattern"].get("String"):
             texts.append(_replacer(step["pattern"]["String"], step["content"]))
@@ -497,6 +542,8 @@ def _composed(texts: Sequence[Callable[[str], str]], to_bytes: Callable[[str], b
 
 def _flatten(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if spec["type"] == "Sequence":
+        if not isinstance(spec["decoders"], list):
+            raise TypeError(f"expected a list of decoders, got {spec['decoders']!r}")
         for step in spec["decoders"]:
             yield from _flatten(step)
     else:
@@ -587,7 +634,7 @@ def _is_tiktoken(path: Path) -> bool:
 
 
 #: Bytes; the largest known file has 4 million.
-_UNPACKED_LIMIT = 1 << 28
+_UNPACKED_LIMIT = 1 << 26
 
 
 def _of_tiktoken_file(path: Path) -> _Vocabulary:
@@ -619,7 +666,9 @@ def _of_pieces(pieces: Sequence[str], types: Sequence[int], stop_ids: tuple[int,
         if kind == _NORMAL:
             tokens[i] = piece.replace("▁", " ").encode()
         elif kind == _BYTE:
-            tokens[i] = bytes([int(piece[3:5], 16)])
+            if not _BYTE_PIECE.fullmatch(piece):
+                raise ValueError(f"byte piece {piece!r}: not of the form <0x0A>")
+            tokens[i] = _byte_piece(piece)
         elif kind != _USER_DEFINED or (piece in STOP_TOKENS and piece != "</s>"):
             special[i] = piece  # Gemma's <end_of_turn> is user-defined; so is its </s>, but that is the HTML tag
         else:
@@ -637,6 +686,8 @@ def _of_sentencepiece(proto: bytes) -> _Vocabulary:
             piece = dict(_protobuf(value))
             pieces.append(piece[1].decode())
             types.append(piece.get(3, _NORMAL))
+            if types[-1] not in range(_NORMAL, _BYTE + 1):
+                raise ValueError(f"piece {pieces[-1]!r} has the unknown type {types[-1]!r}")
         elif field == 2:
             eos = dict(_protobuf(value)).get(47, eos.encode()).decode()
         elif field == 5 and dict(_protobuf(value)).get(2):
@@ -728,17 +779,23 @@ def _of_mistral(tokenizer: Any) -> _Vocabulary:
 
 def _of_tekken(spec: dict[str, Any]) -> _Vocabulary:
     config = spec["config"]
-    count, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
-    if not 0 <= count <= size <= _ID_LIMIT:
-        raise ValueError(f"{count} special tokens among {size}")
+    count, size = _integers((config["default_num_special_tokens"], config["default_vocab_size"]))
+    # A file may hold more tokens than it declares; the surplus is not part of the vocabulary.
+    vocab = spec["vocab"][: max(size - count, 0)]
+    if not 0 <= count <= size <= _ID_LIMIT or len(vocab) < size - count:
+        raise ValueError(f"{len(vocab)} tokens and {count} special ones where {size} are declared")
+    if _integers(token["rank"] for token in vocab) != list(range(len(vocab))):
+        raise ValueError("the ranks of the vocabulary do not count up from 0")
     special = {i: f"<SPECIAL_{i}>" for i in range(count)}
     listed: Sequence[Mapping[str, Any]] = spec.get("special_tokens") or _TEKKEN_SPECIAL
-    special.update({int(token["rank"]): token["token_str"] for token in listed})
-    tokens = {
-        count + int(token["rank"]): base64.b64decode(token["token_bytes"], validate=True)
-        for token in spec["vocab"]
-        if int(token["rank"]) < size - count
-    }
+    ranks = _integers(token["rank"] for token in listed)
+    if len(set(ranks)) < len(ranks) or not special.keys() >= set(ranks):
+        raise ValueError(f"special tokens: a rank is there twice or not below {count}")
+    for i, token in zip(ranks, listed, strict=True):
+        if not isinstance(token["token_str"], str):
+            raise TypeError(f"special token {i} is called {token['token_str']!r}")
+        special[i] = token["token_str"]
+    tokens = {count + i: base64.b64decode(token["token_bytes"], validate=True) for i, token in enumerate(vocab)}
     return _Vocabulary(tokens, special)
 
 
@@ -843,13 +900,13 @@ def text_codec(tokenizer: Any) -> TextCodec:
     used.
 
     Raises:
-        UnsupportedTokenizerError: nothing here can encode (a `ByteTable`, a GGUF file, a bare vocabulary), or the
-            package that can is missing.
+        UnsupportedTokenizerError: nothing here can encode (a `ByteTable`, a GGUF file, a bare vocabulary), the package
+            that can is missing, or the file is damaged.
         FileNotFoundError: a path that does not exist.
     """
     roles: Iterable[str] = ()
     if isinstance(tokenizer, (str, os.PathLike)):
-        path = Path(tokenizer)
+        path = _existing(tokenizer)
         tokenizer = _load_encoder(path)
         roles = _of_directory(path).special.values() if path.is_dir() else ()
     packages = _packages(tokenizer)
@@ -878,23 +935,32 @@ def text_codec(tokenizer: Any) -> TextCodec:
     )
 
 
+def _loaded(path: Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # whatever each package raises: bare Exception, RuntimeError, AssertionError
+        raise UnsupportedTokenizerError(
+            f"{path}: cannot be loaded ({type(error).__name__}: {error}); fetch the file again"
+        ) from None
+
+
 def _load_encoder(path: Path) -> Any:
     directory = path if path.is_dir() else None
     path = _file_in(path) if directory else path
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
     if path.name.endswith(".json"):
         if "config" in _load_json(path):
             tekken = _require("mistral_common.tokens.tokenizers.tekken", f"encoding with {path.name}")
-            return tekken.Tekkenizer.from_file(path)
-        return _require("tokenizers", f"encoding with {path.name}").Tokenizer.from_file(str(path))
+            return _loaded(path, lambda: tekken.Tekkenizer.from_file(path))
+        package = _require("tokenizers", f"encoding with {path.name}")
+        return _loaded(path, lambda: package.Tokenizer.from_file(str(path)))
     if _MODEL_NAME.fullmatch(path.name) and not _is_tiktoken(path):
         if directory and _of_directory(directory).tokens.keys() - _vocabulary_of_path(path).tokens.keys():
             raise UnsupportedTokenizerError(
                 f"{directory}: {path.name} cannot encode the added tokens that the files beside it declare; load it "
                 "with transformers.AutoTokenizer.from_pretrained and pass that"
             )
-        return _require("sentencepiece", f"encoding with {path.name}").SentencePieceProcessor(model_file=str(path))
+        package = _require("sentencepiece", f"encoding with {path.name}")
+        return _loaded(path, lambda: package.SentencePieceProcessor(model_file=str(path)))
     raise UnsupportedTokenizerError(
         f"{path}: a bare vocabulary cannot encode; load the tokenizer (a tiktoken.Encoding with its pattern, or "
         "transformers' AutoTokenizer, with gguf_file= for GGUF) and pass that"
