@@ -4,6 +4,7 @@
 #![allow(clippy::unnecessary_wraps)]
 
 use proptest::prelude::*;
+use xtokmap::{align_offsets, align_texts, map_spans, overlaps, Side, SpanMode};
 use xtokmap::{Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows};
 
 type Tokens = Vec<Option<Vec<u8>>>;
@@ -378,6 +379,59 @@ proptest! {
     }
 
     #[test]
+    fn overlaps_share_every_byte_once(text in bytes(), a in places(), b in places()) {
+        let (student, teacher) = (cut(&text, &a), cut(&text, &b));
+        let alignment = align(&student, &teacher);
+        let found = overlaps(&alignment);
+        let (mut own, mut other) = (vec![0; student.len()], vec![0; teacher.len()]);
+        for (own, entries) in own.iter_mut().zip(found.indptr.windows(2)) {
+            for k in entries[0] as usize..entries[1] as usize {
+                prop_assert!(found.nbytes[k] > 0);
+                *own += found.nbytes[k];
+                other[found.indices[k] as usize] += found.nbytes[k];
+            }
+        }
+        let lengths = |side: &Tokens| side.iter().map(|t| t.as_ref().map_or(0, Vec::len) as i32).collect::<Vec<_>>();
+        prop_assert_eq!(own, lengths(&student));
+        prop_assert_eq!(other, lengths(&teacher));
+    }
+
+    #[test]
+    fn spans_cover_what_lies_inside(text in bytes(), a in places(), b in places(), from in any::<u16>(), to in any::<u16>()) {
+        let (student, teacher) = (cut(&text, &a), cut(&text, &b));
+        let alignment = align(&student, &teacher);
+        let mut span = [from, to].map(|x| i64::from(x) % (student.len() as i64 + 1));
+        span.sort_unstable();
+        let map = |mode| map_spans(&alignment, &[span], Side::Teacher, mode).unwrap()[0];
+        let (cover, inside) = (map(SpanMode::Cover), map(SpanMode::Inside));
+        let words = |side: &Tokens, span: [i64; 2]| match span {
+            [-1, -1] => vec![],
+            [start, stop] => spelled(&side[start as usize..stop as usize]),
+        };
+        let said = words(&student, span);
+        let holds = |outer: &[u8], inner: &[u8]| inner.is_empty() || outer.windows(inner.len()).any(|w| w == inner);
+        prop_assert!(holds(&words(&teacher, cover), &said));
+        prop_assert!(holds(&said, &words(&teacher, inside)));
+        prop_assert!(inside == [-1, -1] || (cover[0] <= inside[0] && inside[1] <= cover[1]));
+        let outside = [[span[0], student.len() as i64 + 1]];
+        prop_assert!(map_spans(&alignment, &outside, Side::Teacher, SpanMode::Cover).is_err());
+    }
+
+    #[test]
+    fn offsets_without_gaps_are_byte_ends(text in bytes(), a in places(), b in places()) {
+        let said = |tokens: Tokens| tokens.into_iter().filter(has_bytes).collect::<Tokens>();
+        let (student, teacher) = (said(cut(&text, &a)), said(cut(&text, &b)));
+        let offsets = |ends: &[i32]| {
+            let starts = std::iter::once(0).chain(ends.iter().copied());
+            starts.zip(ends).map(|(start, &end)| [i64::from(start), i64::from(end)]).collect::<Vec<_>>()
+        };
+        let by_bytes = align(&student, &teacher);
+        let by_offsets = align_offsets(&offsets(&by_bytes.student_end), &offsets(&by_bytes.teacher_end)).unwrap();
+        prop_assert_eq!(overlaps(&by_offsets), overlaps(&by_bytes));
+        prop_assert_eq!(Alignment { starts: None, ..by_offsets }, by_bytes);
+    }
+
+    #[test]
     fn turns_are_aligned_each_by_itself(turns in prop::collection::vec((bytes(), bytes(), any::<bool>(), places(), places()), 1..4)) {
         let (mut student, mut teacher): (Tokens, Tokens) = (vec![], vec![]);
         let mut alone = vec![];
@@ -499,4 +553,15 @@ fn fuzzing_found() {
         check_shape(&back, &teacher, &student);
         assert_eq!(unplaced(forth), swapped(&back));
     }
+}
+
+#[test]
+fn texts_and_offsets_that_do_not_fit() {
+    assert_eq!(align_texts(&["å", "BC"], &["abc"]), (vec![vec![0], vec![0]], vec![vec![0, 1]]));
+    for spans in [vec![[2, 1]], vec![[-1, 1]], vec![[0, 3], [1, 2]], vec![[0, 1 << 31]]] {
+        let error = align_offsets(&spans, &[[0, 1]]).unwrap_err();
+        assert!(error.to_string().starts_with("student_offsets["), "{error}");
+    }
+    let gaps = align_offsets(&[[0, 2], [3, 5]], &[[0, 2], [3, 4], [4, 5]]).unwrap();
+    assert_eq!(overlaps(&gaps).nbytes, [2, 1, 1]);
 }
