@@ -57,14 +57,14 @@ def tokenizer_jsons():
     ):
         model = {"type": "BPE", "vocab": names, "merges": [], "unk_token": "a", "continuing_subword_prefix": None}
         yield {"version": "1.0", "added_tokens": ADDED, "decoder": decoder, "model": model}
-    pieces = [["<unk>", 0.0], ["▁the", -1.5], ["<0x0A>", -2.0], ["a", -3.0]]
+    pieces = [["<unk>", 0.0], ["▁the", -1.5], ["<0x0A>", -2.0], ["a", -3.0], ["é", -4.0]]
     yield {"added_tokens": ADDED, "decoder": LLAMA, "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces}}
 
 
 def tekken():
     vocab = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None} for i in range(40)]
     special = [{"rank": 0, "token_str": "<unk>", "is_control": True}, {"rank": 2, "token_str": "</s>"}]
-    config = {"pattern": ".", "num_vocab_tokens": 40, "default_vocab_size": 50, "default_num_special_tokens": 4}
+    config = {"pattern": ".", "num_vocab_tokens": 40, "default_vocab_size": 44, "default_num_special_tokens": 4}
     return {"config": {**config, "version": "v7"}, "vocab": vocab, "special_tokens": special}
 
 
