@@ -21,7 +21,7 @@ FINDINGS = {
 }
 
 
-# Without a limit: 22 s, 2 GB and 2^40 characters.
+# Without a limit: minutes, gigabytes and 2^40 characters.
 @pytest.mark.parametrize("name", FINDINGS)
 def test_small_files_take_little_time_and_memory(tmp_path, name):
     content, message = FINDINGS[name]
