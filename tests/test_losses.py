@@ -84,7 +84,7 @@ def test_unscored_tokens_count_in_the_response_mean_only():
     a = chunk_credit(P, Q, index_of(STUDENT, TEACHER), "prior").advantages
     new, mask = torch.tensor([[-0.6, -1.3, -0.15, -0.9]]), torch.ones(1, 4)
     scored = torch.tensor([[True, True, True, False]])
-    # Losses of the first three, over 4 and over 3 tokens: the third of LOSSES' vector is unscored there instead.
+    # Losses of the first three tokens, over 4 and over 3; below, the third is unscored instead of the last.
     three = -0.193405 - 0.150822 + 0.315381
     assert policy_loss(new, P, a, mask, scored=scored).item() == pytest.approx(three / 4, abs=1e-6)
     assert policy_loss(new, P, a, mask, scored=scored, aggregate="scored").item() == pytest.approx(three / 3, abs=1e-6)
