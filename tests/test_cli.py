@@ -67,6 +67,17 @@ def test_align_json(files, capsys, tmp_path):
     assert sum(found["coverage_by_kind"].values()) == pytest.approx(1)
 
 
+def test_align_takes_files_as_they_are(files, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"a\r\nb")
+    assert align(files, "--json", "--text-file", str(text)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert bytes.fromhex("".join(token["bytes"] for token in found["student"])) == b"a\r\nb"
+    text.write_bytes(b"na\xefve")
+    assert align(files, "--text-file", str(text)) == 2
+    assert capsys.readouterr().err == f"xtokmap: {text}: not UTF-8 at byte 2\n"
+
+
 def test_align_needs_no_torch(files):
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "

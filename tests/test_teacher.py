@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import FalconH1Config, FalconH1ForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 import tiny
 import xtokmap
@@ -42,6 +43,52 @@ def test_a_model_without_a_known_head_goes_through_its_own_logits(monkeypatch):
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
     got = LocalTeacher(model, tiny.teacher_tokenizer()).score(PROMPTS, COMPLETIONS).logprobs
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
+def capped() -> RecurrentGemmaForCausalLM:
+    settings = {"num_hidden_layers": 3, "num_attention_heads": 4, "attention_window_size": 32, "logits_soft_cap": 1.0}
+    return RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(vocab_size=420, hidden_size=32, intermediate_size=64, **settings)
+    )
+
+
+def multiplied() -> FalconH1ForCausalLM:
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "lm_head_multiplier": 0.2}
+    mamba = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 16}
+    return FalconH1ForCausalLM(
+        FalconH1Config(vocab_size=420, hidden_size=32, intermediate_size=64, **settings, **mamba)
+    )
+
+
+@pytest.mark.parametrize("make", [capped, multiplied])
+def test_what_a_family_does_to_its_logits_is_seen_whatever_its_name(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    scores = LocalTeacher(model, tiny.teacher_tokenizer()).score(PROMPTS, COMPLETIONS)
+    for b, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        with torch.no_grad():
+            want = one_by_one(model, prompt, completion)
+        assert scores.logprobs[b, : len(want)].tolist() == pytest.approx(want, abs=2e-4)
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7], [8, 9, 10, 11], [9, 10, 11, 12, 13]], PROMPTS])
+def test_own_logits_are_made_from_the_shortest_prompts_end(monkeypatch, prompts):
+    model, kept = tiny.teacher_model(), []
+    forward = type(model).forward
+
+    def spy(self, *args, logits_to_keep=0, **kwargs):
+        kept.append(logits_to_keep)
+        return forward(self, *args, logits_to_keep=logits_to_keep, **kwargs)
+
+    want = LocalTeacher(model, tiny.teacher_tokenizer()).score(prompts, COMPLETIONS).logprobs
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+    monkeypatch.setattr(type(model), "forward", spy)
+    got = LocalTeacher(model, tiny.teacher_tokenizer()).score(prompts, COMPLETIONS).logprobs
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    assert kept == [9 - (min(map(len, prompts)) - 1) if min(map(len, prompts)) > 1 else 0]
 
 
 def test_gradients_reach_every_parameter_as_through_logits():

@@ -93,6 +93,78 @@ def test_the_same_seed_gives_the_same_run(prompts):
     assert run("a") != run("c", seed=1)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 1.3}, {"min_p": 0.5}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": [9, 10, 11]}],
+)
+def test_samples_are_the_policys_own_whatever_the_model_would_like(prompts, settings):
+    def sample(**own):
+        student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
+        with torch.no_grad():
+            for p in student.parameters():
+                p.mul_(4)  # far enough from uniform for every setting to show
+        for name, value in own.items():
+            setattr(student.generation_config, name, value)
+        kept = student.generation_config
+        roller = Roller(
+            student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config(prompts, max_new_tokens=30)
+        )
+        torch.manual_seed(0)
+        rows = roller.sample(["the sky"] * 8)[1]
+        assert student.generation_config is kept
+        return rows
+
+    assert sample(**settings) == sample()
+
+
+def test_half_precision_students_learn_at_any_learning_rate(prompts):
+    models = tiny.pair()
+    student = models[0].bfloat16()
+    parameters = loop.float32_parameters(student)
+    start = [p.detach().clone() for p in parameters]
+    roller = Roller(student, models[1], LocalTeacher(*models[2:]), config(prompts, micro_batch=2))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
+    optimizer.register_step_post_hook(loop.write_back)
+    torch.manual_seed(0)
+    for _ in range(3):
+        found = loop.update(roller, roller.roll(["the sky", "the dog", "a fox?"]), optimizer)
+        assert found["skipped"] == 0
+    moved = sum(int((a != b).sum()) for a, b in zip(start, parameters, strict=True))
+    assert moved > 0.9 * sum(p.numel() for p in parameters)
+    for own, copy in zip(student.parameters(), parameters, strict=True):
+        assert own.dtype == torch.bfloat16
+        assert own.grad is None
+        assert torch.equal(own, copy.bfloat16())
+
+
+def test_float32_and_frozen_parameters_are_not_copied():
+    student = tiny.student_model()
+    next(student.parameters()).requires_grad_(False)
+    wanted = [p for p in student.parameters() if p.requires_grad]
+    assert [id(p) for p in loop.float32_parameters(student)] == [id(p) for p in wanted]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_run_in_half_precision_stays_finite(prompts, dtype):
+    models = tiny.pair()
+    models[0].to(getattr(torch, dtype))
+    result = train(config(prompts, steps=8, eval_samples=0, dtype=dtype), models=models)
+    assert sum(m["skipped_updates"] for m in result.metrics) == 0
+    assert all(torch.isfinite(p).all() for p in models[0].parameters())
+
+
+def test_dropout_does_not_part_the_policy_from_its_samples(prompts):
+    student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config(prompts))
+    rollouts = roller.roll(["the sky", "the dog"])
+    with torch.no_grad():
+        want = loop.chunk_gap(roller.logprobs(rollouts, [0, 1]), rollouts.teacher_logprobs, rollouts.index)[0]
+    found = loop.update(roller, rollouts, torch.optim.SGD(student.parameters(), lr=0.0))
+    torch.testing.assert_close(found["nats"], want)
+
+
 def gradients(prompts, **changes):
     student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
     settings = config(prompts, **changes)
@@ -200,6 +272,14 @@ def test_prompt_files(tmp_path):
         lines.write_text(bad)
         with pytest.raises(xtokmap.XTokMapError, match=message):
             read_prompts(lines)
+    # What parts lines elsewhere may stand inside a prompt; so may a byte order mark before the first.
+    lines.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}'.encode())
+    assert read_prompts(lines) == (["a\u2028b\x85c", "d"], [])
+    text.write_bytes(b"one\r\ntwo\x0cthree")
+    assert read_prompts(text) == (["one", "two\x0cthree"], [])
+    text.write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(xtokmap.XTokMapError, match=r"p\.txt: not UTF-8 at byte 2"):
+        read_prompts(text)
     with pytest.raises(xtokmap.XTokMapError, match="no such prompt file"):
         read_prompts(tmp_path / "missing.txt")
 
@@ -211,6 +291,11 @@ def test_prompt_files(tmp_path):
         ({"credit": "cover"}, "needs a teacher that gives whole rows"),
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"temperature": 0.0}, "temperature=0.0: must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0: must be finite and not negative"),
+        ({"clip_low": math.nan}, "clip_low=nan: must be finite"),
+        ({"clip_dual": 0.5}, "clip_dual=0.5: must be more than 1"),
+        ({"eval_samples": -1}, "eval_samples=-1: must be finite and not negative"),
+        ({"seed": 2**70}, "must fit into 64 bits"),
         ({"aggregate": "tokens"}, "aggregate='tokens'"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"plain_template": "x"}, r"must contain \{prompt\}"),
@@ -231,3 +316,19 @@ def test_long_prompts_are_left_out_and_said(prompts):
 def test_a_missing_model_is_named(prompts):
     with pytest.raises(xtokmap.XTokMapError, match=r"/no/such/model: no such model"):
         train(config(prompts, student="/no/such/model", teacher="/no/such/model"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_model_is_one_line(prompts, tmp_path, name):
+    folder = tmp_path / "damaged"
+    tiny.student_model().save_pretrained(folder)
+    tiny.student_tokenizer().save_pretrained(folder)
+    (folder / name).write_text("{" if name == "config.json" else "{}")
+    with pytest.raises(xtokmap.XTokMapError, match="damaged: transformers cannot load it") as caught:
+        train(config(prompts, student=str(folder), teacher=str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(xtokmap.XTokMapError, match="device='abacus'"):
+        loop.pick_device("abacus")

@@ -53,7 +53,10 @@ def _add_align(commands: Any) -> None:
 
 def _align(args: argparse.Namespace) -> int:
     if args.text_file is not None:
-        text = args.text_file.read_text(encoding="utf-8")
+        try:
+            text = args.text_file.read_bytes().decode()  # line ends as they are
+        except UnicodeDecodeError as error:
+            raise XTokMapError(f"{args.text_file}: not UTF-8 at byte {error.start}") from None
     elif args.text and args.text != ["-"]:
         text = " ".join(args.text)
     else:

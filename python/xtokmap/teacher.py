@@ -6,9 +6,11 @@ scores token i + 1; the shift happens here and nowhere else.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -157,18 +159,23 @@ def completion_logprobs(
 
     body, head = _parts(model)
     if body is None:
-        out = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        # Rows before the shortest prompt's last token score nothing that is wanted.
+        skip = min(map(len, prompt_ids), default=1) - 1
+        if skip and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            out = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length - skip).logits
+            at = at - skip * (at // length + 1)
+        else:
+            out = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         flat = token_logprobs(out.flatten(0, 1).index_select(0, at), wanted, temperature=temperature)
     else:
         hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        config = model.config.get_text_config()
         flat = token_logprobs_from_hidden(
             hidden.flatten(0, 1).index_select(0, at),
             head.weight,
             wanted,
             bias=head.bias,
             temperature=temperature,
-            softcap=getattr(config, "final_logit_softcapping", None),
+            softcap=_softcap(model),
         )
     return flat.new_zeros(len(rows) * width).index_copy(0, to, flat).view(len(rows), width)
 
@@ -181,11 +188,41 @@ def _check_pairs(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[S
             raise XTokMapError(f"prompt_ids[{b}] is empty: the first token of a completion is scored given something")
 
 
+#: Whether a model's logits are its head's, of its hidden states; asked of every model once.
+_plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
 def _parts(model: Any) -> tuple[Any, Any]:
     """The body that gives hidden states and the linear head, or None where a model is not made of just these two."""
     body, head = getattr(model, "base_model", None), model.get_output_embeddings()
-    plain = isinstance(head, torch.nn.Linear) and body is not None and body is not model
-    # Models that scale their logits do something between head and softmax that only their own forward knows.
-    config = model.config.get_text_config()
-    scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in ("logit_scale", "logits_scaling"))
-    return (body, head) if plain and not scaled else (None, None)
+    if not isinstance(head, torch.nn.Linear) or body is None or body is model:
+        return None, None
+    if model not in _plain:
+        _plain[model] = _is_plain(model, body, head)
+    return (body, head) if _plain[model] else (None, None)
+
+
+def _softcap(model: Any) -> float | None:
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
+
+
+@torch.no_grad()
+def _is_plain(model: Any, body: Any, head: torch.nn.Linear) -> bool:
+    """Compares both ways on two tokens: families scale or cap their logits under many names, only `forward` knows."""
+    ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        hidden = getattr(body(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None or hidden.shape[-1] != head.in_features:
+            return False
+        want = model(input_ids=ids, use_cache=False).logits.float()
+        got = head(hidden).float()
+        if (cap := _softcap(model)) is not None:
+            got = cap * torch.tanh(got / cap)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    scale = float(want.abs().max())
+    return bool((want - got).abs().max() <= scale * max(1e-4, 4 * torch.finfo(hidden.dtype).eps))
