@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
-use numpy::{IntoPyArray, PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyIndexError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyTuple};
 use pyo3::{create_exception, IntoPyObjectExt};
 
-use crate::{Aligner, Alignment, Batch, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows, Side, SpanMode};
+use crate::{Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows, Side, SpanMode};
 
 create_exception!(xtokmap, XTokMapError, PyValueError, "Base of every error that xtokmap raises.");
 create_exception!(
@@ -319,7 +321,13 @@ impl PyAligner {
         let (student, teacher) = (Held::new(student_ids, student_layout)?, Held::new(teacher_ids, teacher_layout)?);
         let (student, teacher) = (student.rows()?, teacher.rows()?);
         let batch = in_threads(py, threads, || self.0.align_batch(student, teacher, strict))?;
-        fields(py, batch)
+        let all = fields(py, batch.flat)?;
+        for (name, values) in
+            [("student_cu", batch.student_cu), ("teacher_cu", batch.teacher_cu), ("chunk_cu", batch.chunk_cu)]
+        {
+            all.set_item(name, values.into_pyarray(py))?;
+        }
+        Ok(all)
     }
 
     fn student_texts<'py>(
@@ -337,9 +345,8 @@ impl PyAligner {
     }
 }
 
-/// The fields of a batch by name; every array is moved, not copied.
-fn fields(py: Python<'_>, batch: Batch) -> PyResult<Bound<'_, PyDict>> {
-    let Batch { flat, student_cu, teacher_cu, chunk_cu } = batch;
+/// The fields of an alignment by name; every array is moved, not copied.
+fn fields(py: Python<'_>, flat: Alignment) -> PyResult<Bound<'_, PyDict>> {
     let kind: Vec<u8> = flat.kind.iter().map(|&kind| kind as u8).collect();
     let all = PyDict::new(py);
     for (name, values) in [
@@ -355,49 +362,14 @@ fn fields(py: Python<'_>, batch: Batch) -> PyResult<Bound<'_, PyDict>> {
         all.set_item(name, values.into_pyarray(py))?;
     }
     all.set_item("kind", kind.into_pyarray(py))?;
-    for (name, values) in [("student_cu", student_cu), ("teacher_cu", teacher_cu), ("chunk_cu", chunk_cu)] {
-        all.set_item(name, values.into_pyarray(py))?;
-    }
     Ok(all)
 }
 
 type Array<'py, T> = PyReadonlyArray1<'py, T>;
 
-/// An alignment that came back from Python, field by field.
-#[allow(clippy::too_many_arguments)]
-fn alignment(
-    student_ptr: &Array<'_, i32>,
-    teacher_ptr: &Array<'_, i32>,
-    kind: &Array<'_, u8>,
-    student_chunk: &Array<'_, i32>,
-    teacher_chunk: &Array<'_, i32>,
-    student_end: &Array<'_, i32>,
-    teacher_end: &Array<'_, i32>,
-    starts: Option<&(Array<'_, i32>, Array<'_, i32>)>,
-) -> PyResult<Alignment> {
-    let vec = |array: &Array<'_, i32>| array.as_slice().map(<[i32]>::to_vec);
-    let kind: Option<Vec<Kind>> =
-        kind.as_slice()?.iter().map(|&k| KINDS.get(k as usize).map(|&(kind, _)| kind)).collect();
-    let a = Alignment {
-        student_ptr: vec(student_ptr)?,
-        teacher_ptr: vec(teacher_ptr)?,
-        kind: kind.ok_or_else(|| XTokMapError::new_err("kind: a number that is no kind of chunk"))?,
-        student_chunk: vec(student_chunk)?,
-        teacher_chunk: vec(teacher_chunk)?,
-        student_end: vec(student_end)?,
-        teacher_end: vec(teacher_end)?,
-        starts: starts.map(|(s, t)| Ok::<_, PyErr>(Box::new((vec(s)?, vec(t)?)))).transpose()?,
-        ..Alignment::default()
-    };
-    a.check()?;
-    Ok(a)
-}
-
-/// Overlaps as (indptr int64 `[m+1]`, indices int32 `[nnz]`, nbytes int32 `[nnz]`).
-#[pyfunction]
-#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
-fn overlaps<'py>(
-    py: Python<'py>,
+/// An alignment that comes back from Python, by its attributes.
+#[derive(FromPyObject)]
+struct Fields<'py> {
     student_ptr: Array<'py, i32>,
     teacher_ptr: Array<'py, i32>,
     kind: Array<'py, u8>,
@@ -405,58 +377,57 @@ fn overlaps<'py>(
     teacher_chunk: Array<'py, i32>,
     student_end: Array<'py, i32>,
     teacher_end: Array<'py, i32>,
+    #[pyo3(attribute("_starts"))]
     starts: Option<(Array<'py, i32>, Array<'py, i32>)>,
-) -> PyResult<Bound<'py, PyTuple>> {
-    let a = alignment(
-        &student_ptr,
-        &teacher_ptr,
-        &kind,
-        &student_chunk,
-        &teacher_chunk,
-        &student_end,
-        &teacher_end,
-        starts.as_ref(),
-    )?;
+}
+
+impl Fields<'_> {
+    fn alignment(&self) -> PyResult<Alignment> {
+        let vec = |array: &Array<'_, i32>| array.as_slice().map(<[i32]>::to_vec);
+        let kind: Option<Vec<Kind>> =
+            self.kind.as_slice()?.iter().map(|&k| KINDS.get(k as usize).map(|&(kind, _)| kind)).collect();
+        let starts = self.starts.as_ref().map(|(s, t)| Ok::<_, PyErr>(Box::new((vec(s)?, vec(t)?))));
+        let a = Alignment {
+            student_ptr: vec(&self.student_ptr)?,
+            teacher_ptr: vec(&self.teacher_ptr)?,
+            kind: kind.ok_or_else(|| XTokMapError::new_err("kind: a number that is no kind of chunk"))?,
+            student_chunk: vec(&self.student_chunk)?,
+            teacher_chunk: vec(&self.teacher_chunk)?,
+            student_end: vec(&self.student_end)?,
+            teacher_end: vec(&self.teacher_end)?,
+            starts: starts.transpose()?,
+            ..Alignment::default()
+        };
+        a.check()?;
+        Ok(a)
+    }
+}
+
+/// Overlaps as (indptr int64 `[m+1]`, indices int32 `[nnz]`, nbytes int32 `[nnz]`).
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)]
+fn overlaps<'py>(py: Python<'py>, alignment: Fields<'py>) -> PyResult<Bound<'py, PyTuple>> {
+    let a = alignment.alignment()?;
     let all = py.detach(|| crate::overlaps(&a));
     (all.indptr.into_pyarray(py), all.indices.into_pyarray(py), all.nbytes.into_pyarray(py)).into_pyobject(py)
 }
 
 /// Spans int64 `[k, 2]` of one side on the other.
 #[pyfunction]
-#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
+#[allow(clippy::needless_pass_by_value)]
 fn map_spans<'py>(
     py: Python<'py>,
-    student_ptr: Array<'py, i32>,
-    teacher_ptr: Array<'py, i32>,
-    kind: Array<'py, u8>,
-    student_chunk: Array<'py, i32>,
-    teacher_chunk: Array<'py, i32>,
-    student_end: Array<'py, i32>,
-    teacher_end: Array<'py, i32>,
-    starts: Option<(Array<'py, i32>, Array<'py, i32>)>,
+    alignment: Fields<'py>,
     spans: PyReadonlyArray2<'py, i64>,
     to_teacher: bool,
     cover: bool,
 ) -> PyResult<Bound<'py, PyArray2<i64>>> {
-    let a = alignment(
-        &student_ptr,
-        &teacher_ptr,
-        &kind,
-        &student_chunk,
-        &teacher_chunk,
-        &student_end,
-        &teacher_end,
-        starts.as_ref(),
-    )?;
-    let spans = pairs(&spans)?;
+    let (a, spans) = (alignment.alignment()?, pairs(&spans)?);
     let to = if to_teacher { Side::Teacher } else { Side::Student };
     let mode = if cover { SpanMode::Cover } else { SpanMode::Inside };
     let mapped = py.detach(|| crate::map_spans(&a, &spans, to, mode))?;
-    let rows: Vec<Vec<i64>> = mapped.iter().map(|span| span.to_vec()).collect();
-    if rows.is_empty() {
-        return Ok(PyArray2::zeros(py, [0, 2], false));
-    }
-    PyArray2::from_vec2(py, &rows).map_err(|e| XTokMapError::new_err(e.to_string()))
+    let k = mapped.len();
+    mapped.into_flattened().into_pyarray(py).reshape([k, 2])
 }
 
 fn pairs(array: &PyReadonlyArray2<'_, i64>) -> PyResult<Vec<[i64; 2]>> {
@@ -474,11 +445,8 @@ fn align_offsets<'py>(
     let (student, teacher) = (pairs(&student)?, pairs(&teacher)?);
     let mut flat = py.detach(|| crate::align_offsets(&student, &teacher))?;
     let starts = flat.starts.take().unwrap_or_default();
-    let all = fields(py, Batch { flat, ..Batch::default() })?;
+    let all = fields(py, flat)?;
     all.set_item("_starts", (starts.0.into_pyarray(py), starts.1.into_pyarray(py)))?;
-    for name in ["student_cu", "teacher_cu", "chunk_cu"] {
-        all.del_item(name)?;
-    }
     Ok(all)
 }
 

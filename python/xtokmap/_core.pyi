@@ -4,6 +4,8 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 
+from xtokmap.alignment import Alignment
+
 __all__ = [
     "KINDS",
     "Aligner",
@@ -73,27 +75,10 @@ class Aligner:
 
 def _rebuild_byte_table(tokens: Iterable[bytes | None], stop_ids: Sequence[int], invalid: str) -> ByteTable: ...
 def overlaps(
-    student_ptr: npt.NDArray[np.int32],
-    teacher_ptr: npt.NDArray[np.int32],
-    kind: npt.NDArray[np.uint8],
-    student_chunk: npt.NDArray[np.int32],
-    teacher_chunk: npt.NDArray[np.int32],
-    student_end: npt.NDArray[np.int32],
-    teacher_end: npt.NDArray[np.int32],
-    starts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
+    alignment: Alignment,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]: ...
 def map_spans(
-    student_ptr: npt.NDArray[np.int32],
-    teacher_ptr: npt.NDArray[np.int32],
-    kind: npt.NDArray[np.uint8],
-    student_chunk: npt.NDArray[np.int32],
-    teacher_chunk: npt.NDArray[np.int32],
-    student_end: npt.NDArray[np.int32],
-    teacher_end: npt.NDArray[np.int32],
-    starts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
-    spans: npt.NDArray[np.int64],
-    to_teacher: bool,
-    cover: bool,
+    alignment: Alignment, spans: npt.NDArray[np.int64], to_teacher: bool, cover: bool
 ) -> npt.NDArray[np.int64]: ...
 def align_offsets(student: npt.NDArray[np.int64], teacher: npt.NDArray[np.int64]) -> dict[str, Any]: ...
 def get_alignments(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]: ...

@@ -139,7 +139,7 @@ class Alignment:
         REWRITTEN chunks have no entries: which byte became which is not known inside. The two tokens of a STOP chunk
         are listed with 0 bytes.
         """
-        return Overlaps(*_core.overlaps(*self._fields()))
+        return Overlaps(*_core.overlaps(self))
 
     def map_spans(self, spans: Any, to: str = "teacher", mode: str = "cover") -> Int64:
         """Token spans of one side -> token spans of the other, in bulk.
@@ -161,21 +161,7 @@ class Alignment:
         if mode not in ("cover", "inside"):
             raise XTokMapError(f"mode={mode!r}: use 'cover' or 'inside'")
         array = _offsets(spans, "spans")
-        return _core.map_spans(*self._fields(), array, to == "teacher", mode == "cover")
-
-    def _fields(
-        self,
-    ) -> tuple[Int32, Int32, npt.NDArray[np.uint8], Int32, Int32, Int32, Int32, tuple[Int32, Int32] | None]:
-        return (
-            self.student_ptr,
-            self.teacher_ptr,
-            self.kind,
-            self.student_chunk,
-            self.teacher_chunk,
-            self.student_end,
-            self.teacher_end,
-            self._starts,
-        )
+        return _core.map_spans(self, array, to == "teacher", mode == "cover")
 
 
 def align_offsets(student_offsets: Any, teacher_offsets: Any) -> Alignment:
@@ -313,8 +299,8 @@ class Aligner:
     """
 
     def __init__(self, student: Any, teacher: Any) -> None:
-        self.student = student if isinstance(student, ByteTable) else byte_table(student)
-        self.teacher = teacher if isinstance(teacher, ByteTable) else byte_table(teacher)
+        self.student = byte_table(student)
+        self.teacher = byte_table(teacher)
         self._core = _core.Aligner(self.student, self.teacher)
         self._teacher_source = teacher
         self._codec: TextCodec | None = None
@@ -390,15 +376,14 @@ class Aligner:
         student = _Rows.of_batch(student_ids, student_mask, "student")
         teacher = self._encode(student, stop_id, threads)
         batch = self._align(student, teacher, strict=False, threads=threads)
-        return np.split(teacher.ids, teacher.layout[1:])[:-1], batch
+        return teacher.split(), batch
 
     def teacher_ids(
         self, student_ids: Any, student_mask: Any = None, *, stop_id: int | None = None, threads: int | None = None
     ) -> list[Int64]:
         """The first half of `retokenize`: what the teacher is given, without the alignment."""
         student = _Rows.of_batch(student_ids, student_mask, "student")
-        teacher = self._encode(student, stop_id, threads)
-        return np.split(teacher.ids, teacher.layout[1:])[:-1]
+        return self._encode(student, stop_id, threads).split()
 
     def _encode(self, student: _Rows, stop_id: int | None, threads: int | None) -> _Rows:
         if self._codec is None:
@@ -439,6 +424,10 @@ class _Rows:
     @property
     def tokens(self) -> npt.NDArray[Any]:
         return self.ids if self.mask is None else self.ids[self.mask.reshape(-1)]
+
+    def split(self) -> list[npt.NDArray[Any]]:
+        """The rows of ragged ids, one array each."""
+        return np.split(self.ids, self.layout[1:])[:-1]
 
     @classmethod
     def of_one(cls, ids: Ids, name: str) -> _Rows:
