@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::byte_table::lossy;
-use crate::resync::Resync;
+use crate::resync::{common_prefix, Resync};
 use crate::{ByteTable, Error, Invalid, Mismatch, Side};
 
 /// What the two sides of a chunk are to each other.
@@ -429,18 +429,15 @@ impl Aligner {
         teacher: Rows<'_>,
         strict: bool,
         scratch: &mut Scratch,
-        mut out: RowOut<'_>,
+        ((student_end, teacher_end), mut out): (RowEnds<'_>, RowOut<'_>),
     ) -> Result<Chunks, Error> {
         let Scratch { student: s, teacher: t } = scratch;
         let (range, mask) = student.row(b);
-        resolve(student.ids, range, mask, &self.student_symbols, s, out.student_end)
+        resolve(student.ids, range, mask, &self.student_symbols, s, student_end)
             .map_err(|e| e.at(Side::Student, b, self.student.len()))?;
         let (range, mask) = teacher.row(b);
-        resolve(teacher.ids, range, mask, &self.teacher_symbols, t, out.teacher_end)
+        resolve(teacher.ids, range, mask, &self.teacher_symbols, t, teacher_end)
             .map_err(|e| e.at(Side::Teacher, b, self.teacher.len()))?;
-        // The ends are read by the merge and belong to the caller: they leave `out` for its time.
-        let student_end = std::mem::take(&mut out.student_end);
-        let teacher_end = std::mem::take(&mut out.teacher_end);
         let s = Tokens { symbols: s, ends: student_end, arena: &self.arena, base: 0 };
         let t = Tokens { symbols: t, ends: teacher_end, arena: &self.arena, base: 0 };
         let mut chunks = Chunks::with_capacity(s.len().min(t.len()));
@@ -593,29 +590,28 @@ fn resolve_ids<T: Copy + Into<i64>>(
     Ok(())
 }
 
+/// The part of the batch's arrays that one row fills.
+struct RowOut<'a> {
+    student_chunk: &'a mut [i32],
+    teacher_pos: &'a mut [i32],
+    teacher_off: &'a mut [i32],
+    teacher_chunk: &'a mut [i32],
+}
+
 impl RowOut<'_> {
-    /// The same for some of the row's tokens; the ends are left out.
+    /// The same for some of the row's tokens.
     fn part(&mut self, students: Range<usize>, teachers: Range<usize>) -> RowOut<'_> {
         RowOut {
             student_chunk: &mut self.student_chunk[students.clone()],
-            student_end: &mut [],
             teacher_pos: &mut self.teacher_pos[students.clone()],
             teacher_off: &mut self.teacher_off[students],
             teacher_chunk: &mut self.teacher_chunk[teachers],
-            teacher_end: &mut [],
         }
     }
 }
 
-/// The part of the batch's arrays that one row fills.
-struct RowOut<'a> {
-    student_chunk: &'a mut [i32],
-    student_end: &'a mut [i32],
-    teacher_pos: &'a mut [i32],
-    teacher_off: &'a mut [i32],
-    teacher_chunk: &'a mut [i32],
-    teacher_end: &'a mut [i32],
-}
+/// The byte ends of one row, student's and teacher's: filled first, and read while the rest is.
+type RowEnds<'a> = (&'a mut [i32], &'a mut [i32]);
 
 /// The rows of a flat array, one after the other.
 fn each_row<'a>(mut flat: &'a mut [i32], cu: &'a [i64]) -> impl Iterator<Item = &'a mut [i32]> {
@@ -626,20 +622,18 @@ fn each_row<'a>(mut flat: &'a mut [i32], cu: &'a [i64]) -> impl Iterator<Item = 
     })
 }
 
-fn split_rows<'a>(flat: &'a mut Alignment, student_cu: &'a [i64], teacher_cu: &'a [i64]) -> Vec<RowOut<'a>> {
-    let student = each_row(&mut flat.student_chunk, student_cu)
-        .zip(each_row(&mut flat.student_end, student_cu))
-        .zip(each_row(&mut flat.teacher_pos, student_cu).zip(each_row(&mut flat.teacher_off, student_cu)));
-    let teacher = each_row(&mut flat.teacher_chunk, teacher_cu).zip(each_row(&mut flat.teacher_end, teacher_cu));
-    let row = |(((student_chunk, student_end), (teacher_pos, teacher_off)), (teacher_chunk, teacher_end))| RowOut {
-        student_chunk,
-        student_end,
-        teacher_pos,
-        teacher_off,
-        teacher_chunk,
-        teacher_end,
+fn split_rows<'a>(
+    flat: &'a mut Alignment,
+    student_cu: &'a [i64],
+    teacher_cu: &'a [i64],
+) -> Vec<(RowEnds<'a>, RowOut<'a>)> {
+    let ends = each_row(&mut flat.student_end, student_cu).zip(each_row(&mut flat.teacher_end, teacher_cu));
+    let chunks = each_row(&mut flat.student_chunk, student_cu).zip(each_row(&mut flat.teacher_chunk, teacher_cu));
+    let places = each_row(&mut flat.teacher_pos, student_cu).zip(each_row(&mut flat.teacher_off, student_cu));
+    let row = |(ends, ((student_chunk, teacher_chunk), (teacher_pos, teacher_off)))| {
+        (ends, RowOut { student_chunk, teacher_pos, teacher_off, teacher_chunk })
     };
-    student.zip(teacher).map(row).collect()
+    ends.zip(chunks.zip(places)).map(row).collect()
 }
 
 /// The chunks of one row, as they grow: where each starts, and its kind.
@@ -801,7 +795,7 @@ impl Merge<'_, '_> {
         loop {
             let common = a.len().min(b.len());
             if a[..common] != b[..common] {
-                let equal = a.iter().zip(b).take_while(|(x, y)| x == y).count();
+                let equal = common_prefix(a, b);
                 let at = |tokens: &Tokens<'_>, k: usize, rest: &[u8]| tokens.end(k) - rest.len() + equal;
                 return Found::Differ(at(&self.s, p, a), at(&self.t, q, b));
             }
