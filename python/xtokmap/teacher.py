@@ -7,7 +7,7 @@ scores token i + 1; the shift happens here and nowhere else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -71,16 +71,9 @@ class LocalTeacher:
         """
         _check_pairs(prompt_ids, completion_ids)
         device = next(self.model.parameters()).device
-        width = max(map(len, completion_ids), default=0)
-        logprobs = torch.zeros(len(completion_ids), width, device=device)
-        order = sorted(range(len(completion_ids)), key=lambda b: len(prompt_ids[b]) + len(completion_ids[b]))
-        with torch.no_grad():
-            for first in range(0, len(order), self.micro_batch):
-                rows = order[first : first + self.micro_batch]
-                part = completion_logprobs(self.model, [prompt_ids[b] for b in rows], [completion_ids[b] for b in rows])
-                logprobs[torch.tensor(rows, device=device), : part.shape[1]] = part
+        logprobs = batched_logprobs(self.model, prompt_ids, completion_ids, self.micro_batch)
         lengths = torch.tensor([len(row) for row in completion_ids], device=device)
-        return Scores(logprobs, torch.arange(width, device=device) < lengths[:, None])
+        return Scores(logprobs, torch.arange(logprobs.shape[1], device=device) < lengths[:, None])
 
 
 def render(tokenizer: Any, prompts: Sequence[str], plain_template: str = PLAIN_TEMPLATE) -> list[list[int]]:
@@ -178,6 +171,36 @@ def completion_logprobs(
             softcap=_softcap(model),
         )
     return flat.new_zeros(len(rows) * width).index_copy(0, to, flat).view(len(rows), width)
+
+
+def by_length(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], size: int
+) -> Iterator[list[int]]:
+    """Rows in order of length, `size` at a time, so that a micro-batch has little padding."""
+    lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for first in range(0, len(order), size):
+        yield order[first : first + size]
+
+
+@torch.no_grad()
+def batched_logprobs(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    micro_batch: int,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`completion_logprobs` of any number of rows, a few at a time and without a gradient: float32 `[B, T]`."""
+    device = next(model.parameters()).device
+    width = max(map(len, completion_ids), default=0)
+    logprobs = torch.zeros(len(completion_ids), width, device=device)
+    for rows in by_length(prompt_ids, completion_ids, micro_batch):
+        prompts, completions = [prompt_ids[b] for b in rows], [completion_ids[b] for b in rows]
+        part = completion_logprobs(model, prompts, completions, temperature=temperature, width=width)
+        logprobs[torch.tensor(rows, device=device)] = part
+    return logprobs
 
 
 def _check_pairs(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:

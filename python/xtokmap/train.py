@@ -26,7 +26,7 @@ from torch import Tensor
 from xtokmap._core import XTokMapError
 from xtokmap.alignment import Aligner, Kind
 from xtokmap.losses import CREDITS, chunk_credit, chunk_gap, policy_loss
-from xtokmap.teacher import PLAIN_TEMPLATE, LocalTeacher, completion_logprobs, render
+from xtokmap.teacher import PLAIN_TEMPLATE, LocalTeacher, batched_logprobs, by_length, completion_logprobs, render
 from xtokmap.torch import ChunkIndex, coverage_counts
 
 
@@ -279,11 +279,15 @@ class Roller:
             width=rollouts.index.student_chunk.shape[1],
         )
 
-    def micro_batches(self, rollouts: Rollouts) -> Iterator[list[int]]:
-        """Rows in order of length, a few at a time."""
-        order = sorted(range(len(rollouts.prompts)), key=lambda b: len(rollouts.prompt_ids[b]) + rollouts.lengths[b])
-        for first in range(0, len(order), self.config.micro_batch):
-            yield order[first : first + self.config.micro_batch]
+    def all_logprobs(self, rollouts: Rollouts) -> Tensor:
+        """The student's logprobs of all rows, float32 `[B, Ts]`, without a gradient."""
+        return batched_logprobs(
+            self.student,
+            rollouts.prompt_ids,
+            rollouts.completion_ids,
+            self.config.micro_batch,
+            temperature=self.config.temperature,
+        )
 
 
 @contextmanager
@@ -360,19 +364,14 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
         denominator = scored.sum().clamp(min=1)
 
     student.eval()  # no dropout: what is updated is the policy that sampled
-    old_logprobs: Tensor | None = None
-    if config.updates > 1:
-        with torch.no_grad():
-            old_logprobs = torch.zeros_like(response, dtype=torch.float32)
-            for rows in roller.micro_batches(rollouts):
-                old_logprobs[torch.tensor(rows, device=roller.device)] = roller.logprobs(rollouts, rows)
+    old_logprobs = roller.all_logprobs(rollouts) if config.updates > 1 else None
 
     nats, nbytes = torch.zeros(len(everything), device=roller.device), torch.zeros_like(everything)
     counts = dict.fromkeys(("scored", "clamped", "fallback", "nonfinite"), torch.zeros((), device=roller.device))
     skipped = 0
     for turn in range(config.updates):
         loss_sum = torch.zeros((), device=roller.device)
-        for rows in roller.micro_batches(rollouts):
+        for rows in by_length(rollouts.prompt_ids, rollouts.completion_ids, config.micro_batch):
             at = torch.tensor(rows, device=roller.device)
             logprobs = roller.logprobs(rollouts, rows)
             old = logprobs.detach() if old_logprobs is None else old_logprobs[at]
@@ -482,9 +481,7 @@ def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: 
         for first in range(0, len(work), config.batch_size):
             batch = work[first : first + config.batch_size]
             rollouts = roller.roll([prompts[i] for i in batch])
-            own = torch.zeros_like(rollouts.index.student_chunk, dtype=torch.float32)
-            for rows in roller.micro_batches(rollouts):
-                own[torch.tensor(rows, device=roller.device)] = roller.logprobs(rollouts, rows)
+            own = roller.all_logprobs(rollouts)
             gap, size = chunk_gap(own, rollouts.teacher_logprobs, rollouts.index, stops=config.score_stop)
             counts += coverage_counts(rollouts.index)
             for i, x, y, ids in zip(batch, gap.tolist(), size.tolist(), rollouts.completion_ids, strict=True):
