@@ -98,6 +98,15 @@ impl ByteTable {
         Some((!special).then_some(bytes))
     }
 
+    /// The token's bytes; none for a special token and outside the table.
+    pub(crate) fn bytes(&self, id: u32) -> &[u8] {
+        let id = id as usize;
+        match (self.offsets.get(id), self.offsets.get(id + 1)) {
+            (Some(&start), Some(&end)) => &self.arena[start as usize..end as usize],
+            _ => &[],
+        }
+    }
+
     /// Every token's bytes in order of ids; special tokens are empty.
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
         self.offsets.windows(2).map(|w| &self.arena[w[0] as usize..w[1] as usize])

@@ -32,14 +32,20 @@
 
 mod align;
 mod byte_table;
+mod cover;
+mod encoding;
 #[cfg(feature = "python")]
 mod python;
 mod resync;
 mod spans;
+mod vocab_map;
 
 pub use align::{Aligner, Alignment, Batch, Ids, Kind, Layout, Rows};
 pub use byte_table::{ByteTable, Invalid};
+pub use cover::{Cover, Queries, Set};
+pub use encoding::{Encoding, Rule, Splits};
 pub use spans::{align_offsets, align_texts, map_spans, overlaps, Overlaps, SpanMode};
+pub use vocab_map::{Sorted, VocabMap};
 
 /// One of the two sides of an alignment, in the order in which they are always given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! The Python module `xtokmap._core`: the only file that knows `PyO3` and numpy.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods,
@@ -11,7 +11,10 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyTuple};
 use pyo3::{create_exception, IntoPyObjectExt};
 
-use crate::{Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows, Side, SpanMode};
+use crate::{
+    Aligner, Alignment, Batch, ByteTable, Cover, Encoding, Error, Ids, Invalid, Kind, Layout, Queries, Rows, Rule, Set,
+    Side, Sorted, SpanMode, Splits, VocabMap,
+};
 
 create_exception!(xtokmap, XTokMapError, PyValueError, "Base of every error that xtokmap raises.");
 create_exception!(
@@ -345,6 +348,194 @@ impl PyAligner {
     }
 }
 
+#[pyclass(frozen, name = "Encoding", module = "xtokmap._core")]
+struct PyEncoding(Arc<Encoding>);
+
+fn values<T: numpy::Element + Copy>(array: &PyReadonlyArray1<'_, T>) -> PyResult<Vec<T>> {
+    Ok(array.as_slice()?.to_vec())
+}
+
+#[pymethods]
+impl PyEncoding {
+    /// `rule`: "longest match", "bpe" (merges uint32 `[n, 3]`, or ranks uint32 `[V]`, or neither) or "unigram" (scores
+    /// float32 `[V]`); `splits`: classes uint32 `[V]` before and after a boundary, and how many there are of each.
+    #[new]
+    #[pyo3(signature = (table, rule="longest match", *, merges=None, ranks=None, scores=None, characters=false, whole=false, added=None, splits=None))]
+    #[allow(clippy::too_many_arguments, clippy::type_complexity, clippy::needless_pass_by_value)]
+    fn new<'py>(
+        py: Python<'py>,
+        table: &PyByteTable,
+        rule: &str,
+        merges: Option<PyReadonlyArray2<'py, u32>>,
+        ranks: Option<Array<'py, u32>>,
+        scores: Option<Array<'py, f32>>,
+        characters: bool,
+        whole: bool,
+        added: Option<Array<'py, u32>>,
+        splits: Option<(Array<'py, u32>, Array<'py, u32>, usize, usize)>,
+    ) -> PyResult<Self> {
+        let rule = match (rule, scores) {
+            ("longest match", _) => Rule::LongestMatch,
+            ("unigram", Some(scores)) => Rule::Unigram(values(&scores)?),
+            ("bpe", _) => {
+                let triples = |m: PyReadonlyArray2<'_, u32>| {
+                    let triples = m.as_slice()?.chunks_exact(3).map(|t| [t[0], t[1], t[2]]).collect();
+                    Ok::<Vec<[u32; 3]>, PyErr>(triples)
+                };
+                let ranks = ranks.map(|ranks| values(&ranks)).transpose()?;
+                let added = added.map(|added| values(&added)).transpose()?.unwrap_or_default();
+                Rule::Bpe { merges: merges.map(triples).transpose()?, ranks, characters, whole, added }
+            }
+            _ => return Err(XTokMapError::new_err(format!("rule {rule:?}: use longest match, bpe or unigram (scores)"))),
+        };
+        let splits = match splits {
+            None => None,
+            Some((before, after, classes, width)) => {
+                let reach = vec![OnceLock::new(); classes];
+                Some(Splits { before: values(&before)?, after: values(&after)?, reach, width })
+            }
+        };
+        let table = table.table.clone();
+        Ok(Self(Arc::new(py.detach(|| Encoding::new(table, rule, splits))?)))
+    }
+
+    fn encode(&self, bytes: &[u8]) -> Vec<u32> {
+        self.0.encode(bytes)
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn learn(&self, class: usize, reach: Array<'_, u8>) -> PyResult<()> {
+        Ok(self.0.learn(class, values(&reach)?)?)
+    }
+
+    fn joined(&self, token: u32, next: u32) -> PyResult<bool> {
+        for id in [token, next] {
+            if id as usize >= self.0.table().len() {
+                return Err(PyIndexError::new_err(format!("id {id} is outside {} ids", self.0.table().len())));
+            }
+        }
+        Ok(self.0.joined(token, next))
+    }
+}
+
+#[pyclass(frozen, name = "Cover", module = "xtokmap._core")]
+struct PyCover {
+    map: Arc<VocabMap>,
+    cover: Cover,
+}
+
+#[pymethods]
+impl PyCover {
+    #[new]
+    #[pyo3(signature = (student, teacher, pieces=None))]
+    #[allow(clippy::needless_pass_by_value)]
+    fn new(
+        py: Python<'_>,
+        student: &PyEncoding,
+        teacher: &PyEncoding,
+        pieces: Option<Array<'_, u32>>,
+    ) -> PyResult<Self> {
+        let (student, teacher) = (student.0.clone(), teacher.0.clone());
+        let pieces = pieces.map(|pieces| values(&pieces)).transpose()?.unwrap_or_default();
+        Ok(py.detach(|| {
+            let map = Arc::new(VocabMap::new(&student, &teacher, &pieces));
+            Self { cover: Cover::new(student, teacher, map.clone()), map }
+        }))
+    }
+
+    #[getter]
+    fn same(&self) -> bool {
+        self.cover.same()
+    }
+
+    /// The arrays of the vocabulary map by name.
+    fn vocab_map<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let all = PyDict::new(py);
+        let map = &*self.map;
+        for (name, values) in [
+            ("teacher_to_student", &map.teacher_to_student),
+            ("student_to_teacher", &map.student_to_teacher),
+            ("prefix", &map.prefix),
+            ("canonical", &map.canonical),
+            ("group", &map.group),
+            ("student_order", &map.student.order),
+            ("teacher_order", &map.teacher.order),
+        ] {
+            all.set_item(name, values.clone().into_pyarray(py))?;
+        }
+        for (name, sorted) in [("student_range", &map.student), ("teacher_range", &map.teacher)] {
+            all.set_item(name, ranges(py, sorted)?)?;
+        }
+        all.set_item("open", self.cover.open().into_pyarray(py))?;
+        Ok(all)
+    }
+
+    #[pyo3(signature = (batch, student_ids, teacher_ids, threads=None))]
+    #[allow(clippy::needless_pass_by_value)]
+    fn queries<'py>(
+        &self,
+        py: Python<'py>,
+        batch: BatchFields<'py>,
+        student_ids: Array<'py, u32>,
+        teacher_ids: Array<'py, u32>,
+        threads: Option<i64>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let batch = batch.batch()?;
+        let (students, teachers) = (student_ids.as_slice()?, teacher_ids.as_slice()?);
+        let found = in_threads(py, threads, || self.cover.queries(&batch, students, teachers))?;
+        let all = PyDict::new(py);
+        let Queries { indptr, row, set, base, flags, sets } = found;
+        all.set_item("indptr", indptr.into_pyarray(py))?;
+        for (name, values) in [("row", row), ("set", set), ("base", base)] {
+            all.set_item(name, values.into_pyarray(py))?;
+        }
+        all.set_item("flags", flags.into_pyarray(py))?;
+        all.set_item("sets", PySets(sets))?;
+        Ok(all)
+    }
+}
+
+fn ranges<'py>(py: Python<'py>, sorted: &Sorted) -> PyResult<Bound<'py, PyArray2<i32>>> {
+    let n = sorted.range.len();
+    sorted.range.as_flattened().to_vec().into_pyarray(py).reshape([n, 2])
+}
+
+/// The sets of some queries; they become arrays when they are asked for.
+#[pyclass(frozen, name = "_Sets", module = "xtokmap._core")]
+struct PySets(Vec<Arc<Set>>);
+
+#[pymethods]
+impl PySets {
+    fn __len__(&self) -> usize {
+        self.0.len()
+    }
+
+    /// indptr int64 `[n+1]`, ids int32, next int32 and whole bool of all elements, complement bool `[n]`.
+    fn arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let total = self.0.iter().map(|set| set.ids.len()).sum();
+        let (mut indptr, mut complement) = (vec![0i64], Vec::with_capacity(self.0.len()));
+        let (mut ids, mut next, mut whole) =
+            (Vec::with_capacity(total), Vec::with_capacity(total), Vec::with_capacity(total));
+        for set in &self.0 {
+            ids.extend_from_slice(&set.ids);
+            next.extend_from_slice(&set.next);
+            next.resize(ids.len(), -1);
+            whole.extend_from_slice(&set.whole);
+            whole.resize(ids.len(), false);
+            indptr.push(ids.len() as i64);
+            complement.push(set.complement);
+        }
+        let arrays = (
+            indptr.into_pyarray(py),
+            ids.into_pyarray(py),
+            next.into_pyarray(py),
+            whole.into_pyarray(py),
+            complement.into_pyarray(py),
+        );
+        arrays.into_pyobject(py)
+    }
+}
+
 /// The fields of an alignment by name; every array is moved, not copied.
 fn fields(py: Python<'_>, flat: Alignment) -> PyResult<Bound<'_, PyDict>> {
     let kind: Vec<u8> = flat.kind.iter().map(|&kind| kind as u8).collect();
@@ -384,13 +575,11 @@ struct Fields<'py> {
 impl Fields<'_> {
     fn alignment(&self) -> PyResult<Alignment> {
         let vec = |array: &Array<'_, i32>| array.as_slice().map(<[i32]>::to_vec);
-        let kind: Option<Vec<Kind>> =
-            self.kind.as_slice()?.iter().map(|&k| KINDS.get(k as usize).map(|&(kind, _)| kind)).collect();
         let starts = self.starts.as_ref().map(|(s, t)| Ok::<_, PyErr>(Box::new((vec(s)?, vec(t)?))));
         let a = Alignment {
             student_ptr: vec(&self.student_ptr)?,
             teacher_ptr: vec(&self.teacher_ptr)?,
-            kind: kind.ok_or_else(|| XTokMapError::new_err("kind: a number that is no kind of chunk"))?,
+            kind: kinds_of(&self.kind)?,
             student_chunk: vec(&self.student_chunk)?,
             teacher_chunk: vec(&self.teacher_chunk)?,
             student_end: vec(&self.student_end)?,
@@ -400,6 +589,48 @@ impl Fields<'_> {
         };
         a.check()?;
         Ok(a)
+    }
+}
+
+fn kinds_of(numbers: &Array<'_, u8>) -> PyResult<Vec<Kind>> {
+    let kind: Option<Vec<Kind>> =
+        numbers.as_slice()?.iter().map(|&k| KINDS.get(k as usize).map(|&(kind, _)| kind)).collect();
+    kind.ok_or_else(|| XTokMapError::new_err("kind: a number that is no kind of chunk"))
+}
+
+/// A batch that comes back from Python, as far as its queries need it.
+#[derive(FromPyObject)]
+struct BatchFields<'py> {
+    kind: Array<'py, u8>,
+    student_chunk: Array<'py, i32>,
+    teacher_chunk: Array<'py, i32>,
+    student_end: Array<'py, i32>,
+    teacher_end: Array<'py, i32>,
+    teacher_pos: Array<'py, i32>,
+    teacher_off: Array<'py, i32>,
+    student_cu: Array<'py, i64>,
+    teacher_cu: Array<'py, i64>,
+    chunk_cu: Array<'py, i64>,
+}
+
+impl BatchFields<'_> {
+    fn batch(&self) -> PyResult<Batch> {
+        let flat = Alignment {
+            kind: kinds_of(&self.kind)?,
+            student_chunk: values(&self.student_chunk)?,
+            teacher_chunk: values(&self.teacher_chunk)?,
+            student_end: values(&self.student_end)?,
+            teacher_end: values(&self.teacher_end)?,
+            teacher_pos: values(&self.teacher_pos)?,
+            teacher_off: values(&self.teacher_off)?,
+            ..Alignment::default()
+        };
+        Ok(Batch {
+            flat,
+            student_cu: values(&self.student_cu)?,
+            teacher_cu: values(&self.teacher_cu)?,
+            chunk_cu: values(&self.chunk_cu)?,
+        })
     }
 }
 
@@ -462,6 +693,9 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
     module.add_class::<PyByteTable>()?;
     module.add_class::<PyAligner>()?;
+    module.add_class::<PyEncoding>()?;
+    module.add_class::<PyCover>()?;
+    module.add_class::<PySets>()?;
     module.add_function(wrap_pyfunction!(_rebuild_byte_table, module)?)?;
     module.add_function(wrap_pyfunction!(overlaps, module)?)?;
     module.add_function(wrap_pyfunction!(map_spans, module)?)?;

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from xtokmap import _core
 from xtokmap._core import ByteTable, XTokMapError
+from xtokmap.cover import CoverQueries, Transfer, VocabMap
 from xtokmap.tokenizers import TextCodec, byte_table, text_codec
 
 Int32: TypeAlias = npt.NDArray[np.int32]
@@ -302,7 +304,7 @@ class Aligner:
         self.student = byte_table(student)
         self.teacher = byte_table(teacher)
         self._core = _core.Aligner(self.student, self.teacher)
-        self._teacher_source = teacher
+        self._student_source, self._teacher_source = student, teacher
         self._codec: TextCodec | None = None
 
     def align(self, student_ids: Ids, teacher_ids: Ids, *, strict: bool = False) -> Alignment:
@@ -384,6 +386,43 @@ class Aligner:
         """The first half of `retokenize`: what the teacher is given, without the alignment."""
         student = _Rows.of_batch(student_ids, student_mask, "student")
         return self._encode(student, stop_id, threads).split()
+
+    @property
+    def vocab_map(self) -> VocabMap:
+        """What the tokens of the two vocabularies are to each other; worked out when it is first asked for."""
+        return self._transfer.vocab_map
+
+    def cover_queries(self, batch: AlignmentBatch | Alignment, *, threads: int | None = None) -> CoverQueries:
+        """For every student token, which teacher mass makes log q* of it: the teacher's view of the student's encoding.
+
+        A teacher scores its own encoding of the finished text, whose boundaries say what did not come next; every credit
+        that takes its logprobs as they are inherits that (tokenization bias, arXiv 2406.16829). What these queries name
+        is the repair: the mass of all teacher tokens that could have stood there and leave the student its token.
+        `LocalTeacher.score` evaluates them.
+
+        The rule by which the student's tokenizer cuts is followed on the bytes of two neighbours (`EncodingRule`); what
+        repeats is kept, so that known tokens cost about as much as their alignment.
+
+        Args:
+            batch: from this aligner.
+            threads: as for `align_batch`.
+
+        Raises:
+            XTokMapError: an alignment that was made without ids (`align_offsets`) or by another aligner.
+        """
+        if batch._bytes is None or (batch._bytes.student, batch._bytes.teacher) != (self.student, self.teacher):
+            raise XTokMapError("cover_queries needs a batch that this aligner made: align or retokenize the ids with it")
+        if isinstance(batch, Alignment):
+            counts = {"student_cu": len(batch.student_chunk), "teacher_cu": len(batch.teacher_chunk)}
+            cu = {name: np.asarray([0, n], np.int64) for name, n in {**counts, "chunk_cu": len(batch)}.items()}
+            own = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "_starts"}
+            batch = AlignmentBatch(**own, **cu)
+        assert batch._bytes is not None
+        return self._transfer.queries(batch, batch._bytes.student_ids, batch._bytes.teacher_ids, threads)
+
+    @cached_property
+    def _transfer(self) -> Transfer:
+        return Transfer(self._student_source, self.student, self._teacher_source, self.teacher)
 
     def _encode(self, student: _Rows, stop_id: int | None, threads: int | None) -> _Rows:
         if self._codec is None:

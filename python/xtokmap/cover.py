@@ -1,0 +1,232 @@
+"""VocabMap and CoverQueries: what two vocabularies are to each other, and the teacher mass behind a student token end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from xtokmap import _core
+from xtokmap._core import ByteTable
+from xtokmap.encoding import EncodingRule
+
+Int32: TypeAlias = npt.NDArray[np.int32]
+Int64: TypeAlias = npt.NDArray[np.int64]
+Bool: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VocabMap:
+    """What the tokens of two vocabularies are to each other; -1 where there is none.
+
+    Attributes:
+        teacher_to_student: int32 `[V_T]`; the student token with the same bytes. Of several the one that the student's
+            tokenizer makes.
+        student_to_teacher: int32 `[V_S]`; the teacher token with the same bytes.
+        prefix: int32 `[V_T]`; the longest student token that every teacher token begins with.
+        canonical: int32 `[V_T]`; the first token of the student's own encoding of every teacher token.
+        student_order: int32 `[n_S]`; the student's ids that have bytes, sorted by them (equal bytes by id).
+        teacher_order: int32 `[n_T]`; the teacher's.
+        student_range: int32 `[V_S, 2]`; `[lo, hi)` in `student_order` of the tokens that begin with this one's bytes.
+        teacher_range: int32 `[V_T, 2]`; the same in `teacher_order`.
+        group: int32 `[V_T]`; teacher tokens without an equal student token, in groups connected by one being a prefix
+            of another; -1 for all others.
+        open: bool `[V_S]`; whether there is a longer student token that the teacher would cut right after this one, so
+            that mass on it may belong to the longer one.
+        student_stops: the student's ids that end a turn, the preferred one first.
+        teacher_stops: the teacher's.
+    """
+
+    teacher_to_student: Int32
+    student_to_teacher: Int32
+    prefix: Int32
+    canonical: Int32
+    student_order: Int32
+    teacher_order: Int32
+    student_range: Int32
+    teacher_range: Int32
+    group: Int32
+    open: Bool
+    student_stops: tuple[int, ...]
+    teacher_stops: tuple[int, ...]
+    #: Names of tokens on both sides, where both tokenizers have them.
+    _names: tuple[Mapping[str, int], Mapping[str, int]] | None = field(default=None, kw_only=True)
+
+    def summary(self) -> dict[str, int | None]:
+        """Counts of tokens.
+
+        Returns:
+            `student` and `teacher`: tokens that have bytes; `shared_bytes`: teacher tokens with an equal student token;
+            `shared_strings`: tokens whose vocabulary strings are equal, which is what a comparison by string finds
+            (None where a side has no strings); `uncovered`: teacher tokens without an equal student token; `groups`:
+            their groups; `unreachable`: teacher tokens that no student token begins.
+        """
+        spelled = self.teacher_order
+        strings = None if self._names is None else len(self._names[0].keys() & self._names[1].keys())
+        return {
+            "student": len(self.student_order),
+            "teacher": len(spelled),
+            "shared_bytes": int((self.teacher_to_student[spelled] >= 0).sum()),
+            "shared_strings": strings,
+            "uncovered": int((self.teacher_to_student[spelled] < 0).sum()),
+            "groups": int(self.group.max(initial=-1)) + 1,
+            "unreachable": int((self.prefix[spelled] < 0).sum()),
+        }
+
+    def __repr__(self) -> str:
+        return f"VocabMap({', '.join(f'{name}={n}' for name, n in self.summary().items())})"
+
+
+class Term(NamedTuple):
+    """A part of Phi: teacher tokens that could stand at one place.
+
+    Attributes:
+        row: the teacher row: the place of the teacher token that it predicts.
+        ranges: `[k, 2]`; disjoint `[lo, hi)` ranges of `VocabMap.teacher_order`, rising.
+        special: whether tokens without bytes count too.
+    """
+
+    row: int
+    ranges: Int64
+    special: bool
+
+
+class Sets(NamedTuple):
+    """Sets of teacher tokens, as compressed rows.
+
+    Attributes:
+        indptr: int64 `[n+1]`.
+        ids: int32; teacher ids, rising inside a set.
+        next: int32; the student token that comes next if this teacher token stands there, -1 where that is not known.
+        whole: bool; whether that student token is all that is left of the teacher token.
+        complement: bool `[n]`; the set is every token but these.
+    """
+
+    indptr: Int64
+    ids: Int32
+    next: Int32
+    whole: Bool
+    complement: Bool
+
+
+NOT_CANONICAL, FORCED = 1, 2
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CoverQueries:
+    """For every student token of a batch, which teacher mass makes Phi (the teacher's view of the student's encoding).
+
+    Phi(i) = log of the probability, under the teacher, that the text goes on as the student's tokens up to and with i
+    say, in the student's own encoding: the sum over `terms` of the probability of the teacher tokens before `row`, times
+    the mass of `set` in that row. log q*(s_i | s_<i) = Phi(i) - Phi(i - 1).
+
+    Attributes:
+        indptr: int64 `[M+1]`; the terms of student token i of the flat batch are `indptr[i]:indptr[i+1]`.
+        row: int32 `[N]`; the teacher row of every term, counted in its batch row: row k predicts teacher token k, and row
+            n is the one after the last token.
+        set: int32 `[N]`; the place in `sets`, or `-1 - id` for a single teacher token.
+        base: int32 `[M]`; where an unbroken stretch begins, the teacher token it begins with: its first student token has
+            log q* = Phi(i) - (teacher logprobs before `base`). -1 inside a stretch, -2 for tokens without a query:
+            REWRITTEN chunks, unaligned tokens, and what is left of a chunk that a special token cuts.
+        flags: uint8 `[M]`; bit 1: the student's tokenizer would not have put this token beside the next one, so nothing
+            is taken to merge there; bit 2: the teacher token that was really there would have been left out, and counts.
+        student_ids: uint32 `[M]`, flat.
+        student_cu: int64 `[B+1]`.
+        teacher_cu: int64 `[B+1]`.
+        student_mask: as in the batch.
+        vocab_map: of the two vocabularies.
+    """
+
+    indptr: Int64
+    row: Int32
+    set: Int32
+    base: Int32
+    flags: npt.NDArray[np.uint8]
+    student_ids: npt.NDArray[np.uint32]
+    student_cu: Int64
+    teacher_cu: Int64
+    student_mask: Bool | None
+    vocab_map: VocabMap
+    _sets: _core._Sets = field(kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.student_cu) - 1
+
+    @cached_property
+    def sets(self) -> Sets:
+        """The sets that the terms name."""
+        return Sets(*self._sets.arrays())
+
+    def terms(self, i: int) -> list[Term]:
+        """The terms of student token i of the flat batch, as ranges of the byte-sorted teacher vocabulary."""
+        order = self.vocab_map.teacher_order
+        place = np.full(max(len(self.vocab_map.teacher_to_student), 1), -1, np.int64)
+        place[order] = np.arange(len(order))
+        terms = []
+        for k in range(self.indptr[i], self.indptr[i + 1]):
+            s = int(self.set[k])
+            ids = np.asarray([-1 - s]) if s < 0 else self.sets.ids[self.sets.indptr[s] : self.sets.indptr[s + 1]]
+            at = np.sort(place[ids][place[ids] >= 0])
+            special = bool(len(at) < len(ids))
+            if s >= 0 and self.sets.complement[s]:
+                at, special = np.setdiff1d(np.arange(len(order)), at), True
+            cuts = np.flatnonzero(np.diff(at) != 1) + 1
+            runs = [run for run in np.split(at, cuts) if len(run)]
+            ranges = np.asarray([(run[0], run[-1] + 1) for run in runs], np.int64).reshape(-1, 2)
+            terms.append(Term(int(self.row[k]), ranges, special))
+        return terms
+
+    def figures(self) -> dict[str, int]:
+        """Counts of student tokens: all, with a query, first of a stretch, not canonical, forced (see `flags`)."""
+        return {
+            "tokens": len(self.base),
+            "queries": int((self.base > -2).sum()),
+            "stretches": int((self.base >= 0).sum()),
+            "not_canonical": int((self.flags & NOT_CANONICAL > 0).sum()),
+            "forced": int((self.flags & FORCED > 0).sum()),
+        }
+
+    def __repr__(self) -> str:
+        return f"CoverQueries({', '.join(f'{name}={n}' for name, n in self.figures().items())})"
+
+
+class Transfer:
+    """The encoding rules of a pair of tokenizers, and what follows from them; made when it is first asked for."""
+
+    def __init__(self, student: Any, student_table: ByteTable, teacher: Any, teacher_table: ByteTable) -> None:
+        self.rule = EncodingRule(student, student_table)
+        # The teacher's own rule only matters where it may be the student's.
+        same = len(student_table) and bool(np.array_equal(student_table.lengths[:256], teacher_table.lengths[:256]))
+        teacher_rule = EncodingRule(teacher if same else teacher_table, teacher_table)
+        self.core = _core.Cover(self.rule.core, teacher_rule.core, self.rule.pieces(teacher_table))
+        names = _names(student), _names(teacher)
+        self.vocab_map = VocabMap(
+            **self.core.vocab_map(),
+            student_stops=student_table.stop_ids,
+            teacher_stops=teacher_table.stop_ids,
+            _names=None if names[0] is None or names[1] is None else (names[0], names[1]),
+        )
+
+    def queries(self, batch: Any, student_ids: Any, teacher_ids: Any, threads: int | None) -> CoverQueries:
+        """The queries of an `AlignmentBatch` whose flat ids are given."""
+        students, teachers = (np.ascontiguousarray(ids, np.uint32) for ids in (student_ids, teacher_ids))
+        self.rule.learn(students)
+        found = self.core.queries(batch, students, teachers, threads)
+        return CoverQueries(
+            **{name: found[name] for name in ("indptr", "row", "set", "base", "flags")},
+            student_ids=students,
+            student_cu=batch.student_cu,
+            teacher_cu=batch.teacher_cu,
+            student_mask=batch.student_mask,
+            vocab_map=self.vocab_map,
+            _sets=found["sets"],
+        )
+
+
+def _names(tokenizer: Any) -> Mapping[str, int] | None:
+    get_vocab = getattr(tokenizer, "get_vocab", None)
+    return get_vocab() if get_vocab is not None else None

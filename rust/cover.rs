@@ -1,0 +1,628 @@
+//! Which teacher mass stands behind each student token end.
+//!
+//! A teacher scores its own encoding of the finished text, and a boundary of that encoding says what did not come next.
+//! What the teacher thinks of the *student's* encoding is a sum over the teacher tokens that could stand at that place:
+//! those whose text goes on past the student's boundary and still leaves the student its token. [`Cover`] finds them.
+
+use std::sync::{Arc, RwLock};
+
+use rayon::prelude::*;
+
+use crate::encoding::Map;
+use crate::{Alignment, Batch, Encoding, Error, Kind, VocabMap};
+
+/// Teacher tokens of one row that count together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Set {
+    /// Teacher ids, rising.
+    pub ids: Vec<i32>,
+    /// The student token that would come next if this token stood there; one for each id, none for a complement.
+    pub next: Vec<i32>,
+    /// Whether that student token is all that is left of the teacher token.
+    pub whole: Vec<bool>,
+    /// The set is every token of the row but these.
+    pub complement: bool,
+}
+
+/// The queries of a batch: `terms indptr[i]..indptr[i + 1]` belong to student token `i` of the flat batch.
+///
+/// With `cum[k]` the sum of the teacher's logprobs before its token `k` (of the row), and `q_k` the row of the teacher
+/// that predicts token `k`, Phi(i) = logsumexp over terms of `cum[row] + log q_row(set)`.
+#[derive(Clone, Debug, Default)]
+pub struct Queries {
+    /// Terms before each student token; `M + 1` entries.
+    pub indptr: Vec<i64>,
+    /// The teacher row of every term: the place of the teacher token that it predicts, from 0 to n.
+    pub row: Vec<i32>,
+    /// The set of every term: a place in `sets`, or `-1 - id` for one teacher token.
+    pub set: Vec<i32>,
+    /// For the first token of an unbroken stretch the teacher token at which it starts: log q = Phi(i) - cum[base].
+    /// -1 for tokens inside: log q = Phi(i) - Phi(i - 1). -2 where there is no query.
+    pub base: Vec<i32>,
+    /// Bits of [`Queries::NOT_CANONICAL`] and [`Queries::FORCED`].
+    pub flags: Vec<u8>,
+    /// The sets that these terms use.
+    pub sets: Vec<Arc<Set>>,
+}
+
+impl Queries {
+    /// The student's tokenizer would not have put this token beside the next one.
+    pub const NOT_CANONICAL: u8 = 1;
+    /// The teacher token that really stands there would have been left out, and was put back.
+    pub const FORCED: u8 = 2;
+}
+
+/// Consumed bytes: the start of teacher tokens.
+#[derive(Debug)]
+struct Node {
+    bytes: Vec<u8>,
+    range: [usize; 2],
+}
+
+const ROOT: u32 = u32::MAX - 1;
+const DEAD: u32 = u32::MAX;
+/// In the place of a student token: nothing merges with it.
+const NEVER: u32 = u32::MAX;
+/// In the place of consumed bytes: the row after them.
+const AFTER: u32 = u32::MAX;
+const FULL: u32 = u32::MAX;
+
+/// (student token or NEVER, node or AFTER, whether the consumed bytes as a token count too)
+type SetKey = (u32, u32, bool);
+
+#[derive(Debug, Default)]
+struct Store {
+    nodes: Vec<Node>,
+    steps: Map<(u32, u32, u32), u32>,
+    sets: Vec<Arc<Set>>,
+    set_of: Map<SetKey, u32>,
+    joined: Map<(u32, u32), bool>,
+    elements: usize,
+}
+
+/// Elements that the store keeps between batches: about 600 MB.
+const STORE_LIMIT: usize = 64 << 20;
+
+/// Finds the queries of batches, and keeps what repeats.
+#[derive(Debug)]
+pub struct Cover {
+    student: Arc<Encoding>,
+    teacher: Arc<Encoding>,
+    map: Arc<VocabMap>,
+    /// Teacher ids by the student token with which their encoding begins.
+    by_first: (Vec<u32>, Vec<u32>),
+    /// One tokenizer on both sides: nothing has to be transferred.
+    same: bool,
+    store: RwLock<Store>,
+}
+
+/// What a walk over a row needs to know, from the store or to be found out.
+trait Known {
+    fn step(&mut self, node: u32, token: u32, offset: u32) -> Option<u32>;
+    fn set(&mut self, key: SetKey) -> Option<u32>;
+    fn joined(&mut self, s: u32, next: u32) -> Option<bool>;
+    fn has(&self, set: u32, id: u32) -> bool;
+    fn is_empty(&self, set: u32) -> bool;
+}
+
+struct Stored<'a>(&'a Store);
+
+impl Known for Stored<'_> {
+    fn step(&mut self, node: u32, token: u32, offset: u32) -> Option<u32> {
+        self.0.steps.get(&(node, token, offset)).copied()
+    }
+
+    fn set(&mut self, key: SetKey) -> Option<u32> {
+        self.0.set_of.get(&key).copied()
+    }
+
+    fn joined(&mut self, s: u32, next: u32) -> Option<bool> {
+        self.0.joined.get(&(s, next)).copied()
+    }
+
+    fn has(&self, set: u32, id: u32) -> bool {
+        self.0.sets[set as usize].ids.binary_search(&(id as i32)).is_ok()
+    }
+
+    fn is_empty(&self, set: u32) -> bool {
+        let set = &self.0.sets[set as usize];
+        set.ids.is_empty() && !set.complement
+    }
+}
+
+/// Finds out at once what is quick, and collects the sets that are missing.
+struct Discovery<'a> {
+    cover: &'a Cover,
+    store: &'a mut Store,
+    missing: Vec<SetKey>,
+}
+
+impl Known for Discovery<'_> {
+    fn step(&mut self, node: u32, token: u32, offset: u32) -> Option<u32> {
+        let key = (node, token, offset);
+        if let Some(&to) = self.store.steps.get(&key) {
+            return Some(to);
+        }
+        let (cover, table) = (self.cover, self.cover.teacher.table());
+        let token = table.bytes(token);
+        let part = if offset == FULL { token } else { token.get(..offset as usize).unwrap_or(token) };
+        let mut bytes = self.store.nodes.get(node as usize).map_or(vec![], |node| node.bytes.clone());
+        bytes.extend_from_slice(part);
+        let range = cover.map.teacher.prefix_range(table, &bytes);
+        let order = &cover.map.teacher.order[range[0]..range[1]];
+        // The longer ones are sorted behind those that are equal.
+        let longer = order.last().is_some_and(|&id| table.bytes(id as u32).len() > bytes.len());
+        let to = if longer {
+            self.store.nodes.push(Node { bytes, range });
+            self.store.nodes.len() as u32 - 1
+        } else {
+            DEAD
+        };
+        self.store.steps.insert(key, to);
+        Some(to)
+    }
+
+    fn set(&mut self, key: SetKey) -> Option<u32> {
+        let known = self.store.set_of.get(&key).copied();
+        if known.is_none() {
+            self.missing.push(key);
+        }
+        known
+    }
+
+    fn joined(&mut self, s: u32, next: u32) -> Option<bool> {
+        Some(*self.store.joined.entry((s, next)).or_insert_with(|| self.cover.student.joined(s, next)))
+    }
+
+    fn has(&self, set: u32, id: u32) -> bool {
+        Stored(self.store).has(set, id)
+    }
+
+    fn is_empty(&self, set: u32) -> bool {
+        Stored(self.store).is_empty(set)
+    }
+}
+
+fn poisoned() -> Error {
+    Error::Argument("an earlier query did not finish; make a new Aligner".to_owned())
+}
+
+/// The queries of one row, with sets numbered as in the store.
+#[derive(Default)]
+struct RowQueries {
+    counts: Vec<u32>,
+    row: Vec<i32>,
+    set: Vec<i32>,
+    base: Vec<i32>,
+    flags: Vec<u8>,
+}
+
+/// One row of a batch, as slices.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    students: &'a [u32],
+    teachers: &'a [u32],
+    kind: &'a [Kind],
+    student_chunk: &'a [i32],
+    teacher_chunk: &'a [i32],
+    student_end: &'a [i32],
+    teacher_end: &'a [i32],
+    teacher_pos: &'a [i32],
+    teacher_off: &'a [i32],
+}
+
+/// An unbroken stretch of chunks in which both sides spell the same bytes.
+struct Stretch {
+    /// The next teacher token that has not ended yet.
+    j: usize,
+    /// How many more bytes the teacher's row has before it than the student's.
+    ahead: i64,
+    /// Places before `j` at which a longer token could have stood, with the bytes from there to `j`.
+    open: Vec<(usize, u32)>,
+}
+
+impl Stretch {
+    fn start(row: Row<'_>, i: usize, place: usize) -> Self {
+        let own = if i == 0 { 0 } else { i64::from(row.student_end[i - 1]) };
+        Self { j: place, ahead: row.teacher_start(place) - own, open: vec![] }
+    }
+}
+
+/// A walk over one row.
+struct Walk<'a, K> {
+    known: &'a mut K,
+    complete: bool,
+    out: RowQueries,
+}
+
+impl<K: Known> Walk<'_, K> {
+    fn step(&mut self, node: u32, token: u32, offset: u32) -> u32 {
+        let to = self.known.step(node, token, offset);
+        self.complete &= to.is_some();
+        to.unwrap_or(DEAD)
+    }
+
+    fn joined(&mut self, s: u32, next: u32) -> bool {
+        let joined = self.known.joined(s, next);
+        self.complete &= joined.is_some();
+        joined.unwrap_or(false)
+    }
+
+    fn set(&mut self, key: SetKey) -> Option<u32> {
+        let set = self.known.set(key);
+        self.complete &= set.is_some();
+        set
+    }
+
+    fn term(&mut self, k: usize, set: u32) {
+        if !self.known.is_empty(set) {
+            self.out.row.push(k as i32);
+            self.out.set.push(set as i32);
+        }
+    }
+
+    fn one(&mut self, k: usize, token: u32) {
+        self.out.row.push(k as i32);
+        self.out.set.push(-1 - token as i32);
+    }
+}
+
+impl Row<'_> {
+    fn teacher_start(&self, j: usize) -> i64 {
+        if j == 0 {
+            0
+        } else {
+            i64::from(self.teacher_end[j - 1])
+        }
+    }
+
+    /// The kind of student token `i`'s chunk, `None` where it has none.
+    fn kind(&self, i: usize) -> Option<Kind> {
+        self.kind.get(usize::try_from(*self.student_chunk.get(i)?).ok()?).copied()
+    }
+
+    fn spelled(&self, i: usize) -> bool {
+        self.kind(i).is_some_and(|kind| !matches!(kind, Kind::Rewritten | Kind::Stop))
+    }
+}
+
+impl Cover {
+    /// Queries between a student's and a teacher's encoding; `map` is the map between the two.
+    pub fn new(student: Arc<Encoding>, teacher: Arc<Encoding>, map: Arc<VocabMap>) -> Self {
+        let mut ptr = vec![0u32; student.table().len() + 1];
+        for &u in map.canonical.iter().filter(|&&u| u >= 0) {
+            ptr[u as usize + 1] += 1;
+        }
+        for k in 1..ptr.len() {
+            ptr[k] += ptr[k - 1];
+        }
+        let mut at = ptr.clone();
+        let mut ids = vec![0; ptr[ptr.len() - 1] as usize];
+        for (v, &u) in map.canonical.iter().enumerate().filter(|(_, &u)| u >= 0) {
+            ids[at[u as usize] as usize] = v as u32;
+            at[u as usize] += 1;
+        }
+        let same = student.same_as(&teacher);
+        Self { student, teacher, map, by_first: (ptr, ids), same, store: RwLock::default() }
+    }
+
+    /// Whether both sides are one tokenizer, so that the teacher's own logprobs are the answer.
+    pub fn same(&self) -> bool {
+        self.same
+    }
+
+    /// For every student token the bits of whether a longer student token exists that the teacher would cut after it:
+    /// mass on it may belong to that one.
+    pub fn open(&self) -> Vec<bool> {
+        let (s, t) = (self.student.table(), self.teacher.table());
+        let mut open = vec![false; s.len()];
+        for (r, &v) in self.map.teacher_first.iter().enumerate().filter(|(_, &v)| v >= 0) {
+            let first = t.bytes(v as u32);
+            if first.len() < s.bytes(r as u32).len() {
+                if let Some(u) = self.student.id(first) {
+                    open[u as usize] = true;
+                }
+            }
+        }
+        open
+    }
+
+    /// The queries of a batch whose flat ids are given, its rows over rayon's current thread pool.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the batch does not fit the ids or the vocabularies.
+    pub fn queries(&self, batch: &Batch, students: &[u32], teachers: &[u32]) -> Result<Queries, Error> {
+        let rows = self.rows(batch, students, teachers)?;
+        if self.store.read().map_err(|_| poisoned())?.elements > STORE_LIMIT {
+            *self.store.write().map_err(|_| poisoned())? = Store::default();
+        }
+        let mut done: Vec<Option<RowQueries>> = vec![];
+        done.resize_with(rows.len(), || None);
+        loop {
+            {
+                let store = self.store.read().map_err(|_| poisoned())?;
+                done.par_iter_mut().zip(&rows).for_each(|(done, row)| {
+                    if done.is_none() {
+                        *done = self.walk(*row, &mut Stored(&store));
+                    }
+                });
+            }
+            let left: Vec<Row<'_>> = rows.iter().zip(&done).filter(|(_, d)| d.is_none()).map(|(&row, _)| row).collect();
+            if left.is_empty() {
+                break;
+            }
+            let mut store = self.store.write().map_err(|_| poisoned())?;
+            let mut discovery = Discovery { cover: self, store: &mut store, missing: vec![] };
+            for row in left {
+                self.walk(row, &mut discovery);
+            }
+            let mut missing = discovery.missing;
+            missing.sort_unstable();
+            missing.dedup();
+            let sets: Vec<Set> = missing.par_iter().map(|&key| self.set(key, &store.nodes)).collect();
+            for (key, set) in missing.into_iter().zip(sets) {
+                let id = store.sets.len() as u32;
+                store.elements += set.ids.len();
+                store.sets.push(Arc::new(set));
+                store.set_of.insert(key, id);
+            }
+        }
+        let store = self.store.read().map_err(|_| poisoned())?;
+        let mut all = Queries { indptr: vec![0], ..Queries::default() };
+        let mut number: Map<i32, i32> = Map::default();
+        let mut terms = 0;
+        for row in done.into_iter().flatten() {
+            for count in row.counts {
+                terms += i64::from(count);
+                all.indptr.push(terms);
+            }
+            all.row.extend(row.row);
+            for set in row.set {
+                all.set.push(if set < 0 {
+                    set
+                } else {
+                    *number.entry(set).or_insert_with(|| {
+                        all.sets.push(store.sets[set as usize].clone());
+                        all.sets.len() as i32 - 1
+                    })
+                });
+            }
+            all.base.extend(row.base);
+            all.flags.extend(row.flags);
+        }
+        Ok(all)
+    }
+
+    fn rows<'a>(&self, batch: &'a Batch, students: &'a [u32], teachers: &'a [u32]) -> Result<Vec<Row<'a>>, Error> {
+        let Alignment { kind, student_chunk, teacher_chunk, student_end, teacher_end, teacher_pos, teacher_off, .. } =
+            &batch.flat;
+        let (m, n) = (students.len(), teachers.len());
+        let bounds = |cu: &[i64], total: usize| {
+            cu.first() == Some(&0) && cu.windows(2).all(|w| w[0] <= w[1]) && cu.last() == Some(&(total as i64))
+        };
+        let fits = [student_chunk.len(), student_end.len(), teacher_pos.len(), teacher_off.len()] == [m; 4]
+            && [teacher_chunk.len(), teacher_end.len()] == [n; 2]
+            && bounds(&batch.student_cu, m)
+            && bounds(&batch.teacher_cu, n)
+            && bounds(&batch.chunk_cu, kind.len())
+            && batch.student_cu.len() == batch.teacher_cu.len()
+            && batch.student_cu.len() == batch.chunk_cu.len()
+            && students.iter().all(|&id| (id as usize) < self.student.table().len())
+            && teachers.iter().all(|&id| (id as usize) < self.teacher.table().len());
+        if !fits {
+            return Err(Error::Argument("the batch was not aligned from these ids and vocabularies".to_owned()));
+        }
+        let range = |cu: &[i64], b: usize| cu[b] as usize..cu[b + 1] as usize;
+        Ok((0..batch.student_cu.len() - 1)
+            .map(|b| {
+                let (s, t) = (range(&batch.student_cu, b), range(&batch.teacher_cu, b));
+                Row {
+                    students: &students[s.clone()],
+                    teachers: &teachers[t.clone()],
+                    kind: &kind[range(&batch.chunk_cu, b)],
+                    student_chunk: &student_chunk[s.clone()],
+                    teacher_chunk: &teacher_chunk[t.clone()],
+                    student_end: &student_end[s.clone()],
+                    teacher_end: &teacher_end[t],
+                    teacher_pos: &teacher_pos[s.clone()],
+                    teacher_off: &teacher_off[s],
+                }
+            })
+            .collect())
+    }
+
+    /// The queries of a row; `None` when something was not known (a discovery goes on to find the rest).
+    fn walk(&self, row: Row<'_>, known: &mut impl Known) -> Option<RowQueries> {
+        let m = row.students.len();
+        let mut walk = Walk { known, complete: true, out: RowQueries::default() };
+        walk.out.counts.reserve(m);
+        let mut stretch: Option<Stretch> = None;
+        for i in 0..m {
+            let before = walk.out.set.len();
+            let (mut base, mut flags) = (-2, 0);
+            let place = usize::try_from(row.teacher_pos[i]).ok().filter(|&place| place < row.teachers.len());
+            match row.kind(i) {
+                Some(Kind::Stop) => {
+                    if let Some(place) = place {
+                        base = if stretch.is_some_and(|stretch| stretch.j == place) { -1 } else { place as i32 };
+                        walk.one(place, row.teachers[place]);
+                    }
+                    stretch = None;
+                }
+                Some(kind) if kind != Kind::Rewritten => {
+                    if let Some(place) = place.filter(|_| row.teacher_off[i] == 0) {
+                        // Also where teacher tokens without bytes lie between the stretch so far and this token.
+                        if stretch.as_ref().is_none_or(|stretch| stretch.j != place) {
+                            stretch = Some(Stretch::start(row, i, place));
+                            base = place as i32;
+                        }
+                    }
+                    stretch = stretch.and_then(|mut stretch| {
+                        flags = self.end_of_token(row, i, &mut stretch, &mut walk)?;
+                        base = base.max(-1);
+                        Some(stretch)
+                    });
+                    if stretch.is_none() {
+                        base = -2;
+                    }
+                }
+                _ => stretch = None,
+            }
+            walk.out.base.push(base);
+            walk.out.flags.push(flags);
+            walk.out.counts.push((walk.out.set.len() - before) as u32);
+        }
+        walk.complete.then_some(walk.out)
+    }
+
+    /// The terms of the boundary after student token `i`, and its flags; `None` where a teacher token without bytes
+    /// stands in the middle of a chunk.
+    fn end_of_token<K: Known>(
+        &self,
+        row: Row<'_>,
+        i: usize,
+        stretch: &mut Stretch,
+        walk: &mut Walk<'_, K>,
+    ) -> Option<u8> {
+        let end = i64::from(row.student_end[i]) + stretch.ahead;
+        while *row.teacher_chunk.get(stretch.j)? >= 0 && i64::from(row.teacher_end[stretch.j]) < end {
+            self.pass(row.teachers[stretch.j], stretch, walk);
+        }
+        let j = stretch.j;
+        if *row.teacher_chunk.get(j)? < 0 {
+            return None;
+        }
+        let token = row.teachers[j];
+        let exact = i64::from(row.teacher_end[j]) == end;
+        if self.same && row.kind(i) == Some(Kind::OneToOne) {
+            if let Some(all) = walk.set((NEVER, AFTER, false)) {
+                walk.term(j + 1, all);
+            }
+            self.pass(token, stretch, walk);
+            return Some(0);
+        }
+        let offset = if exact { FULL } else { (end - row.teacher_start(j)) as u32 };
+        let (mut s, mut flags) = (row.students[i], 0);
+        let goes_on = row.spelled(i + 1);
+        if goes_on && walk.joined(s, row.students[i + 1]) {
+            s = NEVER;
+            flags |= Queries::NOT_CANONICAL;
+        }
+        for &(k, node) in &stretch.open {
+            let node = walk.step(node, token, offset);
+            if node != DEAD {
+                if let Some(set) = walk.set((s, node, false)) {
+                    walk.term(k, set);
+                }
+            }
+        }
+        let node = walk.step(ROOT, token, offset);
+        if node != DEAD {
+            if let Some(set) = walk.set((s, node, !exact)) {
+                walk.term(j, set);
+                if !exact && !walk.known.has(set, token) {
+                    walk.one(j, token);
+                    flags |= Queries::FORCED;
+                }
+            }
+        }
+        if exact {
+            if let Some(set) = walk.set((s, AFTER, false)) {
+                walk.term(j + 1, set);
+                let next = row.teachers.get(j + 1).filter(|_| goes_on && row.teacher_pos[i + 1] == j as i32 + 1);
+                if let Some(&next) = next.filter(|&&next| walk.known.has(set, next)) {
+                    walk.one(j + 1, next);
+                    flags |= Queries::FORCED;
+                }
+            }
+            self.pass(token, stretch, walk);
+        }
+        Some(flags)
+    }
+
+    /// Goes past the next teacher token: every open place takes it whole, and so does its own.
+    fn pass<K: Known>(&self, token: u32, stretch: &mut Stretch, walk: &mut Walk<'_, K>) {
+        stretch.open.push((stretch.j, ROOT));
+        stretch.open.retain_mut(|(_, node)| {
+            *node = walk.step(*node, token, FULL);
+            *node != DEAD
+        });
+        stretch.j += 1;
+    }
+
+    fn set(&self, (s, node, with_self): SetKey, nodes: &[Node]) -> Set {
+        if node == AFTER {
+            let mut ids = if s == NEVER { vec![] } else { self.merging_row(s) };
+            ids.sort_unstable();
+            ids.dedup();
+            return Set { ids, complement: true, ..Set::default() };
+        }
+        let Some(Node { bytes: consumed, range }) = nodes.get(node as usize) else { return Set::default() };
+        let table = self.teacher.table();
+        let mut all: Vec<(i32, i32, bool)> = vec![];
+        for &id in &self.map.teacher.order[range[0]..range[1]] {
+            let z = &table.bytes(id as u32)[consumed.len()..];
+            if z.is_empty() {
+                if with_self {
+                    all.push((id, -1, false));
+                }
+                continue;
+            }
+            let next = match self.teacher.id(z) {
+                Some(token) => self.map.canonical[token as usize],
+                None => self.student.first(z).map_or(-1, |u| u as i32),
+            };
+            if s != NEVER && self.student.merges(s, z, u32::try_from(next).ok()) {
+                continue;
+            }
+            let whole = u32::try_from(next).is_ok_and(|u| self.student.table().bytes(u).len() == z.len());
+            all.push((id, next, whole));
+        }
+        all.sort_unstable();
+        Set {
+            ids: all.iter().map(|e| e.0).collect(),
+            next: all.iter().map(|e| e.1).collect(),
+            whole: all.iter().map(|e| e.2).collect(),
+            complement: false,
+        }
+    }
+
+    /// The teacher tokens that would have merged with `s`, had they come after it.
+    fn merging_row(&self, s: u32) -> Vec<i32> {
+        let (students, teachers) = (self.student.table(), self.teacher.table());
+        if let Some(joined) = self.student.all_joined(s) {
+            let (ptr, ids) = &self.by_first;
+            return joined
+                .into_iter()
+                .flat_map(|u| &ids[ptr[u as usize] as usize..ptr[u as usize + 1] as usize])
+                .map(|&v| v as i32)
+                .collect();
+        }
+        let own = students.bytes(s);
+        // Something must reach across the boundary: a student token that begins with an end of `s`.
+        let starts = if self.student.is_longest_match() { 0..1 } else { 0..own.len() };
+        let mut candidates: Vec<i32> = vec![];
+        if !self.student.is_longest_match() && self.student.encode(own) != [s] {
+            candidates = (0..teachers.len() as i32).collect();
+        } else {
+            for tail in starts.map(|from| &own[from..]) {
+                let [lo, hi] = self.map.student.prefix_range(students, tail);
+                for &r in &self.map.student.order[lo..hi] {
+                    let rest = &students.bytes(r as u32)[tail.len()..];
+                    if !rest.is_empty() {
+                        let [lo, hi] = self.map.teacher.prefix_range(teachers, rest);
+                        candidates.extend(&self.map.teacher.order[lo..hi]);
+                    }
+                }
+            }
+        }
+        candidates.sort_unstable();
+        candidates.dedup();
+        candidates.retain(|&v| {
+            let next = u32::try_from(self.map.canonical[v as usize]).ok();
+            let bytes = teachers.bytes(v as u32);
+            !bytes.is_empty() && self.student.merges(s, bytes, next)
+        });
+        candidates
+    }
+}

@@ -1,0 +1,708 @@
+//! How one tokenizer cuts bytes into its tokens: the rule itself, on short byte strings.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::{Arc, OnceLock};
+
+use rayon::prelude::*;
+
+use crate::{ByteTable, Error};
+
+/// A multiplicative hash for keys of a few integers or bytes; they come from a vocabulary, not from an attacker.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Fold(u64);
+
+impl Hasher for Fold {
+    fn finish(&self) -> u64 {
+        self.0 ^ (self.0 >> 29)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for part in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..part.len()].copy_from_slice(part);
+            self.write_u64(u64::from_le_bytes(word));
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn write_u32(&mut self, word: u32) {
+        self.write_u64(u64::from(word));
+    }
+
+    fn write_usize(&mut self, word: usize) {
+        self.write_u64(word as u64);
+    }
+}
+
+pub(crate) type Map<K, V> = HashMap<K, V, BuildHasherDefault<Fold>>;
+
+/// How a tokenizer chooses among the ways to cut a text into its tokens.
+#[derive(Clone, Debug)]
+pub enum Rule {
+    /// From the left, the longest token that fits (`WordPiece`; what is assumed of a bare vocabulary).
+    LongestMatch,
+    /// Byte-pair encoding: of all neighbours that may merge, the pair of lowest rank does, the leftmost first.
+    Bpe {
+        /// (left, right, merged) ids in order of rank; `None`: any two tokens may merge whose bytes together are a
+        /// token, with the rank of that token (tiktoken, tekken, `SentencePiece`).
+        merges: Option<Vec<[u32; 3]>>,
+        /// Without `merges`: the rank of every id, lower first; `None`: the id itself.
+        ranks: Option<Vec<u32>>,
+        /// Whether the first symbols are characters, and bytes only where a character is no token (byte fallback).
+        characters: bool,
+        /// Whether a piece of text that is a token is taken whole, before any merge.
+        whole: bool,
+        /// Tokens that are found in a text before any other, the leftmost and longest first.
+        added: Vec<u32>,
+    },
+    /// The path of the highest sum of scores, one score for every id.
+    Unigram(Vec<f32>),
+}
+
+/// What a pre-tokenizer does at a boundary between two tokens, by classes of tokens.
+///
+/// It cuts the text into pieces before the rule sees it, so that no token crosses from one into the next.
+#[derive(Clone, Debug, Default)]
+pub struct Splits {
+    /// Class of every id as the token before the boundary.
+    pub before: Vec<u32>,
+    /// Class of every id as the token after it.
+    pub after: Vec<u32>,
+    /// For each class before a boundary and each class after it, how many characters of the token after the boundary
+    /// are in the piece of the token before it: 0, a cut at the boundary; [`Splits::ALL`]; or [`Splits::INSIDE`], a
+    /// cut in the token before. A row that was never set says nothing ([`Splits::ALL`]).
+    pub reach: Vec<OnceLock<Vec<u8>>>,
+    /// Number of classes after a boundary.
+    pub width: usize,
+}
+
+impl Splits {
+    /// The whole token after the boundary is in the same piece.
+    pub const ALL: u8 = 254;
+    /// The token before the boundary is cut itself.
+    pub const INSIDE: u8 = 255;
+}
+
+/// How one token was made: the pair whose merge it is, and the rank of that merge.
+#[derive(Clone, Copy, Debug)]
+struct Made {
+    left: u32,
+    right: u32,
+    rank: u32,
+}
+
+#[derive(Clone, Debug)]
+struct Bpe {
+    merges: Map<(u32, u32), (u32, u32)>,
+    characters: bool,
+    whole: bool,
+    added: Vec<u32>,
+    is_added: Vec<bool>,
+    /// First bytes of added tokens.
+    added_start: Vec<bool>,
+    /// `None` for a first symbol, and for a token that the rule never makes.
+    made: Vec<Option<Made>>,
+    /// Whether the token's own bytes are encoded as this token.
+    reachable: Vec<bool>,
+    /// For every id the merges (rank, right, merged) in which it is on the left.
+    by_left: Vec<Vec<(u32, u32, u32)>>,
+    /// For every id the tokens that were made with it on the left: (rank, made).
+    children: Vec<Vec<(u32, u32)>>,
+}
+
+/// One tokenizer's vocabulary and rule.
+#[derive(Clone, Debug)]
+pub struct Encoding {
+    table: Arc<ByteTable>,
+    ids: ByBytes,
+    longest: usize,
+    rule: Inner,
+    splits: Option<Splits>,
+}
+
+#[derive(Clone, Debug)]
+enum Inner {
+    LongestMatch,
+    Bpe(Box<Bpe>),
+    Unigram(Vec<f32>),
+}
+
+/// Ids by their bytes: open addressing over the table's own bytes.
+#[derive(Clone, Debug)]
+struct ByBytes {
+    slots: Vec<u32>,
+}
+
+const EMPTY: u32 = u32::MAX;
+
+fn hash(bytes: &[u8]) -> u64 {
+    let mut fold = Fold(bytes.len() as u64);
+    fold.write(bytes);
+    fold.finish()
+}
+
+impl ByBytes {
+    /// Of ids with the same bytes `better(new, old)` chooses.
+    fn new(table: &ByteTable, better: impl Fn(u32, u32) -> bool) -> Self {
+        let size = (table.len() * 2 + 1).next_power_of_two();
+        let mut all = Self { slots: vec![EMPTY; size] };
+        for (id, bytes) in table.iter().enumerate().filter(|(_, bytes)| !bytes.is_empty()) {
+            let slot = all.slot(table, bytes);
+            let old = all.slots[slot];
+            if old == EMPTY || better(id as u32, old) {
+                all.slots[slot] = id as u32;
+            }
+        }
+        all
+    }
+
+    fn slot(&self, table: &ByteTable, bytes: &[u8]) -> usize {
+        let mask = self.slots.len() - 1;
+        let mut slot = hash(bytes) as usize & mask;
+        while self.slots[slot] != EMPTY && table.bytes(self.slots[slot]) != bytes {
+            slot = (slot + 1) & mask;
+        }
+        slot
+    }
+
+    fn get(&self, table: &ByteTable, bytes: &[u8]) -> Option<u32> {
+        let id = self.slots[self.slot(table, bytes)];
+        (id != EMPTY).then_some(id)
+    }
+}
+
+impl Encoding {
+    /// The encoding of a vocabulary under a rule, with what its pre-tokenizer does between tokens.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the rule or the splits do not fit the table.
+    pub fn new(table: impl Into<Arc<ByteTable>>, rule: Rule, splits: Option<Splits>) -> Result<Self, Error> {
+        let table = table.into();
+        let v = table.len();
+        if let Some(s) = &splits {
+            let fits = s.before.len() == v
+                && s.after.len() == v
+                && s.before.iter().all(|&c| (c as usize) < s.reach.len())
+                && s.after.iter().all(|&c| (c as usize) < s.width);
+            if !fits {
+                return Err(Error::Argument(format!("splits do not fit a byte table of {v} ids")));
+            }
+        }
+        let longest = table.iter().map(<[u8]>::len).max().unwrap_or(0);
+        let lowest = ByBytes::new(&table, |new, old| new < old);
+        let (ids, rule) = match rule {
+            Rule::LongestMatch => (lowest, Inner::LongestMatch),
+            Rule::Unigram(scores) => {
+                if scores.len() != v {
+                    return Err(Error::Argument(format!("{} scores for a byte table of {v} ids", scores.len())));
+                }
+                let better = |new: u32, old: u32| scores[new as usize] > scores[old as usize];
+                (ByBytes::new(&table, better), Inner::Unigram(scores))
+            }
+            Rule::Bpe { merges, ranks, characters, whole, added } => {
+                if let Some(id) = added.iter().find(|&&id| id as usize >= v) {
+                    return Err(Error::Argument(format!("added: id {id} is outside the byte table of {v} ids")));
+                }
+                let (mut is_added, mut added_start) = (vec![false; v], vec![false; 256]);
+                for &id in added.iter().filter(|&&id| !table.bytes(id).is_empty()) {
+                    is_added[id as usize] = true;
+                    added_start[table.bytes(id)[0] as usize] = true;
+                }
+                // A byte piece has the bytes of a character: the character, listed after it, is what is made.
+                let ids = if characters { ByBytes::new(&table, |_, _| true) } else { lowest };
+                let merges = match merges {
+                    Some(merges) => listed(&table, &merges)?,
+                    None => implied(&table, &ids, ranks.as_deref())?,
+                };
+                let bpe = Bpe {
+                    merges,
+                    characters,
+                    whole,
+                    added,
+                    is_added,
+                    added_start,
+                    made: vec![],
+                    reachable: vec![],
+                    by_left: vec![],
+                    children: vec![],
+                };
+                (ids, Inner::Bpe(Box::new(bpe)))
+            }
+        };
+        let mut all = Self { table, ids, longest, rule, splits };
+        all.grow_trees();
+        Ok(all)
+    }
+
+    /// Sets what the pre-tokenizer does after the tokens of one class, for every class after the boundary. The first
+    /// that is said of a class holds.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a class or a width that the splits do not have.
+    pub fn learn(&self, class: usize, reach: Vec<u8>) -> Result<(), Error> {
+        match &self.splits {
+            Some(s) if class < s.reach.len() && reach.len() == s.width => {
+                s.reach[class].get_or_init(|| reach);
+                Ok(())
+            }
+            _ => Err(Error::Argument(format!("class {class}: no such class, or not of {} values", reach.len()))),
+        }
+    }
+
+    /// The vocabulary.
+    pub fn table(&self) -> &Arc<ByteTable> {
+        &self.table
+    }
+
+    /// The token that these bytes are, if there is one: of several the one that the rule makes.
+    pub fn id(&self, bytes: &[u8]) -> Option<u32> {
+        if bytes.is_empty() || bytes.len() > self.longest {
+            return None;
+        }
+        self.ids.get(&self.table, bytes)
+    }
+
+    /// The longest token that is a prefix of these bytes.
+    pub fn longest_prefix(&self, bytes: &[u8]) -> Option<u32> {
+        (1..=bytes.len().min(self.longest)).rev().find_map(|n| self.id(&bytes[..n]))
+    }
+
+    /// The tokens of a short byte string, without its pre-tokenizer; bytes that no token has are left out.
+    pub fn encode(&self, bytes: &[u8]) -> Vec<u32> {
+        match &self.rule {
+            Inner::LongestMatch => {
+                let (mut all, mut at) = (vec![], 0);
+                while at < bytes.len() {
+                    match self.longest_prefix(&bytes[at..]) {
+                        Some(id) => {
+                            at += self.table.bytes(id).len();
+                            all.push(id);
+                        }
+                        None => at += 1,
+                    }
+                }
+                all
+            }
+            Inner::Bpe(bpe) => {
+                let (mut all, mut from, mut at) = (vec![], 0, 0);
+                while at < bytes.len() {
+                    match self.added_at(bpe, &bytes[at..]) {
+                        Some(id) => {
+                            self.merge_into(bpe, &bytes[from..at], &mut all);
+                            all.push(id);
+                            at += self.table.bytes(id).len();
+                            from = at;
+                        }
+                        None => at += 1,
+                    }
+                }
+                self.merge_into(bpe, &bytes[from..], &mut all);
+                all
+            }
+            Inner::Unigram(scores) => self.best_path(bytes, scores),
+        }
+    }
+
+    fn merge_into(&self, bpe: &Bpe, bytes: &[u8], out: &mut Vec<u32>) {
+        match self.id(bytes).filter(|_| bpe.whole) {
+            Some(id) => out.push(id),
+            None => {
+                let mut symbols = self.first_symbols(bytes, bpe.characters);
+                bpe.merge(&mut symbols);
+                out.append(&mut symbols);
+            }
+        }
+    }
+
+    /// The longest added token that these bytes begin with.
+    fn added_at(&self, bpe: &Bpe, bytes: &[u8]) -> Option<u32> {
+        if !bpe.added_start[bytes[0] as usize] {
+            return None;
+        }
+        (1..=bytes.len().min(self.longest))
+            .rev()
+            .find_map(|n| self.id(&bytes[..n]).filter(|&id| bpe.is_added[id as usize]))
+    }
+
+    /// What must follow `s` so that an added token is found across the boundary.
+    fn rest_of_added<'a>(&'a self, bpe: &'a Bpe, s: u32) -> impl Iterator<Item = &'a [u8]> {
+        let own = self.table.bytes(s);
+        // One that is there itself is found first, so only a longer one can take its place.
+        let shortest = if bpe.is_added[s as usize] { own.len() } else { 1 };
+        bpe.added.iter().flat_map(move |&id| {
+            let bytes = self.table.bytes(id);
+            (shortest..bytes.len().min(own.len() + 1)).filter(|&n| own.ends_with(&bytes[..n])).map(|n| &bytes[n..])
+        })
+    }
+
+    /// The first token of the encoding.
+    pub fn first(&self, bytes: &[u8]) -> Option<u32> {
+        if self.is_longest_match() {
+            return self.longest_prefix(bytes);
+        }
+        self.encode(bytes).first().copied()
+    }
+
+    /// [`Encoding::first`] of every token of another table, of its first `pieces[token]` bytes where that is given: as
+    /// far as the pre-tokenizer's first piece goes. -1 where there is none.
+    pub(crate) fn first_of_all(&self, other: &ByteTable, pieces: &[u32]) -> Vec<i32> {
+        (0..other.len() as u32)
+            .into_par_iter()
+            .map(|v| {
+                let bytes = other.bytes(v);
+                let end = pieces.get(v as usize).map_or(bytes.len(), |&end| bytes.len().min(end as usize));
+                match &bytes[..end] {
+                    [] => -1,
+                    bytes => self.first(bytes).map_or(-1, |id| id as i32),
+                }
+            })
+            .collect()
+    }
+
+    fn first_symbols(&self, bytes: &[u8], characters: bool) -> Vec<u32> {
+        let mut symbols = Vec::with_capacity(bytes.len());
+        let mut bytewise = |bytes: &[u8]| {
+            symbols.extend(bytes.iter().filter_map(|b| self.ids.get(&self.table, std::slice::from_ref(b))));
+        };
+        if !characters {
+            bytewise(bytes);
+            return symbols;
+        }
+        for chunk in bytes.utf8_chunks() {
+            let mut buffer = [0; 4];
+            for character in chunk.valid().chars() {
+                let bytes = character.encode_utf8(&mut buffer).as_bytes();
+                match self.ids.get(&self.table, bytes) {
+                    Some(id) => symbols.push(id),
+                    None => {
+                        symbols.extend(bytes.iter().filter_map(|b| self.ids.get(&self.table, std::slice::from_ref(b))))
+                    }
+                }
+            }
+            symbols.extend(chunk.invalid().iter().filter_map(|b| self.ids.get(&self.table, std::slice::from_ref(b))));
+        }
+        symbols
+    }
+
+    fn best_path(&self, bytes: &[u8], scores: &[f32]) -> Vec<u32> {
+        // best[k]: score of the best path to byte k, and its last token.
+        let mut best: Vec<(f32, Option<(usize, u32)>)> = vec![(f32::NEG_INFINITY, None); bytes.len() + 1];
+        best[0].0 = 0.0;
+        for from in 0..bytes.len() {
+            let score = best[from].0;
+            // A byte that no token has costs more than any path.
+            let mut offer = |to: usize, score: f32, id: Option<u32>| {
+                if score > best[to].0 {
+                    best[to] = (score, Some((from, id.unwrap_or(EMPTY))));
+                }
+            };
+            for n in 1..=self.longest.min(bytes.len() - from) {
+                if let Some(id) = self.id(&bytes[from..from + n]) {
+                    offer(from + n, score + scores[id as usize], Some(id));
+                }
+            }
+            offer(from + 1, score - 1e4, None);
+        }
+        let (mut all, mut at) = (vec![], bytes.len());
+        while let Some((from, id)) = best[at].1 {
+            if id != EMPTY {
+                all.push(id);
+            }
+            at = from;
+        }
+        all.reverse();
+        all
+    }
+
+    /// Runs the rule over every token's own bytes: how each is made.
+    fn grow_trees(&mut self) {
+        let Inner::Bpe(bpe) = &self.rule else { return };
+        let v = self.table.len();
+        let made: Vec<(bool, Option<Made>)> = (0..v as u32)
+            .into_par_iter()
+            .map(|id| {
+                let mut symbols = self.first_symbols(self.table.bytes(id), bpe.characters);
+                let last = bpe.merge(&mut symbols);
+                if symbols == [id] {
+                    (true, last)
+                } else {
+                    (false, None)
+                }
+            })
+            .collect();
+        let (mut children, mut by_left) = (vec![vec![]; v], vec![vec![]; v]);
+        for (id, made) in made.iter().enumerate() {
+            if let Some(Made { left, rank, .. }) = made.1 {
+                children[left as usize].push((rank, id as u32));
+            }
+        }
+        for (&(left, right), &(rank, merged)) in &bpe.merges {
+            by_left[left as usize].push((rank, right, merged));
+        }
+        for list in &mut by_left {
+            list.sort_unstable();
+        }
+        let Inner::Bpe(bpe) = &mut self.rule else { return };
+        bpe.reachable = made.iter().map(|m| m.0).collect();
+        bpe.made = made.into_iter().map(|m| m.1).collect();
+        bpe.children = children;
+        bpe.by_left = by_left;
+    }
+
+    /// Whether the encoding of the bytes of `s` followed by `z` does not begin with the token `s`.
+    ///
+    /// `next` is the first token of the encoding of `z`. The pre-tokenizer is asked about the pair (s, next).
+    pub fn merges(&self, s: u32, z: &[u8], next: Option<u32>) -> bool {
+        match &self.rule {
+            Inner::LongestMatch => {
+                let mut text = self.table.bytes(s).to_vec();
+                let own = text.len();
+                text.extend_from_slice(z);
+                let end = text.len().min(self.longest);
+                (own + 1..=end).any(|n| self.id(&text[..n]).is_some())
+            }
+            Inner::Bpe(bpe) => next.is_some_and(|next| self.pair_merges(bpe, s, next)),
+            Inner::Unigram(scores) => {
+                let mut text = self.table.bytes(s).to_vec();
+                text.extend_from_slice(z);
+                match next.and_then(|next| self.reach(s, next)) {
+                    Some(0) => false,
+                    Some(Splits::INSIDE) => true,
+                    _ => self.best_path(&text, scores).first() != Some(&s),
+                }
+            }
+        }
+    }
+
+    /// Whether two neighbours are what the tokenizer would never put side by side.
+    pub fn joined(&self, s: u32, next: u32) -> bool {
+        self.merges(s, self.table.bytes(next), Some(next))
+    }
+
+    fn reach(&self, s: u32, next: u32) -> Option<u8> {
+        let splits = self.splits.as_ref()?;
+        let row = splits.reach[splits.before[s as usize] as usize].get()?;
+        row.get(splits.after[next as usize] as usize).copied()
+    }
+
+    /// Two tokens stand side by side in an encoding if and only if the encoding of their bytes is these two: what
+    /// follows does not matter (the invariant of github/rust-gems' bpe).
+    fn pair_merges(&self, bpe: &Bpe, s: u32, next: u32) -> bool {
+        if !bpe.added.is_empty() {
+            if self.rest_of_added(bpe, s).any(|rest| self.table.bytes(next).starts_with(rest)) {
+                return true;
+            }
+            if bpe.is_added[s as usize] || bpe.is_added[next as usize] {
+                return false;
+            }
+        }
+        if !bpe.reachable[s as usize] && !(bpe.whole) {
+            return true;
+        }
+        match self.reach(s, next) {
+            Some(0) => false,
+            Some(Splits::INSIDE) => true,
+            None | Some(Splits::ALL) => self.crosses(bpe, s, next),
+            Some(characters) => {
+                let bytes = self.table.bytes(next);
+                let end = std::str::from_utf8(bytes)
+                    .ok()
+                    .and_then(|text| text.char_indices().nth(characters as usize))
+                    .map_or(bytes.len(), |(at, _)| at);
+                let cut = if end == bytes.len() { Some(next) } else { self.first(&bytes[..end]) };
+                cut.is_some_and(|cut| self.crosses(bpe, s, cut))
+            }
+        }
+    }
+
+    fn crosses(&self, bpe: &Bpe, s: u32, next: u32) -> bool {
+        if bpe.whole {
+            let mut text = self.table.bytes(s).to_vec();
+            text.extend_from_slice(self.table.bytes(next));
+            if self.id(&text).is_some() {
+                return true;
+            }
+            if !bpe.reachable[s as usize] {
+                return true;
+            }
+        }
+        bpe.crosses(s, next)
+    }
+
+    /// The tokens `next` of this vocabulary for which `merges` is true, whatever `z` they begin; `None` where the rule
+    /// does not depend on `next` alone.
+    pub(crate) fn all_joined(&self, s: u32) -> Option<Vec<u32>> {
+        let Inner::Bpe(bpe) = &self.rule else { return None };
+        let ids = 0..self.table.len() as u32;
+        let rests: Vec<&[u8]> = self.rest_of_added(bpe, s).collect();
+        let found = |u: u32| rests.iter().any(|rest| self.table.bytes(u).starts_with(rest));
+        let mut across: Vec<u32> = if rests.is_empty() { vec![] } else { ids.clone().filter(|&u| found(u)).collect() };
+        if bpe.is_added[s as usize] {
+            return Some(across);
+        }
+        if !bpe.reachable[s as usize] && !bpe.whole {
+            across.extend(ids.filter(|&u| !bpe.is_added[u as usize]));
+            return Some(across);
+        }
+        let mut all = vec![];
+        bpe.crossing(s, &mut all);
+        if bpe.whole {
+            let own = self.table.bytes(s);
+            // Any continuation by which the piece becomes a token.
+            all.extend(ids.clone().filter(|&u| {
+                let mut text = own.to_vec();
+                text.extend_from_slice(self.table.bytes(u));
+                text.len() > own.len() && self.id(&text).is_some()
+            }));
+        }
+        let row = |splits: &'_ Splits| splits.reach[splits.before[s as usize] as usize].get().cloned();
+        if let Some((splits, reach)) = self.splits.as_ref().and_then(|splits| Some((splits, row(splits)?))) {
+            all.retain(|&u| matches!(reach[splits.after[u as usize] as usize], Splits::ALL));
+            if reach.iter().any(|&r| r != 0 && r != Splits::ALL) {
+                for u in ids {
+                    match reach[splits.after[u as usize] as usize] {
+                        0 | Splits::ALL => {}
+                        Splits::INSIDE => all.push(u),
+                        _ => {
+                            if self.pair_merges(bpe, s, u) {
+                                all.push(u);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        all.retain(|&u| !bpe.is_added[u as usize]);
+        all.append(&mut across);
+        all.sort_unstable();
+        all.dedup();
+        Some(all)
+    }
+
+    /// Whether both encode every text alike: the same tokens, ids apart from specials too, under the same rule.
+    pub fn same_as(&self, other: &Self) -> bool {
+        let rules = match (&self.rule, &other.rule) {
+            (Inner::LongestMatch, Inner::LongestMatch) => true,
+            (Inner::Bpe(a), Inner::Bpe(b)) => {
+                a.merges == b.merges && a.characters == b.characters && a.whole == b.whole
+            }
+            (Inner::Unigram(a), Inner::Unigram(b)) => a == b,
+            _ => false,
+        };
+        let splits = |e: &Self| e.splits.as_ref().map(|s| (s.reach.len(), s.width));
+        let size = self.table.len().max(other.table.len()) as u32;
+        rules && (0..size).all(|id| self.table.bytes(id) == other.table.bytes(id)) && splits(self) == splits(other)
+    }
+
+    /// Whether the longest-match rule decides.
+    pub(crate) fn is_longest_match(&self) -> bool {
+        matches!(self.rule, Inner::LongestMatch)
+    }
+}
+
+/// The merges of a list, in order of rank.
+fn listed(table: &ByteTable, merges: &[[u32; 3]]) -> Result<Map<(u32, u32), (u32, u32)>, Error> {
+    let mut all = Map::default();
+    all.reserve(merges.len());
+    for (rank, &[left, right, merged]) in merges.iter().enumerate() {
+        if let Some(id) = [left, right, merged].into_iter().find(|&id| id as usize >= table.len()) {
+            return Err(Error::Argument(format!(
+                "merges[{rank}]: id {id} is outside the byte table of {} ids",
+                table.len()
+            )));
+        }
+        all.entry((left, right)).or_insert((rank as u32, merged));
+    }
+    Ok(all)
+}
+
+/// Every pair whose bytes together are a token, with that token's rank.
+fn implied(table: &ByteTable, ids: &ByBytes, ranks: Option<&[u32]>) -> Result<Map<(u32, u32), (u32, u32)>, Error> {
+    if let Some(ranks) = ranks.filter(|ranks| ranks.len() != table.len()) {
+        return Err(Error::Argument(format!("{} ranks for a byte table of {} ids", ranks.len(), table.len())));
+    }
+    let pairs: Vec<((u32, u32), (u32, u32))> = (0..table.len() as u32)
+        .into_par_iter()
+        .flat_map_iter(|id| {
+            let bytes = table.bytes(id);
+            let rank = ranks.map_or(id, |ranks| ranks[id as usize]);
+            // Of tokens with equal bytes one is ever made.
+            let own = ids.get(table, bytes) == Some(id);
+            (1..bytes.len()).filter(move |_| own).filter_map(move |cut| {
+                let left = ids.get(table, &bytes[..cut])?;
+                let right = ids.get(table, &bytes[cut..])?;
+                Some(((left, right), (rank, id)))
+            })
+        })
+        .collect();
+    Ok(pairs.into_iter().collect())
+}
+
+impl Bpe {
+    /// Merges until nothing merges; what the last merge was.
+    fn merge(&self, symbols: &mut Vec<u32>) -> Option<Made> {
+        let mut last = None;
+        let mut ranks: Vec<Option<(u32, u32)>> =
+            symbols.windows(2).map(|pair| self.merges.get(&(pair[0], pair[1])).copied()).collect();
+        let rank = |r: &Option<(u32, u32)>| r.map_or(u32::MAX, |(rank, _)| rank);
+        while let Some(at) = (0..ranks.len()).min_by_key(|&k| rank(&ranks[k])) {
+            let Some((rank, merged)) = ranks[at] else { break };
+            last = Some(Made { left: symbols[at], right: symbols[at + 1], rank });
+            symbols[at] = merged;
+            symbols.remove(at + 1);
+            ranks.remove(at);
+            for k in [at.checked_sub(1), Some(at)].into_iter().flatten().filter(|&k| k + 1 < symbols.len()) {
+                ranks[k] = self.merges.get(&(symbols[k], symbols[k + 1])).copied();
+            }
+        }
+        last
+    }
+
+    /// The tokens down the right edge of how `s` is made, each with the rank at which it is used up.
+    fn right_edge(&self, s: u32) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let mut next = Some((s, u32::MAX));
+        std::iter::from_fn(move || {
+            let (x, limit) = next?;
+            next = self.made[x as usize].map(|made| (made.right, made.rank));
+            Some((x, limit))
+        })
+    }
+
+    fn left_edge(&self, u: u32) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let mut next = Some((u, u32::MAX));
+        std::iter::from_fn(move || {
+            let (y, limit) = next?;
+            next = self.made[y as usize].map(|made| (made.left, made.rank));
+            Some((y, limit))
+        })
+    }
+
+    /// Whether a merge across the boundary comes before the merges that use its two sides up inside `s` and `next`.
+    /// Of equal ranks the one further left comes first.
+    fn crosses(&self, s: u32, next: u32) -> bool {
+        self.right_edge(s).any(|(x, x_limit)| {
+            self.left_edge(next).any(|(y, y_limit)| {
+                self.merges.get(&(x, y)).is_some_and(|&(rank, _)| rank < x_limit && rank <= y_limit)
+            })
+        })
+    }
+
+    /// Every token for which `crosses` is true.
+    fn crossing(&self, s: u32, out: &mut Vec<u32>) {
+        for (x, x_limit) in self.right_edge(s) {
+            for &(rank, y, _) in self.by_left[x as usize].iter().take_while(|merge| merge.0 < x_limit) {
+                out.push(y);
+                let mut open: Vec<u32> =
+                    self.children[y as usize].iter().filter(|child| rank <= child.0).map(|child| child.1).collect();
+                while let Some(u) = open.pop() {
+                    out.push(u);
+                    open.extend(self.children[u as usize].iter().map(|child| child.1));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Maps between two vocabularies: equal bytes, longest prefixes, ranges of the byte-sorted orders.
+
+use rayon::prelude::*;
+
+use crate::{ByteTable, Encoding};
+
+/// The ids of one table that have bytes, sorted by them, and for every id the range that its bytes are a prefix of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sorted {
+    /// Ids by bytes, equal bytes by id.
+    pub order: Vec<i32>,
+    /// `[lo, hi)` in `order` of the tokens that begin with this token's bytes, itself among them; `[0, 0)` for a token
+    /// without bytes.
+    pub range: Vec<[i32; 2]>,
+}
+
+impl Sorted {
+    /// Sorts a table.
+    pub fn new(table: &ByteTable) -> Self {
+        let mut order: Vec<i32> = (0..table.len() as i32).filter(|&id| !table.bytes(id as u32).is_empty()).collect();
+        order.par_sort_unstable_by(|&a, &b| {
+            table.bytes(a as u32).cmp(table.bytes(b as u32)).then(a.cmp(&b))
+        });
+        let mut range = vec![[0, 0]; table.len()];
+        // Tokens whose ranges are still open; each is a prefix of the next.
+        let mut open: Vec<i32> = vec![];
+        let mut first_equal = 0;
+        for (at, &id) in order.iter().enumerate() {
+            let bytes = table.bytes(id as u32);
+            while let Some(&top) = open.last() {
+                if bytes.starts_with(table.bytes(top as u32)) {
+                    break;
+                }
+                range[top as usize][1] = at as i32;
+                open.pop();
+            }
+            let equal = at > 0 && table.bytes(order[at - 1] as u32) == bytes;
+            if !equal {
+                first_equal = at;
+            }
+            range[id as usize][0] = first_equal as i32;
+            open.push(id);
+        }
+        for id in open {
+            range[id as usize][1] = order.len() as i32;
+        }
+        Self { order, range }
+    }
+
+    /// `[lo, hi)` in `order` of the tokens that begin with these bytes.
+    pub fn prefix_range(&self, table: &ByteTable, prefix: &[u8]) -> [usize; 2] {
+        let lo = self.order.partition_point(|&id| table.bytes(id as u32) < prefix);
+        let len = self.order[lo..].partition_point(|&id| table.bytes(id as u32).starts_with(prefix));
+        [lo, lo + len]
+    }
+}
+
+/// What the tokens of two vocabularies are to each other. -1: there is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VocabMap {
+    /// The student token with the same bytes, for every teacher token: of several the one that the student makes.
+    pub teacher_to_student: Vec<i32>,
+    /// The teacher token with the same bytes, for every student token.
+    pub student_to_teacher: Vec<i32>,
+    /// The longest student token that is a prefix of every teacher token.
+    pub prefix: Vec<i32>,
+    /// The first token of the student's own encoding of every teacher token.
+    pub canonical: Vec<i32>,
+    /// The first token of the teacher's own encoding of every student token.
+    pub teacher_first: Vec<i32>,
+    /// The student's ids by bytes.
+    pub student: Sorted,
+    /// The teacher's ids by bytes.
+    pub teacher: Sorted,
+    /// Groups of teacher tokens without an equal student token, connected by being a prefix; -1 for all others.
+    pub group: Vec<i32>,
+}
+
+impl VocabMap {
+    /// The maps between the vocabularies of a student's and of a teacher's encoding.
+    ///
+    /// `pieces`: for every teacher token how many bytes the student's pre-tokenizer puts in one piece; empty: all.
+    pub fn new(student: &Encoding, teacher: &Encoding, pieces: &[u32]) -> Self {
+        let (s, t) = (student.table(), teacher.table());
+        let ((sorted_s, sorted_t), (canonical, teacher_first)) = rayon::join(
+            || rayon::join(|| Sorted::new(s), || Sorted::new(t)),
+            || rayon::join(|| student.first_of_all(t, pieces), || teacher.first_of_all(s, &[])),
+        );
+        let exact = |from: &ByteTable, to: &Encoding| -> Vec<i32> {
+            let one = |id| to.id(from.bytes(id)).map_or(-1, |id| id as i32);
+            (0..from.len() as u32).into_par_iter().map(one).collect()
+        };
+        let (teacher_to_student, student_to_teacher) = rayon::join(|| exact(t, student), || exact(s, teacher));
+        let prefix = (0..t.len() as u32)
+            .into_par_iter()
+            .map(|id| match teacher_to_student[id as usize] {
+                -1 => student.longest_prefix(t.bytes(id)).map_or(-1, |id| id as i32),
+                id => id,
+            })
+            .collect();
+        let mut group = vec![-1; t.len()];
+        let (mut groups, mut root) = (0, None);
+        for &id in &sorted_t.order {
+            if teacher_to_student[id as usize] >= 0 {
+                continue;
+            }
+            let bytes = t.bytes(id as u32);
+            // Sorted: whatever a root is a prefix of comes right after it.
+            if !root.is_some_and(|root| bytes.starts_with(t.bytes(root))) {
+                root = Some(id as u32);
+                groups += 1;
+            }
+            group[id as usize] = groups - 1;
+        }
+        Self {
+            teacher_to_student,
+            student_to_teacher,
+            prefix,
+            canonical,
+            teacher_first,
+            student: sorted_s,
+            teacher: sorted_t,
+            group,
+        }
+    }
+}
