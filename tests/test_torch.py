@@ -252,6 +252,23 @@ def test_map_rows_of_some_rows_and_of_rows_in_any_order(size):
     assert again.slice(0, 2).equal(logits.detach().reshape(12, 7)[[0, 5]])
 
 
+@pytest.mark.parametrize("rows", [None, torch.tensor([0, 3, 4])])
+def test_tensors_beside_the_student_get_their_gradient(rows):
+    g = torch.Generator().manual_seed(7)
+    logits = torch.randn(2, 3, 4, generator=g, dtype=torch.float64).requires_grad_()
+    scale = torch.randn(2, 3, generator=g, dtype=torch.float64).requires_grad_()
+    shift = torch.randn(2, 3, 2, generator=g, dtype=torch.float64).requires_grad_()
+
+    def fn(x, a, b, c):
+        return entropy(x * a[:, None]) + (a * b[:, 0]) ** 2
+
+    def loss(logits, scale, shift):
+        (got,) = map_rows(fn, Logits(logits), scale, shift, torch.zeros(2, 3), size=2, rows=rows)
+        return got
+
+    assert torch.autograd.gradcheck(loss, (logits, scale, shift))
+
+
 def test_map_rows_takes_shifted_logits_without_copying_them():
     logits = torch.randn(2, 5, 9, requires_grad=True)
     shifted = Logits(logits[:, :-1])

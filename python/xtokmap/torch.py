@@ -5,7 +5,7 @@ Everything here runs on any device, is differentiable where that makes sense, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -326,10 +326,10 @@ def map_rows(
     Args:
         fn: called as `fn(student_logits [n, V], *parts of others)`; float32 (float64 for float64 rows), scaled. It
             returns one value for each row or a tuple of such tensors `[n]`; it must not mix rows. Only the first
-            tensor has a gradient, and only in the student's logits.
+            tensor has a gradient.
         student: the rows.
         others: what `fn` needs beside them: tensors with the same leading shape, `Logits` or `TopK` of the same shape
-            (see `at`), or anything with a `slice(a, b)`. None of it gets a gradient.
+            (see `at`), or anything with a `slice(a, b)`. Only tensors that require a gradient get one.
         size: rows of a slice; None takes 64 MiB of float32 for the largest vocabulary.
         rows: int64 `[N]` or None; the flat positions that matter, none twice. The others are not worked on and give 0.
             Made on the CPU beside the alignment it costs the device no question. What has a `slice` and no `at` must
@@ -346,13 +346,16 @@ def map_rows(
         leading = other.shape[: len(shape)] if isinstance(other, Tensor) else getattr(other, "shape", shape)
         if leading != shape:
             raise XTokMapError(f"others[{i}] has leading shape {tuple(leading)}, the student's rows {tuple(shape)}")
-    parts: list[Any] = [o.detach().reshape(-1, *o.shape[len(shape) :]) if isinstance(o, Tensor) else o for o in others]
+    parts: list[Any] = [o.reshape(-1, *o.shape[len(shape) :]) if isinstance(o, Tensor) else o for o in others]
     if rows is not None:
         student = student.at(rows)
         parts = [o[rows] if isinstance(o, Tensor) else o.at(rows) if hasattr(o, "at") else o for o in parts]
     if size is None:
         size = max(1, _SLICE // max(1, *(x.vocab_size for x in (student, *parts) if isinstance(x, Logits))))
-    out = _MapRows.apply(fn, student, parts, size, student.rows, student.weight, student.bias)
+    # Tensors go in one by one, so that autograd sees them.
+    tensors = [o for o in parts if isinstance(o, Tensor)]
+    sliceable = [None if isinstance(o, Tensor) else o for o in parts]
+    out = _MapRows.apply(fn, student, sliceable, size, student.rows, student.weight, student.bias, *tensors)
     if rows is not None:
         out = tuple(x.new_zeros(shape.numel()).index_copy(0, rows, x) for x in out)
     return tuple(x.view(shape) for x in out)
@@ -369,14 +372,15 @@ class _MapRows(torch.autograd.Function):
         rows: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(rows, weight, bias)
+        ctx.save_for_backward(rows, weight, bias, *tensors)
         ctx.fn, ctx.student, ctx.others, ctx.size = fn, replace(student, rows=rows[:0].detach()), others, size
         n = student.shape.numel()
         parts = []
         for a in range(0, max(n, 1), size):  # no rows: one empty slice, which says what fn returns
             b = min(n, a + size)
-            out = fn(student.slice(a, b), *_parts(others, a, b))
+            out = fn(student.slice(a, b), *_parts(others, [x[a:b] for x in tensors], a, b))
             parts.append(out if isinstance(out, tuple) else (out,))
         joined = tuple(torch.cat(x) for x in zip(*parts, strict=True))
         ctx.mark_non_differentiable(*joined[1:])
@@ -385,22 +389,25 @@ class _MapRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        rows, weight, bias = ctx.saved_tensors
+        rows, weight, bias, *tensors = ctx.saved_tensors
         student = replace(ctx.student, rows=rows, weight=weight, bias=bias)
-        need_rows, need_weight, need_bias = ctx.needs_input_grad[4:]
+        need_rows, need_weight, need_bias, *need = ctx.needs_input_grad[4:]
         whole = student.positions is None
         d_rows = (torch.empty if whole else torch.zeros)(rows.shape, dtype=rows.dtype, device=rows.device)
         flat = d_rows.view(-1, rows.shape[-1])
         d_weight = torch.zeros_like(weight) if need_weight else None
         d_bias = torch.zeros_like(bias) if need_bias else None
+        d_tensors = [torch.empty_like(x) if needed else None for x, needed in zip(tensors, need, strict=True)]
         n = student.shape.numel()
         for a in range(0, n, ctx.size):
             b = min(n, a + ctx.size)
             g, h = grad[a:b], student._rows(a, b)
             wanted = (g != 0)[:, None]
-            d = _row_gradient(ctx.fn, student, student._head(h), _parts(ctx.others, a, b), g)
-            # A row without gradient may hold anything, also what makes 0 * inf.
-            d = torch.where(wanted, d, 0)
+            part = [x[a:b].detach().requires_grad_(needed) for x, needed in zip(tensors, need, strict=True)]
+            d, *d_part = _row_gradients(ctx, student, student._head(h), part, a, b, g)
+            for into in d_tensors:
+                if into is not None:
+                    into[a:b] = d_part.pop(0)
             if need_rows:
                 to_rows = d if weight is None else torch.where(wanted, d @ weight, 0)
                 if whole:
@@ -411,23 +418,36 @@ class _MapRows(torch.autograd.Function):
                 d_weight.addmm_(d.T, torch.where(wanted, h, 0))
             if d_bias is not None:
                 d_bias.add_(d.sum(0))
-        return None, None, None, None, (d_rows if need_rows else None), d_weight, d_bias
+        return None, None, None, None, (d_rows if need_rows else None), d_weight, d_bias, *d_tensors
 
 
-def _parts(others: list[Any], a: int, b: int) -> list[Any]:
-    return [other[a:b] if isinstance(other, Tensor) else other.slice(a, b) for other in others]
+def _parts(others: list[Any], tensors: Sequence[Tensor], a: int, b: int) -> list[Any]:
+    """Rows a to b of all that `fn` is given beside the student; None in `others` stands for the next tensor."""
+    left = iter(tensors)
+    with torch.no_grad():
+        parts = [other and other.slice(a, b) for other in others]
+    return [next(left) if part is None else part for part in parts]
 
 
-def _row_gradient(fn: RowFunction, student: Logits, logits: Tensor, others: list[Any], grad: Tensor) -> Tensor:
-    """d loss / d logits of a slice, in the dtype of the logits."""
+def _row_gradients(
+    ctx: Any, student: Logits, logits: Tensor, tensors: list[Tensor], a: int, b: int, grad: Tensor
+) -> list[Tensor]:
+    """d loss / d logits of a slice, in the dtype of the logits, and of the tensors that require it."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        out = fn(_scaled(leaf, student.temperature, student.softcap)[0], *others)
-        out = out[0] if isinstance(out, tuple) else out
-        if not out.requires_grad:
-            return torch.zeros_like(logits)
-        (d,) = torch.autograd.grad(out, leaf, grad)
-    return d
+        x = _scaled(leaf, student.temperature, student.softcap)[0]
+        out = ctx.fn(x, *_parts(ctx.others, tensors, a, b))
+    out = out[0] if isinstance(out, tuple) else out
+    inputs = [leaf, *(x for x in tensors if x.requires_grad)]
+    if not out.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    found = torch.autograd.grad(out, inputs, grad, allow_unused=True)
+    gradients = []
+    for x, d in zip(inputs, found, strict=True):
+        # A row without gradient may hold anything, also what makes 0 * inf.
+        wanted = (grad != 0).view(-1, *[1] * (x.ndim - 1))
+        gradients.append(torch.zeros_like(x) if d is None else torch.where(wanted, d, 0))
+    return gradients
 
 
 def token_logprobs(
