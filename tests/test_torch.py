@@ -12,7 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xtokmap
 from xtokmap.losses import CREDITS, chunk_credit, chunk_gap, policy_loss
-from xtokmap.torch import ChunkIndex, coverage_counts, token_logprobs, token_logprobs_from_hidden
+from xtokmap.torch import (
+    ChunkIndex,
+    Logits,
+    TopK,
+    coverage_counts,
+    map_rows,
+    token_logprobs,
+    token_logprobs_from_hidden,
+)
 
 STUDENT = xtokmap.ByteTable.from_bytes([None, b"blue", b"bird", b"!", b" ok", b"x"], stop_ids=[0])
 TEACHER = xtokmap.ByteTable.from_bytes([None, b"bluebird", b"!", b" o", b"k", b"x"], stop_ids=[0])
@@ -34,6 +42,22 @@ def test_fields(index):
     assert index.teacher_count.tolist() == [[1, 1, 2, 1], [1, 0, 0, 0], [0] * 4]
     assert {getattr(index, name).dtype for name in ("student_chunk", "kind", "student_len")} == {torch.int64}
     assert coverage_counts(index).tolist() == [2, 1, 2, 0, 0, 1]
+    assert index.teacher_pos.tolist() == [[0, 0, 1, 2, 4], [0, -1, -1, -1, -1], [-1] * 5]
+    assert index.teacher_off.tolist() == [[0, 4, 0, 0, 0], [0, -1, -1, -1, -1], [-1] * 5]
+    assert index.kind_of_student().tolist() == [[2, 2, 0, 1, 5], [0, -1, -1, -1, -1], [-1] * 5]
+    assert index.strict_teacher_pos().tolist() == [[-1, -1, 1, -1, 4], [0, -1, -1, -1, -1], [-1] * 5]
+    assert index.teacher_rows(index.teacher_pos)[1].tolist() == [5, -1, -1, -1, -1]
+
+
+def test_teacher_positions_follow_the_teachers_padding():
+    mask = np.array([[0, 1, 1, 0, 1], [0, 0, 0, 1, 1]], bool)
+    ids = np.array([[0, 1, 2, 0, 3], [0, 0, 0, 5, 5]])
+    batch = xtokmap.Aligner(STUDENT, TEACHER).align_batch([[1, 2, 3], [5, 5]], ids, teacher_mask=mask)
+    index = ChunkIndex.from_alignment(batch)
+    assert index.teacher_pos.tolist() == [[1, 1, 2], [3, 4, -1]]
+    assert index.teacher_off.tolist() == [[0, 4, 0], [0, 0, -1]]
+    ragged = xtokmap.Aligner(STUDENT, TEACHER).align_batch([[1, 2, 3], [5, 5]], [[1, 2, 3], [5, 5]])
+    assert ChunkIndex.from_alignment(ragged).teacher_pos.tolist() == [[0, 0, 1], [0, 1, -1]]
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -156,6 +180,168 @@ def test_a_row_without_gradient_may_hold_anything():
     assert (logits.grad[1] == 0).all()
 
 
+def entropy_and_best(x, *_):
+    log_p = torch.log_softmax(x, -1)
+    return -(log_p.exp() * log_p).sum(-1), x.argmax(-1)
+
+
+def entropy(x):
+    log_p = torch.log_softmax(x, -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("size", [None, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_map_rows_is_the_plain_function(size, dtype):
+    g = torch.Generator().manual_seed(4)
+    hidden = torch.randn(2, 5, 6, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(11, 6, generator=g).to(dtype).requires_grad_()
+    bias = torch.randn(11, generator=g).to(dtype).requires_grad_()
+    scale = torch.linspace(-1, 1, 10).reshape(2, 5).to(dtype)
+    student = Logits(hidden, weight, bias, temperature=1.3, softcap=5.0)
+    got, best = map_rows(entropy_and_best, student, size=size)
+    raw = torch.nn.functional.linear(hidden, weight, bias)
+    x = raw if dtype == torch.float64 else raw.float()
+    want = entropy(5.0 * torch.tanh(x / 5.0) / 1.3)
+    assert got.shape == (2, 5)
+    assert got.dtype == x.dtype
+    assert best.equal(raw.argmax(-1))
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad((got * scale).sum(), (hidden, weight, bias)),
+        torch.autograd.grad((want * scale).sum(), (hidden, weight, bias)),
+        strict=True,
+    ):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_map_rows_of_some_rows_and_of_rows_in_any_order(size):
+    g = torch.Generator().manual_seed(5)
+    logits = torch.randn(3, 4, 7, generator=g, dtype=torch.float64).requires_grad_()
+    scale = torch.randn(3, 4, generator=g, dtype=torch.float64)
+    rows = torch.tensor([1, 2, 7, 10])
+    seen = []
+
+    def fn(x, s):
+        seen.append(len(x))
+        return entropy(x) * s
+
+    (got,) = map_rows(fn, Logits(logits), scale, size=size, rows=rows)
+    assert sum(seen) == len(rows)
+    keep = torch.zeros(12, dtype=torch.bool)
+    keep[rows] = True
+    want = torch.where(keep.view(3, 4), entropy(logits) * scale, 0)
+    torch.testing.assert_close(got, want)
+    (a,) = torch.autograd.grad(got.sum(), logits)
+    (b,) = torch.autograd.grad(want.sum(), logits)
+    torch.testing.assert_close(a, b)
+    assert (a.reshape(12, 7)[~keep] == 0).all()
+
+    # A view may take a row twice, and its views count from it.
+    twice = torch.tensor([[3, 3, 0], [5, -1, 11]])
+    (got,) = map_rows(entropy_and_best, Logits(logits).at(twice), size=size)[:1]
+    weights = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 5.0]])
+    (a,) = torch.autograd.grad((got * weights).sum(), logits)
+    picked = logits.reshape(12, 7)[twice.clamp(min=0)]
+    (b,) = torch.autograd.grad((entropy(picked) * weights).sum(), logits)
+    torch.testing.assert_close(a, b)
+    again = Logits(logits).at(twice).at(torch.tensor([2, 3]))
+    assert again.slice(0, 2).equal(logits.detach().reshape(12, 7)[[0, 5]])
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([0, 3, 4])])
+def test_tensors_beside_the_student_get_their_gradient(rows):
+    g = torch.Generator().manual_seed(7)
+    logits = torch.randn(2, 3, 4, generator=g, dtype=torch.float64).requires_grad_()
+    scale = torch.randn(2, 3, generator=g, dtype=torch.float64).requires_grad_()
+    shift = torch.randn(2, 3, 2, generator=g, dtype=torch.float64).requires_grad_()
+
+    def fn(x, a, b, c):
+        return entropy(x * a[:, None]) + (a * b[:, 0]) ** 2
+
+    def loss(logits, scale, shift):
+        (got,) = map_rows(fn, Logits(logits), scale, shift, torch.zeros(2, 3), size=2, rows=rows)
+        return got
+
+    assert torch.autograd.gradcheck(loss, (logits, scale, shift))
+
+
+def test_map_rows_takes_shifted_logits_without_copying_them():
+    logits = torch.randn(2, 5, 9, requires_grad=True)
+    shifted = Logits(logits[:, :-1])
+    assert shifted.slice(3, 6).equal(logits.detach()[:, :-1].reshape(8, 9)[3:6])
+    (got,) = map_rows(lambda x: x.logsumexp(-1), shifted, size=3)
+    got.sum().backward()
+    assert (logits.grad[:, -1] == 0).all()
+    torch.testing.assert_close(logits.grad[:, :-1], torch.softmax(logits.detach()[:, :-1], -1))
+
+
+def test_map_rows_with_a_teacher_of_another_vocabulary_and_top_k():
+    g = torch.Generator().manual_seed(6)
+    logits, teacher = torch.randn(2, 3, 5, generator=g), torch.randn(2, 4, 8, generator=g, requires_grad=True)
+    top = TopK(torch.tensor([[[1, 2], [0, -1], [3, 4], [2, 0]]] * 2), torch.randn(2, 4, 2, generator=g))
+    at = torch.tensor([[0, 2, -1], [4, 5, 7]])
+
+    def fn(x, z, listed):
+        ids, logprobs = listed
+        return x.logsumexp(-1) - z.logsumexp(-1) + logprobs[:, 0], ids[:, 0]
+
+    got, ids = map_rows(fn, Logits(logits.requires_grad_()), Logits(teacher).at(at), top.at(at), size=2)
+    flat = teacher.reshape(8, 8)[at.clamp(min=0)].logsumexp(-1)
+    torch.testing.assert_close(got, logits.logsumexp(-1) - flat + top.logprobs.reshape(8, 2)[at.clamp(min=0)][..., 0])
+    assert ids.tolist() == [[1, 3, 1], [1, 0, 2]]
+    got.sum().backward()
+    assert teacher.grad is None
+
+
+def test_map_rows_without_rows_and_without_a_gradient():
+    empty = torch.zeros(2, 0, 5, requires_grad=True)
+    got, best = map_rows(entropy_and_best, Logits(empty))
+    assert got.shape == best.shape == (2, 0)
+    got.sum().backward()
+    assert empty.grad.shape == (2, 0, 5)
+    logits = torch.zeros(2, 3, 5, requires_grad=True)
+    (got,) = map_rows(lambda x: x.detach()[:, 0], Logits(logits))
+    got.sum().backward()
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_stands_in_an_unwanted_row_reaches_no_gradient(bad):
+    hidden, weight = torch.ones(3, 2), torch.randn(5, 2, requires_grad=True)
+    hidden[1] = bad
+    hidden.requires_grad_()
+    (got,) = map_rows(entropy_and_best, Logits(hidden[None], weight))[:1]
+    torch.where(torch.tensor([[True, False, True]]), got, 0).sum().backward()
+    assert torch.isfinite(weight.grad).all()
+    assert (hidden.grad[1] == 0).all()
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_rows_are_checked():
+    rows, weight = torch.zeros(2, 3, 4), torch.zeros(5, 4)
+    for match, make in [
+        (r"rows: expected floats \[..., V\]", lambda: Logits(rows.long())),
+        ("bias goes with weight", lambda: Logits(rows, bias=torch.zeros(4))),
+        (r"weight has shape \(4, 5\); hidden states \(2, 3, 4\) need \[V, 4\]", lambda: Logits(rows, weight.T)),
+        (r"bias has shape \(4,\), expected \(5,\)", lambda: Logits(rows, weight, torch.zeros(4))),
+        ("weight is torch.float64 on cpu, rows are torch.float32", lambda: Logits(rows, weight.double())),
+        ("temperature=0 must be positive", lambda: Logits(rows, temperature=0)),
+        ("softcap=-1 must be positive", lambda: Logits(rows, softcap=-1)),
+        ("both are", lambda: TopK(torch.zeros(1, 2, 3, dtype=torch.long), torch.zeros(1, 2))),
+        ("ids are torch.float32", lambda: TopK(torch.zeros(1, 2), torch.zeros(1, 2))),
+        (
+            r"others\[0\] has leading shape \(2, 4\), the student's rows \(2, 3\)",
+            lambda: map_rows(entropy_and_best, Logits(rows), Logits(torch.zeros(2, 4, 4))),
+        ),
+    ]:
+        with pytest.raises(xtokmap.XTokMapError, match=match):
+            make()
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the bytes of the largest tensor that any operation makes."""
 
@@ -181,6 +367,10 @@ def test_no_float32_copy_of_the_logits():
     with LargestTensor() as largest:
         token_logprobs_from_hidden(hidden, weight, torch.zeros(t, dtype=torch.long), chunk_size=4).sum().backward()
     assert 0 < largest.nbytes <= 4 * v * 4
+    for student in (Logits(logits), Logits(hidden, weight)):
+        with LargestTensor() as largest:
+            map_rows(entropy_and_best, student, size=4)[0].sum().backward()
+        assert 0 < largest.nbytes <= 4 * v * 4
 
 
 def step(logits, ids, teacher_logprobs, index, mask, credit):

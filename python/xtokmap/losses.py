@@ -13,7 +13,18 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.alignment import Kind
+from xtokmap.divergences import Loss
 from xtokmap.torch import ChunkIndex
+
+__all__ = [
+    "CREDITS",
+    "Credit",
+    "CreditRule",
+    "Loss",
+    "chunk_credit",
+    "chunk_gap",
+    "policy_loss",
+]
 
 CreditRule: TypeAlias = Literal["strict", "prior", "shift", "uniform", "bytes", "cover", "full"]
 CREDITS: tuple[CreditRule, ...] = get_args(CreditRule)
