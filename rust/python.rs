@@ -457,6 +457,7 @@ impl PyCover {
             ("student_to_teacher", &map.student_to_teacher),
             ("prefix", &map.prefix),
             ("canonical", &map.canonical),
+            ("teacher_first", &map.teacher_first),
             ("group", &map.group),
             ("student_order", &map.student.order),
             ("teacher_order", &map.teacher.order),

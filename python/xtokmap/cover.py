@@ -29,6 +29,7 @@ class VocabMap:
         student_to_teacher: int32 `[V_S]`; the teacher token with the same bytes.
         prefix: int32 `[V_T]`; the longest student token that every teacher token begins with.
         canonical: int32 `[V_T]`; the first token of the student's own encoding of every teacher token.
+        teacher_first: int32 `[V_S]`; the first teacher token of every student token's bytes.
         student_order: int32 `[n_S]`; the student's ids that have bytes, sorted by them (equal bytes by id).
         teacher_order: int32 `[n_T]`; the teacher's.
         student_range: int32 `[V_S, 2]`; `[lo, hi)` in `student_order` of the tokens that begin with this one's bytes.
@@ -45,6 +46,7 @@ class VocabMap:
     student_to_teacher: Int32
     prefix: Int32
     canonical: Int32
+    teacher_first: Int32
     student_order: Int32
     teacher_order: Int32
     student_range: Int32
@@ -139,6 +141,7 @@ class CoverQueries:
         teacher_cu: int64 `[B+1]`.
         student_mask: as in the batch.
         vocab_map: of the two vocabularies.
+        identical: whether both sides are one tokenizer, so that the teacher's own rows are the answer.
     """
 
     indptr: Int64
@@ -151,6 +154,7 @@ class CoverQueries:
     teacher_cu: Int64
     student_mask: Bool | None
     vocab_map: VocabMap
+    identical: bool = False
     _sets: _core._Sets = field(kw_only=True)
 
     def __len__(self) -> int:
@@ -223,6 +227,7 @@ class Transfer:
             teacher_cu=batch.teacher_cu,
             student_mask=batch.student_mask,
             vocab_map=self.vocab_map,
+            identical=self.core.same,
             _sets=found["sets"],
         )
 

@@ -1,0 +1,363 @@
+"""The teacher's view of the student's own encoding, from rows that its pass over the finished text already has.
+
+`transfer` evaluates `CoverQueries`: log q*(s_i | s_<i) of every sampled token. `TransferTarget` is the whole distribution
+q*(u | s_<i) over the student's vocabulary, a slice of positions at a time. Both repair the bias that every credit takes
+over from the boundaries of the teacher's encoding (tokenization bias, arXiv 2406.16829 and 2410.09303): a boundary says
+what did not come next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from xtokmap._core import XTokMapError
+from xtokmap.cover import CoverQueries
+from xtokmap.torch import _SLICE, Logits, TopK, _widened
+
+Int64 = npt.NDArray[np.int64]
+
+
+class Transferred(NamedTuple):
+    """What `transfer` finds; flat, as the batch of the queries lies.
+
+    Attributes:
+        logprobs: float32 `[N]`; of the teacher's own tokens.
+        transferred: float32 `[M]`; log q*(s_i | s_<i) of every student token, NaN where there is no query.
+        phi: float64 `[M]`; log probability of the student's encoding up to each token, from the start of its row.
+        before: float64 `[N + B]`; the sum of a row's teacher logprobs before each place.
+        elements: float32 `[E]`; logprobs of the alternatives, in the order of `TransferTarget`.
+        missing: float32 `[N + B]`; the mass of each row that top-k rows do not show; 0 for whole rows.
+    """
+
+    logprobs: Tensor
+    transferred: Tensor
+    phi: Tensor
+    before: Tensor
+    elements: Tensor
+    missing: Tensor
+
+
+class _Plan:
+    """The queries as positions in the flat teacher rows: made on the CPU, so that the device is never asked.
+
+    Row k of batch row b is flat row `teacher_cu[b] + b + k`: one more a row than there are tokens.
+    """
+
+    def __init__(self, q: CoverQueries) -> None:
+        lengths, counts = np.diff(q.teacher_cu), np.diff(q.student_cu)
+        self.rows = int(q.teacher_cu[-1]) + len(q)
+        self.students = len(q.base)
+        #: Flat row that predicts each teacher token.
+        self.token_row = np.arange(int(q.teacher_cu[-1]), dtype=np.int64) + np.repeat(np.arange(len(q)), lengths)
+        self.first_row = q.teacher_cu[:-1] + np.arange(len(q))
+        self.row_of_batch = np.repeat(np.arange(len(q)), lengths + 1)
+        first = np.repeat(self.first_row, counts)  # of every student token's batch row
+        owner = np.repeat(np.arange(self.students, dtype=np.int64), np.diff(q.indptr))
+        row = q.row + first[owner]
+        # A row has at most one complement: that of the student token that ends where its teacher token starts.
+        sets = q.sets
+        kept = np.zeros(len(q.set), np.bool_)
+        kept[q.set >= 0] = sets.complement[q.set[q.set >= 0]]
+        # Terms by row, so that a slice of rows has its terms side by side.
+        order = np.argsort(row, kind="stable")
+        self.owner, self.row, self.set, self.kept = owner[order], row[order], q.set[order], kept[order]
+        self.sets = sets
+        #: Sum before `base` where a stretch begins; the token before it elsewhere.
+        self.base = np.where(q.base >= 0, q.base + first, -1)
+        self.known = q.base > -2
+        #: Terms that are elements one by one, and their elements.
+        self.sparse = np.flatnonzero(~self.kept)
+        self.element_term, at = _expand(sets.indptr, self.set[self.sparse])
+        one = self.set[self.sparse][self.element_term] < 0
+        at = np.where(one, 0, at)
+        self.element_id = np.where(one, -1 - self.set[self.sparse][self.element_term].astype(np.int64), _take(sets.ids, at))
+        self.element_next = np.where(one, -2, _take(sets.next, at))  # -2: the student token that really comes next
+        self.element_whole = ~one & _take(sets.whole, at)
+        self.element_row = self.row[self.sparse][self.element_term]
+
+    def holes(self, terms: Int64) -> tuple[Int64, Int64]:
+        """For complement terms: which term (counted in `terms`) leaves which teacher id out."""
+        owner, at = _expand(self.sets.indptr, self.set[terms])
+        return owner, _take(self.sets.ids, at).astype(np.int64)
+
+
+def _take(values: npt.NDArray[Any], at: Int64) -> npt.NDArray[Any]:
+    return values[at] if len(values) else np.zeros(len(at), values.dtype)
+
+
+def _expand(indptr: Int64, sets: npt.NDArray[Any]) -> tuple[Int64, Int64]:
+    """Owner and place of every element of some sets; a negative set has one, whose place means nothing."""
+    lengths = np.where(sets < 0, 1, np.diff(indptr)[sets] if len(indptr) > 1 else 1)
+    starts = np.where(sets < 0, 0, indptr[sets] if len(indptr) > 1 else 0)
+    owner = np.repeat(np.arange(len(sets), dtype=np.int64), lengths)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + np.repeat(starts, lengths)
+
+
+def plan(queries: CoverQueries) -> _Plan:
+    """Where the queries' terms lie; kept with the queries."""
+    cache = queries.__dict__
+    if "_plan" not in cache:
+        cache["_plan"] = _Plan(queries)
+    made: _Plan = cache["_plan"]
+    return made
+
+
+@torch.no_grad()
+def transfer(teacher: Logits | TopK, teacher_ids: Tensor, queries: CoverQueries, *, size: int | None = None) -> Transferred:
+    """Evaluates cover queries beside the teacher's output head, a slice of rows at a time: never `[T, V]`.
+
+    log q*(s_i | s_<i) = Phi(i) - Phi(i - 1), Phi(i) = logsumexp over the terms of token i of (the teacher's logprobs
+    before the term's row) + log (mass of the term's set in that row). Masses are sums of positive parts, whatever is
+    left out is left out before the sum, and logits of any float dtype are taken in float32: nothing cancels.
+
+    Args:
+        teacher: flat rows `[N + B]`: for each batch row those that predict its n tokens and the one after the last.
+        teacher_ids: int64 `[N]`, flat.
+        queries: of the same batch, from `Aligner.cover_queries`.
+        size: rows of a slice; None takes 64 MiB of float32.
+
+    Raises:
+        XTokMapError: another number of rows or ids.
+    """
+    p = plan(queries)
+    if tuple(teacher.shape) != (p.rows,) or tuple(teacher_ids.shape) != (len(p.token_row),):
+        raise XTokMapError(
+            f"teacher rows {tuple(teacher.shape)} and ids {tuple(teacher_ids.shape)}; these queries need ({p.rows},) rows "
+            f"(one more than tokens for each of {len(queries)} completions) and ({len(p.token_row)},) ids"
+        )
+    device = teacher_ids.device
+
+    def on(array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
+    dtype = _widened((teacher.rows if isinstance(teacher, Logits) else teacher.logprobs)[:0]).dtype
+    logprobs, elements, kept, missing = (
+        torch.zeros(n, device=device, dtype=dtype) for n in (len(p.token_row), len(p.element_id), p.rows, p.rows)
+    )
+    kept_terms = np.flatnonzero(p.kept)
+    for a in range(0, p.rows, size):
+        b = min(p.rows, a + size)
+        rows = _Rows(teacher, a, b)
+        missing[a:b] = rows.missing
+        t0, t1 = np.searchsorted(p.token_row, (a, b))
+        logprobs[t0:t1] = rows.logprobs(on(p.token_row[t0:t1] - a), teacher_ids[t0:t1])
+        e0, e1 = np.searchsorted(p.element_row, (a, b))
+        elements[e0:e1] = rows.logprobs(on(p.element_row[e0:e1] - a), on(p.element_id[e0:e1]))
+        k0, k1 = np.searchsorted(p.row[kept_terms], (a, b))
+        terms = kept_terms[k0:k1]
+        owner, ids = p.holes(terms)
+        at = on(p.row[terms] - a)
+        kept[on(p.row[terms])] = rows.mass_without(on(p.row[terms][owner] - a), on(ids))[at]
+
+    before = _sums_before(logprobs, p, on)
+    # Terms: those that are one row but some tokens, and those that are elements.
+    values = torch.zeros(len(p.row), device=device, dtype=dtype)
+    values[on(kept_terms)] = kept[on(p.row[kept_terms])]
+    values[on(p.sparse)] = _logsumexp(elements, on(p.element_term), len(p.sparse))
+    phi = _logsumexp(before[on(p.row)] + values, on(p.owner), p.students)
+    previous = torch.cat([phi.new_zeros(1), phi[:-1]])
+    base = on(p.base)
+    previous = torch.where(base >= 0, before[base.clamp(min=0)], previous) if p.rows else previous
+    transferred = torch.where(on(p.known), phi - previous, torch.nan).to(dtype)
+    return Transferred(logprobs, transferred, phi, before, elements, missing)
+
+
+def _sums_before(logprobs: Tensor, p: _Plan, on: Any) -> Tensor:
+    """float64 `[N + B]`: sums of a row's logprobs before each place. Long rows add up to thousands of nats."""
+    steps = torch.zeros(p.rows + 1, dtype=torch.float64, device=logprobs.device)
+    steps[on(p.token_row + 1)] = logprobs.double()
+    total = steps.cumsum(0)[:-1]
+    # The step into a batch row's first place is the last token of the row before.
+    return total - total[on(p.first_row)][on(p.row_of_batch)] if p.rows else total
+
+
+def _logsumexp(values: Tensor, owner: Tensor, n: int) -> Tensor:
+    """Of the values of every owner: `[n]`, -inf where there are none."""
+    top = values.new_full((n,), -torch.inf).scatter_reduce(0, owner, values, "amax")
+    shift = torch.where(torch.isfinite(top), top, 0)
+    return values.new_zeros(n).index_add(0, owner, torch.exp(values - shift[owner])).log() + shift
+
+
+class _Rows:
+    """A slice of teacher rows: whole, or as far as a served teacher's top-k shows them."""
+
+    def __init__(self, teacher: Logits | TopK, a: int, b: int) -> None:
+        if isinstance(teacher, Logits):
+            x = teacher.slice(a, b)
+            self._top = x.amax(-1, keepdim=True)
+            self._x = x
+            self._exp = torch.exp(x - self._top)
+            self._lse = self._exp.sum(-1).log() + self._top[:, 0]
+            self.missing: Tensor | float = 0.0
+            self._ids = None
+        else:
+            ids, logprobs = teacher.slice(a, b)
+            self._ids, order = ids.sort(-1)  # padding, -1, comes first
+            self._x = torch.where(self._ids < 0, -torch.inf, logprobs.gather(1, order))
+            self.missing = (1 - self._x.exp().sum(-1)).clamp(min=0)
+
+    def logprobs(self, row: Tensor, ids: Tensor) -> Tensor:
+        if self._ids is None:
+            return self._x[row, ids] - self._lse[row]
+        at = self._places(row, ids)
+        return torch.where(self._ids[row, at] == ids, self._x[row, at], -torch.inf)
+
+    def _places(self, row: Tensor, ids: Tensor) -> Tensor:
+        assert self._ids is not None
+        # One search for all rows: ids of row r are moved by r vocabularies.
+        stride = int(2**32)
+        keys = (self._ids + 1 + torch.arange(len(self._ids), device=row.device)[:, None] * stride).reshape(-1)
+        found = torch.searchsorted(keys, ids + 1 + row * stride) - row * self._ids.shape[1]
+        return found.clamp(0, self._ids.shape[1] - 1)
+
+    def mass_without(self, row: Tensor, ids: Tensor) -> Tensor:
+        """log of every row's mass without some tokens. To be asked last: it clears them."""
+        if self._ids is None:
+            self._exp[row, ids] = 0
+            return self._exp.sum(-1).clamp(min=1e-38).log() + self._top[:, 0] - self._lse
+        at = self._places(row, ids)
+        hit = self._ids[row, at] == ids
+        left_out = torch.zeros_like(self._x).index_put((row, at), hit.to(self._x.dtype), accumulate=True)
+        # What is missing may be anything: it counts as kept.
+        shown = torch.where(left_out > 0, -torch.inf, self._x).exp().sum(-1)
+        return (shown + self.missing).clamp(min=1e-38).log()
+
+
+@dataclass(frozen=True, eq=False)
+class TransferTarget:
+    """q*(u | s_<i) over the student's vocabulary at every position with a query, worked out a slice at a time.
+
+    At a boundary between two teacher tokens the row of the next one gives the mass of each token to the student token
+    with which the encoding of its bytes begins, but for tokens that would have merged with the student token before; a
+    teacher token that could have reached past the boundary gives its mass to what would be left of it. Divided by exp
+    Phi(i - 1) that adds up to 1, with `rest` for what belongs to no one student token.
+
+    Attributes:
+        positions: int64 `[P]`; flat student tokens, rising, on the teacher's device.
+    """
+
+    teacher: Logits
+    values: Transferred
+    queries: CoverQueries
+    positions: Tensor
+    #: What the slices need, on the CPU: dense row and its complement term of every position (-1: none), and for the
+    #: alternatives, in order of positions: which element, and its position.
+    _dense: tuple[Int64, Int64]
+    _elements: tuple[Int64, Int64]
+    #: Teacher id -> student id (V_S: rest), and whether its mass is open, `[V_T]`; on the device.
+    _to_student: Tensor
+    _open: Tensor
+    #: log probability of everything before each position, float64 `[P]`.
+    _before: Tensor
+
+    @classmethod
+    def of(cls, teacher: Logits, values: Transferred, queries: CoverQueries) -> TransferTarget:
+        """The target of rows that `transfer` has been through.
+
+        Raises:
+            XTokMapError: top-k rows, which do not show the whole distribution.
+        """
+        if not isinstance(teacher, Logits):
+            raise XTokMapError(
+                "the whole q* needs whole teacher rows (logits, or hidden states and head), not top-k; use credit='cover'"
+            )
+        p = plan(queries)
+        device = values.logprobs.device
+        at = np.flatnonzero(p.known)
+        # What stands behind a position are the terms of the token before it; where a stretch begins, a whole row.
+        inside = p.base[at] < 0
+        context = at[inside] - 1
+        kept = np.flatnonzero(p.kept)
+        term_of = np.full(p.students, -1, np.int64)
+        term_of[p.owner[kept]] = kept
+        term, row = np.full(len(at), -1, np.int64), p.base[at].copy()
+        term[inside] = term_of[context]
+        row[term >= 0] = p.row[term[term >= 0]]
+        position = np.full(p.students, -1, np.int64)
+        position[context] = np.flatnonzero(inside)
+        owner = position[p.owner[p.sparse][p.element_term]]
+        order = np.argsort(owner, kind="stable")
+        order = order[np.searchsorted(owner[order], 0) :]
+        before = values.before.new_zeros(len(at))
+        before[torch.from_numpy(np.flatnonzero(inside)).to(device)] = values.phi[torch.from_numpy(context).to(device)]
+        start = torch.from_numpy(np.flatnonzero(~inside)).to(device)
+        before[start] = values.before[torch.from_numpy(p.base[at][~inside]).to(device)]
+        to_student, opened = _dense_map(queries)
+        return cls(
+            teacher,
+            values,
+            queries,
+            torch.from_numpy(at).to(device),
+            (row, term),
+            (order, owner[order]),
+            torch.from_numpy(to_student).to(device),
+            torch.from_numpy(opened).to(device),
+            before,
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        """One position each."""
+        return self.positions.shape
+
+    def slice(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions a to b: target `[b-a, V_S]`, rest `[b-a]`, and undetermined mass `[b-a]` (a part of both).
+
+        Undetermined: on student tokens of which a longer one exists that the teacher would cut after them, and, inside a
+        teacher token, in `rest`.
+        """
+        p, values, device = plan(self.queries), self.values, self.positions.device
+
+        def on(array: npt.NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+        size = len(self.queries.vocab_map.student_to_teacher)
+        dtype = values.logprobs.dtype
+        target = torch.zeros(b - a, size + 1, device=device, dtype=dtype)
+        undetermined = torch.zeros(b - a, device=device, dtype=dtype)
+        row, term = self._dense[0][a:b], self._dense[1][a:b]
+        dense = np.flatnonzero(row >= 0)
+        if len(dense):
+            rows, at = on(row[dense]), on(dense)
+            mass = torch.softmax(self.teacher.at(rows).slice(0, len(dense)), -1)
+            with_holes = np.flatnonzero(term[dense] >= 0)
+            owner, ids = p.holes(term[dense][with_holes])
+            mass[on(with_holes[owner]), on(ids)] = 0
+            mass *= torch.exp(values.before[rows] - self._before[a:b][at]).to(dtype)[:, None]
+            undetermined[at] = mass @ self._open.to(dtype)
+            into = torch.zeros(len(dense), size + 1, device=device, dtype=dtype)
+            target[at] = into.scatter_add_(1, self._to_student.expand(len(dense), -1), mass)
+        order, owner = self._elements
+        e0, e1 = np.searchsorted(owner, (a, b))
+        element, at = order[e0:e1], on(owner[e0:e1] - a)
+        rows = on(p.element_row[element])
+        mass = torch.exp(values.before[rows] - self._before[a:b][at] + values.elements[on(element)]).to(dtype)
+        following = p.element_next[element].astype(np.int64)
+        real = self.queries.student_ids[np.flatnonzero(p.known)[owner[e0:e1]]].astype(np.int64)
+        following = np.where(following == -2, real, np.where(following < 0, size, following))
+        target.index_put_((at, on(following)), mass, accumulate=True)
+        # A token that ends at the boundary: its mass is known, what comes next is not.
+        opened = p.element_whole[element] & np.append(self.queries.vocab_map.open, False)[following] | (following == size)
+        undetermined.index_add_(0, at, mass * on(opened))
+        return target[:, :size], target[:, size], undetermined
+
+
+def _dense_map(queries: CoverQueries) -> tuple[Int64, npt.NDArray[np.bool_]]:
+    """Student id for every teacher id (V_S where there is none), and whether its mass may belong to a longer token."""
+    vm = queries.vocab_map
+    size = len(vm.student_to_teacher)
+    if queries.identical:
+        same = np.minimum(np.arange(len(vm.canonical), dtype=np.int64), size)
+        return same, np.zeros(len(same), np.bool_)
+    to_student = np.where(vm.canonical >= 0, vm.canonical, size).astype(np.int64)
+    opened = (vm.teacher_to_student == vm.canonical) & np.append(vm.open, False)[to_student]
+    if vm.student_stops:
+        to_student[list(vm.teacher_stops)] = vm.student_stops[0]
+    return to_student, opened
