@@ -96,7 +96,8 @@ def byte_kl(
             "column": against the student's ids without bytes.
         stop_bridge: weight of a KL(q || p) of the event {stop, no stop}, whatever beta is.
         whitespace: bool `[B, Ts]`; tokens to leave out, see `whitespace_tokens` (their rows can collapse indentation).
-        floor: least target mass of what phi never gives, for beta > 0, where the divergence would be infinite.
+        floor: least target mass of the residual and of what phi never gives, for beta > 0: nothing there would make
+            the divergence infinite.
         mask: as for `strict_kl`.
         rows: as for `strict_kl`; best on the CPU.
         size: rows of a slice.
@@ -173,6 +174,9 @@ def byte_kl(
         t.scatter_add_(1, source, -moved).scatter_add_(1, goal, moved)
         return t, explicit.scatter_(1, goal, True)
 
+    def at_least(mass: Tensor) -> Tensor:
+        return mass.clamp(min=floor) if beta > 0 else mass
+
     def fn(x: Tensor, z: Tensor, inside: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         t, explicit = target(z.to(x.dtype), inside, *rest)
         explicit = explicit[:, :width] & ~(is_stop & ~inside[:, None])
@@ -186,10 +190,10 @@ def byte_kl(
         used = explicit | (is_stop & ~inside[:, None])
         bins = []
         if residual == "column":
-            bins.append((log_left(x, lse, ~no_bytes.expand_as(x)), nowhere_mass))
+            bins.append((log_left(x, lse, ~no_bytes.expand_as(x)), at_least(nowhere_mass)))
             used = used | no_bytes
             nowhere_mass = torch.zeros_like(nowhere_mass)
-        bins.append((log_left(x, lse, used), nowhere_mass.clamp(min=floor) if beta > 0 else nowhere_mass))
+        bins.append((log_left(x, lse, used), at_least(nowhere_mass)))
         if with_stops:
             ends = x[:, maps.student_stops].logsumexp(-1) - lse
             bins.append((torch.where(inside, -math.inf, ends), torch.where(inside, 0, stop_mass)))
@@ -344,8 +348,8 @@ class Completions:
         check_shape("student_ids", student_ids, index.student_chunk)
         kind = index.kind_of_student()
         root = (index.teacher_off == 0) & (kind != REWRITTEN) & (kind != STOP)
-        if root.shape[1]:
-            root[:, -1] = False  # no row behind it
+        # The token behind must be one of the text.
+        root &= torch.nn.functional.pad(kind, (0, 1), value=-1)[:, 1:] >= 0
         flat = root.reshape(-1).nonzero()[:, 0]
         found = [self._of(int(a)) for a in student_ids.reshape(-1)[flat].tolist()]
         counts = np.asarray([len(group) for group, _ in found], dtype=np.int64)
