@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from hypothesis import strategies as st
@@ -260,6 +260,116 @@ def characters_shared(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> list[
     of_b = [j for j, token in enumerate(tokens_b) for _ in token]
     pairs = set(zip(of_a, of_b, strict=True))
     return [sorted(j for i, j in pairs if i == k) for k in range(len(tokens_a))]
+
+
+# ---- maps between vocabularies -----------------------------------------------------------------------------------
+
+
+def byte_sorted(vocabulary: Tokens) -> list[int]:
+    return sorted(
+        (i for i, token in enumerate(vocabulary) if spelled(token)), key=lambda i: (spelled(vocabulary[i]), i)
+    )
+
+
+def begin_with(vocabulary: Tokens, prefix: bytes) -> list[int]:
+    return [i for i in byte_sorted(vocabulary) if spelled(vocabulary[i]).startswith(prefix)]
+
+
+def range_of(vocabulary: Tokens, prefix: bytes) -> tuple[int, int]:
+    """Where in the byte-sorted ids the tokens are that begin with `prefix`."""
+    found = begin_with(vocabulary, prefix)
+    lo = byte_sorted(vocabulary).index(found[0]) if found else 0
+    return lo, lo + len(found)
+
+
+def longest_prefix(vocabulary: Tokens, text: bytes) -> int:
+    fitting = [i for i, token in enumerate(vocabulary) if spelled(token) and text.startswith(spelled(token))]
+    return max(fitting, key=lambda i: (len(spelled(vocabulary[i])), -i), default=-1)
+
+
+@dataclass
+class VocabMap:
+    """What the tokens of two vocabularies are to each other; the student's own encoding is the longest match."""
+
+    student: Tokens
+    teacher: Tokens
+
+    @staticmethod
+    def _equal(one: Tokens, other: Tokens) -> list[int]:
+        return [next((i for i, y in enumerate(other) if spelled(x) and x == y), -1) for x in one]
+
+    @property
+    def teacher_to_student(self) -> list[int]:
+        return self._equal(self.teacher, self.student)
+
+    @property
+    def student_to_teacher(self) -> list[int]:
+        return self._equal(self.student, self.teacher)
+
+    @property
+    def prefix(self) -> list[int]:
+        return [longest_prefix(self.student, spelled(v)) if spelled(v) else -1 for v in self.teacher]
+
+    canonical = prefix
+
+    @property
+    def student_order(self) -> list[int]:
+        return byte_sorted(self.student)
+
+    @property
+    def teacher_order(self) -> list[int]:
+        return byte_sorted(self.teacher)
+
+    @property
+    def student_range(self) -> list[tuple[int, int]]:
+        return [range_of(self.student, spelled(u)) if spelled(u) else (0, 0) for u in self.student]
+
+    @property
+    def teacher_range(self) -> list[tuple[int, int]]:
+        return [range_of(self.teacher, spelled(v)) if spelled(v) else (0, 0) for v in self.teacher]
+
+    @property
+    def group(self) -> list[int]:
+        own = [spelled(v) for v in self.teacher if spelled(v) and v not in self.student]
+        roots = sorted({min((y for y in own if v.startswith(y)), key=len) for v in own})
+        return [
+            next(g for g, root in enumerate(roots) if spelled(v).startswith(root)) if spelled(v) in own else -1
+            for v in self.teacher
+        ]
+
+    @property
+    def student_stops(self) -> tuple[int, ...]:
+        return tuple(i for i, token in enumerate(self.student) if token == STOP)
+
+    @property
+    def teacher_stops(self) -> tuple[int, ...]:
+        return tuple(i for i, token in enumerate(self.teacher) if token == STOP)
+
+
+def interior_queries(vm: VocabMap, index: Any, teacher_ids: Any) -> xtokmap.alignment.InteriorQueries:
+    """The queries of all student tokens that start inside a teacher token, from a look at the whole vocabulary."""
+    width, others = index.student_chunk.shape[1], index.teacher_chunk.shape[1]
+    position, teacher_row, indptr, ids, firsts, ranges = [], [], [0], [], [], []
+    for b, row in enumerate(index.teacher_off.tolist()):
+        for i, off in enumerate(row):
+            if off > 0:
+                j = int(index.teacher_pos[b, i])
+                c = spelled(vm.teacher[int(teacher_ids[b, j])])[:off]
+                behind = [v for v in begin_with(vm.teacher, c) if spelled(vm.teacher[v]) != c]
+                position.append(b * width + i)
+                teacher_row.append(b * others + j)
+                ids += behind
+                firsts += [longest_prefix(vm.student, spelled(vm.teacher[v])[off:]) for v in behind]
+                indptr.append(len(ids))
+                ranges.append(range_of(vm.teacher, c))
+    return xtokmap.alignment.InteriorQueries(
+        np.asarray(position, np.int64),
+        np.asarray(teacher_row, np.int64),
+        np.asarray(indptr, np.int64),
+        np.asarray(ids, np.int32),
+        np.asarray(firsts, np.int32),
+        np.asarray(ranges, np.int64).reshape(-1, 2),
+    )
 
 
 # ---- vocabularies ------------------------------------------------------------------------------------------------

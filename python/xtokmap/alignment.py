@@ -61,6 +61,31 @@ class Overlaps(NamedTuple):
     nbytes: Int32
 
 
+@dataclass(frozen=True, eq=False)
+class InteriorQueries:
+    """What can follow inside a teacher token, for every student token that starts inside one; as compressed rows.
+
+    c stands for the bytes of the teacher token that lie before the student token. Query k has the entries
+    `indptr[k]:indptr[k+1]`.
+
+    Attributes:
+        position: int64 `[Q]`, rising; the student token, as the flat position `b * Ts + i`.
+        teacher_row: int64 `[Q]`; the teacher token in which it starts, as `b * Tt + j`.
+        indptr: int64 `[Q+1]`.
+        teacher_ids: int32 `[nnz]`; the teacher's tokens that go on behind c.
+        student_ids: int32 `[nnz]`; the longest student token that what follows c in them begins with, -1 for none.
+        prefix_range: int64 `[Q, 2]` or None; where in the byte-sorted teacher ids the tokens are that begin with c,
+            one that is c itself among them. Student tokens that span several teacher tokens need it.
+    """
+
+    position: Int64
+    teacher_row: Int64
+    indptr: Int64
+    teacher_ids: Int32
+    student_ids: Int32
+    prefix_range: Int64 | None = None
+
+
 class _Bytes(NamedTuple):
     """What it takes to spell the tokens of an alignment."""
 

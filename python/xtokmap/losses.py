@@ -1,5 +1,9 @@
 """Losses for distillation across tokenizers, all on the chunks of one `ChunkIndex`.
 
+Here are those that need the logprobs of sampled tokens alone; those of whole distributions are in
+`xtokmap.divergences` and `xtokmap.prefixes`, and can be imported from here as well. Several teachers, each with its
+own alignment and index, add up: `weighted_sum`.
+
 Notation: student tokens s_1..s_m and teacher tokens of the same bytes; L_S and L_T are the sums of a chunk's student
 and teacher logprobs, D = L_T - L_S, and A_i is the advantage of student token i.
 """
@@ -13,17 +17,36 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.alignment import Kind
-from xtokmap.divergences import Loss
+from xtokmap.divergences import Loss, alm, check_shape, strict_kl, uld_hybrid, weighted_sum
+from xtokmap.prefixes import (
+    CompletionQueries,
+    Completions,
+    Spelling,
+    byte_kl,
+    completion,
+    whitespace_tokens,
+)
 from xtokmap.torch import ChunkIndex
 
 __all__ = [
     "CREDITS",
+    "CompletionQueries",
+    "Completions",
     "Credit",
     "CreditRule",
     "Loss",
+    "Spelling",
+    "alm",
+    "byte_kl",
     "chunk_credit",
     "chunk_gap",
+    "compass",
+    "completion",
     "policy_loss",
+    "strict_kl",
+    "uld_hybrid",
+    "weighted_sum",
+    "whitespace_tokens",
 ]
 
 CreditRule: TypeAlias = Literal["strict", "prior", "shift", "uniform", "bytes", "cover", "full"]
@@ -92,8 +115,8 @@ def chunk_credit(
     """
     if credit not in CREDITS:
         raise XTokMapError(f"credit={credit!r}: use one of {', '.join(CREDITS)}")
-    _check_shape("student_logprobs", student_logprobs, index.student_chunk)
-    _check_shape("teacher_logprobs", teacher_logprobs, index.teacher_chunk)
+    check_shape("student_logprobs", student_logprobs, index.student_chunk)
+    check_shape("teacher_logprobs", teacher_logprobs, index.teacher_chunk)
     s, t = student_logprobs.detach().float(), teacher_logprobs.detach().float()
 
     chunk_of = index.student_chunk
@@ -121,7 +144,7 @@ def chunk_credit(
     elif credit == "cover":
         if transferred is None:
             raise XTokMapError("credit='cover' needs transferred=, the teacher's log q*(s_i | s_<i) for every token")
-        _check_shape("transferred", transferred, chunk_of)
+        check_shape("transferred", transferred, chunk_of)
         q = transferred.detach().float()
         scored &= torch.isfinite(q)
         advantages = q - s
@@ -144,6 +167,52 @@ def chunk_credit(
         clamped = advantages.abs() > clamp
         advantages = advantages.clamp(-clamp, clamp)
     return Credit(advantages, scored, clamped, fallback, nonfinite)
+
+
+def compass(
+    teacher: Credit,
+    weaker: Credit,
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    *,
+    alpha: float = 0.5,
+    clamp: float | None = 10.0,
+) -> Credit:
+    """What a teacher knows more than a weaker model of its family, instead of what it says (Compass, arXiv 2609.10154).
+
+    A_i = (log q_i - log r_i) - alpha (log p_i - log p_ref_i), where q is the teacher and r the weaker model: the
+    difference of two `chunk_credit`s by one rule, on the one alignment that their common tokenizer gives.
+
+    Args:
+        teacher: the teacher's credit, with `clamp=None`.
+        weaker: the weaker model's, with the same rule and `clamp=None`.
+        logprobs: `[B, Ts]`, of the policy that sampled; nats.
+        reference_logprobs: `[B, Ts]`, of the model that it must stay near, usually the one it started from.
+        alpha: how much of that distance is held against it.
+        clamp: largest absolute advantage, or None.
+
+    Returns:
+        Advantages for `policy_loss`, where both credits speak and the logprobs are finite.
+
+    Raises:
+        XTokMapError: shapes that differ.
+    """
+    for name, x in (
+        ("weaker", weaker.advantages),
+        ("logprobs", logprobs),
+        ("reference_logprobs", reference_logprobs),
+    ):
+        check_shape(name, x, teacher.advantages)
+    drift = logprobs.detach().float() - reference_logprobs.detach().float()
+    both = teacher.scored & weaker.scored
+    scored = both & torch.isfinite(drift)
+    advantages = torch.where(scored, teacher.advantages - weaker.advantages - alpha * drift, 0)
+    clamped = teacher.clamped | weaker.clamped
+    if clamp is not None:
+        clamped = clamped | (advantages.abs() > clamp)
+        advantages = advantages.clamp(-clamp, clamp)
+    nonfinite = teacher.nonfinite | weaker.nonfinite | (both & ~scored)
+    return Credit(advantages, scored, clamped & scored, (teacher.fallback | weaker.fallback) & scored, nonfinite)
 
 
 def policy_loss(
@@ -187,7 +256,7 @@ def policy_loss(
     if aggregate not in ("response", "scored"):
         raise XTokMapError(f"aggregate={aggregate!r}: use 'response' or 'scored'")
     for name, x in (("old_logprobs", old_logprobs), ("advantages", advantages), ("mask", mask)):
-        _check_shape(name, x, logprobs)
+        check_shape(name, x, logprobs)
     response = mask.bool()
     active = response if scored is None else response & scored
     a = torch.where(active, advantages.detach().float(), 0)
@@ -232,8 +301,3 @@ def chunk_gap(
 
 def _hand_down(index: ChunkIndex, flags: Tensor) -> Tensor:
     return index.to_student(flags.long()) > 0
-
-
-def _check_shape(name: str, x: Tensor, like: Tensor) -> None:
-    if x.shape != like.shape:
-        raise XTokMapError(f"{name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}")

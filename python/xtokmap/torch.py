@@ -138,6 +138,62 @@ class ChunkIndex:
         return sums.scatter_add(1, self._slot(chunk), torch.where(chunk >= 0, x, 0))[:, :-1]
 
 
+@dataclass(frozen=True, eq=False)
+class VocabTensors:
+    """What the tokens of two vocabularies are to each other, as index tensors; -1 for none.
+
+    Attributes:
+        teacher_to_student: int64 `[V_T]`; the student token with the same bytes.
+        student_to_teacher: int64 `[V_S]`; the teacher token with the same bytes.
+        prefix: int64 `[V_T]`; the longest student token that a teacher token begins with.
+        canonical: int64 `[V_T]`; the first token of the student's own encoding of a teacher token's bytes.
+        student_order: int64; the student's ids that have bytes, sorted by them.
+        teacher_order: int64; the teacher's.
+        student_range: int64 `[V_S, 2]`; where in `student_order` the tokens are that begin with this one's bytes.
+        teacher_range: int64 `[V_T, 2]`; the same in `teacher_order`.
+        group: int64 `[V_T]`; teacher tokens without an equal student token, connected by one beginning another.
+        student_stops: int64; ids that end a turn.
+        teacher_stops: int64; the teacher's.
+        shared: int64 `[S, 2]`; (student, teacher) pairs of equal bytes, no token twice and no stops.
+        num_groups: how many groups there are.
+    """
+
+    teacher_to_student: Tensor
+    student_to_teacher: Tensor
+    prefix: Tensor
+    canonical: Tensor
+    student_order: Tensor
+    teacher_order: Tensor
+    student_range: Tensor
+    teacher_range: Tensor
+    group: Tensor
+    student_stops: Tensor
+    teacher_stops: Tensor
+    shared: Tensor
+    num_groups: int
+
+    @classmethod
+    def from_map(cls, vocab_map: Any, device: torch.device | str | None = None) -> VocabTensors:
+        """Index tensors on `device` of anything that has these attributes as arrays or sequences."""
+        names = [f.name for f in fields(cls) if f.name not in ("shared", "num_groups")]
+        arrays = {name: np.asarray(getattr(vocab_map, name), dtype=np.int64) for name in names}
+        of_student, of_teacher = arrays["student_to_teacher"], arrays["teacher_to_student"]
+        student = np.flatnonzero((of_student >= 0) & ~np.isin(np.arange(len(of_student)), arrays["student_stops"]))
+        teacher = of_student[student]
+        # Ids of equal bytes: the two that name each other.
+        mutual = (of_teacher[teacher] == student) & ~np.isin(teacher, arrays["teacher_stops"])
+        arrays["shared"] = np.stack([student, teacher], axis=1)[mutual]
+        groups = int(arrays["group"].max(initial=-1)) + 1
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)).to(device) for name, a in arrays.items()}
+        return cls(**tensors, num_groups=groups)
+
+    def to(self, device: torch.device | str) -> VocabTensors:
+        """The same on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_groups"}
+        moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        return VocabTensors(**moved, num_groups=self.num_groups)
+
+
 def _as_batch(a: AlignmentBatch | Alignment) -> AlignmentBatch:
     if isinstance(a, AlignmentBatch):
         return a

@@ -1,0 +1,502 @@
+"""Losses against the teacher's distribution read through the bytes of its tokens: `byte_kl` and `completion`.
+
+What the words, `beta` and the common arguments mean is in `xtokmap.divergences`.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from xtokmap._core import ByteTable, XTokMapError
+from xtokmap.alignment import InteriorQueries
+from xtokmap.divergences import (
+    REWRITTEN,
+    STOP,
+    Loss,
+    check_beta,
+    check_rows,
+    check_shape,
+    check_teacher,
+    divergence,
+    last_of_chunk,
+    log_left,
+    reduce_terms,
+    wanted_rows,
+)
+from xtokmap.torch import ChunkIndex, Logits, VocabTensors, map_rows
+
+Phi: TypeAlias = Literal["longest", "canonical"]
+Residual: TypeAlias = Literal["compact", "column"]
+
+
+class Spelling(NamedTuple):
+    """What it takes to see which student tokens span several teacher tokens.
+
+    Attributes:
+        student_ids: int64 `[B, Ts]`.
+        teacher_ids: int64 `[B, Tt]`.
+        teacher_logprobs: float `[B, Tt]`; of the teacher's tokens, nats.
+    """
+
+    student_ids: Tensor
+    teacher_ids: Tensor
+    teacher_logprobs: Tensor
+
+
+def byte_kl(
+    student: Logits,
+    teacher: Logits,
+    index: ChunkIndex,
+    vocab_map: Any,
+    queries: InteriorQueries,
+    *,
+    spelling: Spelling | None = None,
+    beta: float = 0.0,
+    phi: Phi = "longest",
+    residual: Residual = "compact",
+    stop_bridge: float = 0.0,
+    whitespace: Tensor | None = None,
+    floor: float = 1e-6,
+    mask: Tensor | None = None,
+    rows: Tensor | None = None,
+    size: int | None = None,
+    denominator: Tensor | float | None = None,
+) -> Loss:
+    """Divergence to the teacher's distribution marginalised to the student's tokens by bytes (arXiv 2607.22334).
+
+    The target of a student token that starts where a teacher token starts is t(u) = sum of q(v) over the teacher
+    tokens v with phi(v) = u, phi(v) the longest student token that v begins with. Behind c bytes of a teacher token
+    it is the same of what follows c in the tokens that go on behind c, given that one of them stands there. With
+    `spelling`, a student token s that reaches beyond the teacher token gets what is known of it: the product of the
+    teacher's probabilities of the tokens that s covers, times the mass of all that begins with the rest of s; that
+    much is taken from the token to which the first of them would have gone. The ends of turns correspond as one event
+    of all stop ids of a side.
+
+    The teacher's boundaries are taken as they stand, so the row behind one is used as if its bytes could not have been
+    put another way; see the repair in `transfer_kl`. REWRITTEN chunks are left out.
+
+    Args:
+        student: `[B, Ts]` rows.
+        teacher: `[B, Tt]` rows: logits, or hidden states with their head.
+        index: of the same rows.
+        vocab_map: `VocabTensors`, or what it can be made from.
+        queries: of the same rows.
+        spelling: ids and teacher logprobs; None leaves such student tokens to what starts with them.
+        beta: see the module; 0 is KL(t || p).
+        phi: "longest", or "canonical": the first token of the student's own encoding of v.
+        residual: mass of t that no student token covers. "compact": against everything that phi never gives;
+            "column": against the student's ids without bytes.
+        stop_bridge: weight of a KL(q || p) of the event {stop, no stop}, whatever beta is.
+        whitespace: bool `[B, Ts]`; tokens to leave out, see `whitespace_tokens` (their rows can collapse indentation).
+        floor: least target mass of the residual and of what phi never gives, for beta > 0: nothing there would make
+            the divergence infinite.
+        mask: as for `strict_kl`.
+        rows: as for `strict_kl`; best on the CPU.
+        size: rows of a slice.
+        denominator: as for `strict_kl`.
+
+    Returns:
+        The loss; figures `residual` (mean mass), `inside`, `spanning` (shares of the scored tokens) and `whitespace`
+        (tokens left out). A head pass (two with a gradient) of either side, and one more of the teacher's for the
+        spanning tokens.
+
+    Raises:
+        XTokMapError: shapes or vocabularies that do not fit; unknown options; a `TopK` teacher; a spelling with queries
+            that lack `prefix_range`; "column" where the student has no ids without bytes.
+    """
+    check_beta(beta)
+    for name, value, known in (("phi", phi, get_args(Phi)), ("residual", residual, get_args(Residual))):
+        if value not in known:
+            raise XTokMapError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
+    check_teacher(teacher, (Logits,), "byte_kl")
+    maps = check_rows(vocab_map, student, teacher, index, mask)
+    if whitespace is not None:
+        check_shape("whitespace", whitespace, index.student_chunk)
+    device, width = index.student_chunk.device, student.vocab_size
+    with_stops = bool(len(maps.student_stops) and len(maps.teacher_stops))
+    nowhere, stop_slot = width, width + 1
+    slot = _padded(maps.prefix if phi == "longest" else maps.canonical, teacher.vocab_size)
+    slot = torch.where(slot >= 0, slot, nowhere).index_fill(0, maps.teacher_stops, stop_slot if with_stops else nowhere)
+    given = torch.zeros(width + 2, dtype=torch.bool, device=device).index_fill(0, slot, True)
+    is_stop = given.new_zeros(width).index_fill(0, maps.student_stops, with_stops)
+    no_bytes = given.new_ones(width).index_fill(0, maps.student_order, False) & ~is_stop
+    if residual == "column" and width == len(maps.student_order) + with_stops * len(maps.student_stops):
+        raise XTokMapError("residual='column' needs student ids without bytes to stand for it; use 'compact'")
+
+    flat = index.student_chunk.numel()
+    position = torch.from_numpy(np.ascontiguousarray(queries.position)).to(device)
+    inside = torch.zeros(flat, dtype=torch.bool, device=device).index_fill(0, position, True)
+    inside = inside.view(index.student_chunk.shape)
+    kind = index.kind_of_student()
+    scored = (index.teacher_pos >= 0) & (kind != REWRITTEN) & ((index.teacher_off == 0) | inside)
+    left_out = torch.zeros_like(scored) if whitespace is None else scored & whitespace
+    if mask is not None:
+        left_out &= mask.bool()
+        scored &= mask.bool()
+    scored &= ~left_out
+    rows = wanted_rows(scored, rows)
+    entries = _Ragged(queries.position, queries.indptr, rows, device, queries.teacher_ids, queries.student_ids)
+    if spelling is None:
+        none = torch.full_like(index.student_chunk, -1)
+        log_span, span_to, realised = none.float(), none, none
+    else:
+        log_span, span_to, realised = _spans(teacher, index, maps, queries, spelling, scored, size)
+    spanning = span_to >= 0
+
+    def target(
+        z: Tensor, inside: Tensor, log_span: Tensor, span_to: Tensor, realised: Tensor, entries: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Mass of every student token, of nowhere and of the end of a turn `[n, V + 2]`, and which are explicit."""
+        q = torch.softmax(z, -1)
+        t = q.new_zeros(len(q), width + 2).index_add_(1, slot, q)
+        t = torch.where(inside[:, None], 0, t)
+        explicit = given & ~inside[:, None]
+        row, ids, to = entries[0], entries[1], torch.where(entries[2] >= 0, entries[2], nowhere)
+        mass = q[row, ids]
+        pi = q.new_zeros(len(q)).index_add_(0, row, mass)
+        t.view(-1).index_add_(0, row * (width + 2) + to, mass / pi[row])
+        explicit.view(-1).index_fill_(0, row * (width + 2) + to, True)
+        # What spans is moved from where the first of its teacher tokens went.
+        source = slot[realised.clamp(min=0)]
+        found = torch.where(ids == realised[row], to, 0)
+        source = torch.where(inside, source.new_zeros(len(q)).index_add_(0, row, found), source)[:, None]
+        moved = torch.where(span_to >= 0, log_span.to(q.dtype).exp() / torch.where(inside, pi, 1), 0)[:, None]
+        moved = torch.minimum(moved, t.gather(1, source))
+        goal = torch.where(span_to >= 0, span_to, nowhere)[:, None]
+        t.scatter_add_(1, source, -moved).scatter_add_(1, goal, moved)
+        return t, explicit.scatter_(1, goal, True)
+
+    def at_least(mass: Tensor) -> Tensor:
+        return mass.clamp(min=floor) if beta > 0 else mass
+
+    def fn(x: Tensor, z: Tensor, inside: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        t, explicit = target(z.to(x.dtype), inside, *rest)
+        explicit = explicit[:, :width] & ~(is_stop & ~inside[:, None])
+        tokens, nowhere_mass, stop_mass = t[:, :width], t[:, nowhere], t[:, stop_slot]
+        lse = x.logsumexp(-1)
+        log_t = tokens.log()
+        if beta > 0:
+            log_t = log_t.clamp(min=math.log(torch.finfo(torch.float32).tiny))
+        log_p = torch.where(explicit, x - lse[:, None], -math.inf)
+        terms = divergence(log_p, torch.where(explicit, log_t, -math.inf), beta)
+        used = explicit | (is_stop & ~inside[:, None])
+        bins = []
+        if residual == "column":
+            bins.append((log_left(x, lse, ~no_bytes.expand_as(x)), at_least(nowhere_mass)))
+            used = used | no_bytes
+            nowhere_mass = torch.zeros_like(nowhere_mass)
+        bins.append((log_left(x, lse, used), at_least(nowhere_mass)))
+        if with_stops:
+            ends = x[:, maps.student_stops].logsumexp(-1) - lse
+            bins.append((torch.where(inside, -math.inf, ends), torch.where(inside, 0, stop_mass)))
+        terms = terms + divergence(
+            torch.stack([b for b, _ in bins], 1), torch.stack([mass for _, mass in bins], 1).log(), beta
+        )
+        if with_stops and stop_bridge:
+            goes_on = torch.log1p(-ends.exp().clamp(max=1 - 1e-7))
+            both = torch.stack([stop_mass, 1 - stop_mass], 1).clamp(min=0).log()
+            bridge = divergence(torch.stack([ends, goes_on], 1), both, 0)
+            terms = terms + stop_bridge * torch.where(inside, 0, bridge)
+        return terms, t[:, nowhere]
+
+    at = index.teacher_rows(index.teacher_pos)
+    terms, lost = map_rows(
+        fn, student, teacher.at(at), inside, log_span, span_to, realised, entries, size=size, rows=rows
+    )
+    loss = reduce_terms(
+        terms, scored, index, mask, denominator, residual=lost, inside=inside.float(), spanning=spanning.float()
+    )
+    loss.figures["whitespace"] = left_out.sum()
+    return loss
+
+
+def whitespace_tokens(table: ByteTable) -> Tensor:
+    """Which tokens are white space only: bool `[V]` on the CPU; `whitespace_tokens(table)[ids]` is for `byte_kl`."""
+    return torch.tensor([(table[i] or b"").isspace() for i in range(len(table))], dtype=torch.bool)
+
+
+def _spans(
+    teacher: Logits,
+    index: ChunkIndex,
+    maps: VocabTensors,
+    queries: InteriorQueries,
+    spelling: Spelling,
+    scored: Tensor,
+    size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student tokens that reach beyond the teacher token in which they start.
+
+    Returns:
+        The log of the mass known of them `[B, Ts]` (not yet given that the text goes on behind c), their ids (-1
+        elsewhere), and the realised teacher token in which each starts.
+    """
+    if queries.prefix_range is None:
+        raise XTokMapError("spelling needs queries with prefix_range: where the teacher's tokens lie that begin with c")
+    for name, x, like in zip(
+        Spelling._fields, spelling, (index.student_chunk, index.teacher_chunk, index.teacher_chunk), strict=True
+    ):
+        check_shape(name, x, like)
+    chunk, pos, off = index.student_chunk, index.teacher_pos, index.teacher_off
+    device = chunk.device
+    # The next student token of the same chunk starts where this one ends.
+    place = torch.arange(chunk.shape[1], device=device)
+    aligned = torch.where(chunk >= 0, place, chunk.shape[1])
+    after = torch.nn.functional.pad(aligned.flip(1).cummin(1).values.flip(1), (0, 1), value=chunk.shape[1])[:, 1:]
+    padded = [torch.nn.functional.pad(x, (0, 1), value=-1).gather(1, after) for x in (chunk, pos, off)]
+    follows = (chunk >= 0) & (padded[0] == chunk)
+    # The last teacher token of which this one has bytes.
+    of_teacher = torch.arange(index.teacher_chunk.shape[1], device=device)
+    with_bytes = torch.where(index.teacher_chunk >= 0, of_teacher, -1).cummax(1).values
+    before = torch.nn.functional.pad(with_bytes, (1, 0), value=-1)
+    last = index.to_student(last_of_chunk(index.teacher_chunk, index))
+    cut = follows & (padded[2] > 0)  # it ends inside a teacher token
+    if not before.shape[1]:
+        return torch.full_like(pos, -1).float(), torch.full_like(pos, -1), torch.full_like(pos, -1)
+    whole = torch.where(follows, before.gather(1, padded[1].clamp(min=0)), last)
+    last = torch.where(cut, padded[1], whole)
+    kind = index.kind_of_student()
+    spans = scored & (kind != STOP) & (last > pos)
+
+    ids = spelling.teacher_ids
+    realised = torch.where(pos >= 0, ids.gather(1, pos.clamp(min=0)), -1)
+    flat = torch.zeros(chunk.numel(), 2, dtype=torch.int64, device=device)
+    position, found = (
+        torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (queries.position, queries.prefix_range)
+    )
+    of_query = flat.index_copy(0, position, found.to(torch.int64)).view(*chunk.shape, 2)
+    of_query = torch.nn.functional.pad(of_query, (0, 0, 0, 1)).gather(1, after[..., None].expand(-1, -1, 2))
+    tail = ids.gather(1, last.clamp(min=0)).clamp(min=0)
+    bounds = torch.where(cut[..., None], of_query, _fitted(maps.teacher_range, teacher.vocab_size)[tail])
+    bounds = torch.where(spans[..., None], bounds, 0)
+
+    def mass(z: Tensor, bounds: Tensor) -> Tensor:
+        # In float64: the mass is a difference of two sums that are near 1.
+        sums = torch.softmax(z, -1)[:, maps.teacher_order].double().cumsum(1)
+        sums = torch.nn.functional.pad(sums, (1, 0))
+        return (sums.gather(1, bounds[:, 1:]) - sums.gather(1, bounds[:, :1]))[:, 0].clamp(min=0).to(z.dtype)
+
+    with torch.no_grad():
+        (tails,) = map_rows(
+            mass, teacher.at(index.teacher_rows(last)), bounds, size=size, rows=wanted_rows(spans, None)
+        )
+    logprobs = torch.where(index.teacher_chunk >= 0, spelling.teacher_logprobs.detach().double(), 0)
+    sums = torch.nn.functional.pad(logprobs.cumsum(1), (1, 0))
+    product = sums.gather(1, last.clamp(min=0)) - sums.gather(1, pos.clamp(min=0))
+    log_span = torch.where(spans, product + tails.double().log(), -math.inf).to(tails.dtype)
+    return log_span, torch.where(spans, spelling.student_ids, -1), realised
+
+
+# ---- completion --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class CompletionQueries:
+    """For student tokens a that begin teacher tokens, what would complete those; as compressed rows.
+
+    Attributes:
+        position: int64 `[Q]`, rising; the student token after a, as the flat position `b * Ts + i`.
+        teacher_row: int64 `[Q]`; the teacher token that starts where a does, as `b * Tt + j`.
+        indptr: int64 `[Q+1]`; query k has the entries `indptr[k]:indptr[k+1]`.
+        group: int64 `[nnz]`; a group of teacher tokens whose shortest member begins with a.
+        student_range: int64 `[nnz, 2]`; where in the byte-sorted student ids the tokens are that begin with what a
+            leaves of that member; never empty.
+    """
+
+    position: npt.NDArray[np.int64]
+    teacher_row: npt.NDArray[np.int64]
+    indptr: npt.NDArray[np.int64]
+    group: npt.NDArray[np.int64]
+    student_range: npt.NDArray[np.int64]
+
+
+class Completions:
+    """Finds the `CompletionQueries` of batches, and keeps what it found for every student token.
+
+    Args:
+        student: the student's byte table.
+        teacher: the teacher's.
+        vocab_map: of the two; arrays, as `VocabTensors.from_map` takes them.
+    """
+
+    def __init__(self, student: ByteTable, teacher: ByteTable, vocab_map: Any) -> None:
+        self._student = student
+        self._sorted = [student[int(i)] or b"" for i in vocab_map.student_order]
+        order, group = np.asarray(vocab_map.teacher_order), np.asarray(vocab_map.group)
+        ordered = group[order]
+        # A group's shortest member is a prefix of the others and comes first.
+        _, first = np.unique(ordered[ordered >= 0], return_index=True)
+        members = order[ordered >= 0][first]
+        roots = sorted((teacher[int(i)] or b"", int(group[i])) for i in members)
+        self._roots, self._groups = [r for r, _ in roots], [g for _, g in roots]
+        self._known: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+
+    def queries(self, index: ChunkIndex, student_ids: Tensor) -> CompletionQueries:
+        """The queries of a batch whose index is on the CPU.
+
+        Args:
+            index: of the batch.
+            student_ids: int64 `[B, Ts]`.
+        """
+        check_shape("student_ids", student_ids, index.student_chunk)
+        kind = index.kind_of_student()
+        root = (index.teacher_off == 0) & (kind != REWRITTEN) & (kind != STOP)
+        # The token behind must be one of the text.
+        root &= torch.nn.functional.pad(kind, (0, 1), value=-1)[:, 1:] >= 0
+        flat = root.reshape(-1).nonzero()[:, 0]
+        found = [self._of(int(a)) for a in student_ids.reshape(-1)[flat].tolist()]
+        counts = np.asarray([len(group) for group, _ in found], dtype=np.int64)
+        some = counts > 0
+        at = index.teacher_rows(index.teacher_pos).reshape(-1)[flat].numpy()
+        groups = [group for group, _ in found if len(group)]
+        ranges = [r for _, r in found if len(r)]
+        return CompletionQueries(
+            position=flat.numpy()[some] + 1,
+            teacher_row=at[some],
+            indptr=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[some])]),
+            group=np.concatenate(groups) if groups else np.zeros(0, np.int64),
+            student_range=np.concatenate(ranges) if ranges else np.zeros((0, 2), np.int64),
+        )
+
+    def _of(self, token: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        if token not in self._known:
+            a = (self._student[token] or b"") if 0 <= token < len(self._student) else b""
+            lo, hi = _begin_with(self._roots, a) if a else (0, 0)
+            groups, ranges = [], []
+            for root, group in zip(self._roots[lo:hi], self._groups[lo:hi], strict=True):
+                start, stop = _begin_with(self._sorted, root[len(a) :]) if root != a else (0, 0)
+                if stop > start:
+                    groups.append(group)
+                    ranges.append((start, stop))
+            self._known[token] = np.asarray(groups, np.int64), np.asarray(ranges, np.int64).reshape(-1, 2)
+        return self._known[token]
+
+
+def _begin_with(ordered: list[bytes], prefix: bytes) -> tuple[int, int]:
+    """Where in sorted byte strings those lie that begin with `prefix`."""
+    lo = bisect_left(ordered, prefix)
+    behind = prefix.rstrip(b"\xff")  # the first string that sorts behind them all
+    return lo, bisect_left(ordered, behind[:-1] + bytes([behind[-1] + 1]), lo) if behind else len(ordered)
+
+
+def completion(
+    student: Logits,
+    teacher: Logits,
+    index: ChunkIndex,
+    vocab_map: Any,
+    queries: CompletionQueries,
+    *,
+    mask: Tensor | None = None,
+    rows: Tensor | None = None,
+    size: int | None = None,
+    denominator: Tensor | float | None = None,
+) -> Loss:
+    """Asks the student to complete the teacher tokens that it has begun (ESCD, arXiv 2609.34738).
+
+    Behind a sampled student token a, for every group g of teacher tokens without an equal student token whose
+    shortest member y begins with a: -sum of M_g log sum of p(u | a) over the student tokens u that begin with what a
+    leaves of y; M_g is the group's teacher mass where a starts. At least 0. It goes with the root of `byte_kl`.
+
+    Args:
+        student: `[B, Ts]` rows.
+        teacher: `[B, Tt]` rows: logits, or hidden states with their head.
+        index: of the same rows.
+        vocab_map: `VocabTensors`, or what it can be made from.
+        queries: of the same rows, from `Completions`.
+        mask: as for `strict_kl`; of the tokens behind a.
+        rows: as for `strict_kl`; best on the CPU.
+        size: rows of a slice.
+        denominator: as for `strict_kl`.
+
+    Returns:
+        The loss, its terms at the tokens behind a; figure `begun`, the mean teacher mass of the groups.
+
+    Raises:
+        XTokMapError: shapes or vocabularies that do not fit; a `TopK` teacher.
+    """
+    check_teacher(teacher, (Logits,), "completion")
+    maps = check_rows(vocab_map, student, teacher, index, mask)
+    shape, device = index.student_chunk.shape, index.student_chunk.device
+    position, teacher_row = (
+        torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (queries.position, queries.teacher_row)
+    )
+    none = torch.full((shape.numel(),), -1, dtype=torch.int64, device=device)
+    at = none.index_copy(0, position, teacher_row).view(shape)
+    scored = at >= 0
+    if mask is not None:
+        scored &= mask.bool()
+    rows = wanted_rows(scored, rows)
+    entries = _Ragged(queries.position, queries.indptr, rows, device, queries.group, queries.student_range)
+    group = _padded(maps.group, teacher.vocab_size)
+    group = torch.where(group >= 0, group, maps.num_groups)
+
+    def fn(x: Tensor, z: Tensor, entries: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        row, groups, bounds = entries
+        q = torch.softmax(z.to(x.dtype), -1)
+        mass = q.new_zeros(len(q), maps.num_groups + 1).index_add_(1, group, q)[row, groups]
+        # In float64: a sum over a range is a difference of two sums that are near 1.
+        p = torch.log_softmax(x, -1)[:, maps.student_order].double().exp().cumsum(1)
+        p = torch.nn.functional.pad(p, (1, 0))
+        log_p = (p[row, bounds[:, 1]] - p[row, bounds[:, 0]]).clamp(min=1e-15).log().to(x.dtype)
+        zero = x.new_zeros(len(x))
+        # A rounded sum may be a little above 1.
+        return zero.index_add(0, row, -mass * log_p.clamp(max=0)), zero.index_add(0, row, mass)
+
+    terms, begun = map_rows(fn, student, teacher.at(at), entries, size=size, rows=rows)
+    return reduce_terms(terms, scored, index, mask, denominator, begun=begun)
+
+
+# ---- helpers -----------------------------------------------------------------------------------------------------
+
+
+class _Ragged:
+    """Compressed rows of queries, by slices of the rows that are worked on; their bounds are known on the host."""
+
+    def __init__(
+        self,
+        position: npt.NDArray[Any],
+        indptr: npt.NDArray[Any],
+        rows: Tensor | None,
+        device: torch.device,
+        *columns: npt.NDArray[Any],
+    ) -> None:
+        place, counts = np.asarray(position, np.int64), np.diff(indptr)
+        entries = np.ones(int(indptr[-1]), dtype=np.bool_)
+        if rows is not None:  # the places of their rows among those that are worked on
+            worked = rows.cpu().numpy()
+            order = np.argsort(worked, kind="stable")
+            at = np.searchsorted(worked, place, sorter=order)
+            place, wanted = order[np.minimum(at, len(order) - 1)] if len(order) else place * 0, at < len(order)
+            wanted &= worked[place] == position if len(order) else False
+            entries = np.repeat(wanted, counts)
+            place, counts = place[wanted], counts[wanted]
+        columns = tuple(np.asarray(c, np.int64)[entries] for c in columns)
+        if len(place) and (np.diff(place) < 0).any():
+            order = np.argsort(place, kind="stable")
+            moved = np.argsort(np.repeat(np.argsort(order), counts), kind="stable")
+            columns = tuple(c[moved] for c in columns)
+            place, counts = place[order], counts[order]
+        self._place = place
+        self._start = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        self._row = torch.from_numpy(np.repeat(place, counts)).to(device)
+        self._columns = [torch.from_numpy(c).to(device) for c in columns]
+
+    def slice(self, a: int, b: int) -> tuple[Tensor, ...]:
+        """The row of the slice and the columns of every entry."""
+        first, last = (int(self._start[i]) for i in np.searchsorted(self._place, [a, b]))
+        return self._row[first:last] - a, *(c[first:last] for c in self._columns)
+
+
+def _padded(ids: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(ids, (0, size - len(ids)), value=-1)
+
+
+def _fitted(ranges: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(ranges, (0, 0, 0, size - len(ranges)))
