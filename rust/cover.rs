@@ -52,6 +52,19 @@ impl Queries {
     pub const FORCED: u8 = 2;
 }
 
+/// What can follow inside the teacher tokens of a batch.
+#[derive(Clone, Debug, Default)]
+pub struct Interior {
+    /// Flat student tokens that start inside a teacher token.
+    pub student: Vec<i64>,
+    /// Flat teacher token in which each starts.
+    pub teacher: Vec<i64>,
+    /// `[lo, hi)` in the byte-sorted teacher ids of the tokens that begin with the bytes before it.
+    pub range: Vec<[i64; 2]>,
+    /// The teacher tokens that go on behind these bytes, with the longest student token of what follows.
+    pub sets: Vec<Arc<Set>>,
+}
+
 /// Consumed bytes: the start of teacher tokens.
 #[derive(Debug)]
 struct Node {
@@ -63,6 +76,8 @@ const ROOT: u32 = u32::MAX - 1;
 const DEAD: u32 = u32::MAX;
 /// In the place of a student token: nothing merges with it.
 const NEVER: u32 = u32::MAX;
+/// In the place of a student token: nothing merges, and the longest student token that fits comes next.
+const LONGEST: u32 = u32::MAX - 1;
 /// In the place of consumed bytes: the row after them.
 const AFTER: u32 = u32::MAX;
 const FULL: u32 = u32::MAX;
@@ -286,6 +301,16 @@ impl Row<'_> {
     }
 }
 
+/// Goes past the next teacher token: every open place takes it whole, and so does its own.
+fn pass<K: Known>(token: u32, stretch: &mut Stretch, walk: &mut Walk<'_, K>) {
+    stretch.open.push((stretch.j, ROOT));
+    stretch.open.retain_mut(|(_, node)| {
+        *node = walk.step(*node, token, FULL);
+        *node != DEAD
+    });
+    stretch.j += 1;
+}
+
 impl Cover {
     /// Queries between a student's and a teacher's encoding; `map` is the map between the two.
     pub fn new(student: Arc<Encoding>, teacher: Arc<Encoding>, map: Arc<VocabMap>) -> Self {
@@ -357,15 +382,7 @@ impl Cover {
                 self.walk(row, &mut discovery);
             }
             let mut missing = discovery.missing;
-            missing.sort_unstable();
-            missing.dedup();
-            let sets: Vec<Set> = missing.par_iter().map(|&key| self.set(key, &store.nodes)).collect();
-            for (key, set) in missing.into_iter().zip(sets) {
-                let id = store.sets.len() as u32;
-                store.elements += set.ids.len();
-                store.sets.push(Arc::new(set));
-                store.set_of.insert(key, id);
-            }
+            self.fill(&mut missing, &mut store);
         }
         let store = self.store.read().map_err(|_| poisoned())?;
         let mut all = Queries { indptr: vec![0], ..Queries::default() };
@@ -393,9 +410,52 @@ impl Cover {
         Ok(all)
     }
 
+    /// For every student token that starts inside a teacher token, which teacher tokens go on behind the bytes before it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the batch does not fit the ids or the vocabularies.
+    pub fn interior(&self, batch: &Batch, students: &[u32], teachers: &[u32]) -> Result<Interior, Error> {
+        let rows = self.rows(batch, students, teachers)?;
+        let mut store = self.store.write().map_err(|_| poisoned())?;
+        let mut found = Interior::default();
+        let mut keys = vec![];
+        for (b, row) in rows.iter().enumerate() {
+            for i in (0..row.students.len()).filter(|&i| row.spelled(i) && row.teacher_off[i] > 0) {
+                let Some(j) = usize::try_from(row.teacher_pos[i]).ok().filter(|&j| j < row.teachers.len()) else {
+                    continue;
+                };
+                let mut discovery = Discovery { cover: self, store: &mut store, missing: vec![] };
+                let node = discovery.step(ROOT, row.teachers[j], row.teacher_off[i] as u32).unwrap_or(DEAD);
+                let Some(Node { range, .. }) = store.nodes.get(node as usize) else { continue };
+                found.student.push(batch.student_cu[b] + i as i64);
+                found.teacher.push(batch.teacher_cu[b] + j as i64);
+                found.range.push([range[0] as i64, range[1] as i64]);
+                keys.push((LONGEST, node, false));
+            }
+        }
+        let mut missing: Vec<SetKey> = keys.iter().filter(|key| !store.set_of.contains_key(key)).copied().collect();
+        self.fill(&mut missing, &mut store);
+        found.sets = keys.iter().map(|key| store.sets[store.set_of[key] as usize].clone()).collect();
+        Ok(found)
+    }
+
+    /// Works out sets that are missing.
+    fn fill(&self, missing: &mut Vec<SetKey>, store: &mut Store) {
+        missing.sort_unstable();
+        missing.dedup();
+        let sets: Vec<Set> = missing.par_iter().map(|&key| self.set(key, &store.nodes)).collect();
+        for (&key, set) in missing.iter().zip(sets) {
+            let id = store.sets.len() as u32;
+            store.elements += set.ids.len();
+            store.sets.push(Arc::new(set));
+            store.set_of.insert(key, id);
+        }
+    }
+
     fn rows<'a>(&self, batch: &'a Batch, students: &'a [u32], teachers: &'a [u32]) -> Result<Vec<Row<'a>>, Error> {
-        let Alignment { kind, student_chunk, teacher_chunk, student_end, teacher_end, teacher_pos, teacher_off, .. } =
-            &batch.flat;
+        let Alignment {
+            kind, student_chunk, teacher_chunk, student_end, teacher_end, teacher_pos, teacher_off, ..
+        } = &batch.flat;
         let (m, n) = (students.len(), teachers.len());
         let bounds = |cu: &[i64], total: usize| {
             cu.first() == Some(&0) && cu.windows(2).all(|w| w[0] <= w[1]) && cu.last() == Some(&(total as i64))
@@ -486,7 +546,7 @@ impl Cover {
     ) -> Option<u8> {
         let end = i64::from(row.student_end[i]) + stretch.ahead;
         while *row.teacher_chunk.get(stretch.j)? >= 0 && i64::from(row.teacher_end[stretch.j]) < end {
-            self.pass(row.teachers[stretch.j], stretch, walk);
+            pass(row.teachers[stretch.j], stretch, walk);
         }
         let j = stretch.j;
         if *row.teacher_chunk.get(j)? < 0 {
@@ -498,7 +558,7 @@ impl Cover {
             if let Some(all) = walk.set((NEVER, AFTER, false)) {
                 walk.term(j + 1, all);
             }
-            self.pass(token, stretch, walk);
+            pass(token, stretch, walk);
             return Some(0);
         }
         let offset = if exact { FULL } else { (end - row.teacher_start(j)) as u32 };
@@ -535,19 +595,9 @@ impl Cover {
                     flags |= Queries::FORCED;
                 }
             }
-            self.pass(token, stretch, walk);
+            pass(token, stretch, walk);
         }
         Some(flags)
-    }
-
-    /// Goes past the next teacher token: every open place takes it whole, and so does its own.
-    fn pass<K: Known>(&self, token: u32, stretch: &mut Stretch, walk: &mut Walk<'_, K>) {
-        stretch.open.push((stretch.j, ROOT));
-        stretch.open.retain_mut(|(_, node)| {
-            *node = walk.step(*node, token, FULL);
-            *node != DEAD
-        });
-        stretch.j += 1;
     }
 
     fn set(&self, (s, node, with_self): SetKey, nodes: &[Node]) -> Set {
@@ -569,10 +619,11 @@ impl Cover {
                 continue;
             }
             let next = match self.teacher.id(z) {
+                _ if s == LONGEST => self.student.longest_prefix(z).map_or(-1, |u| u as i32),
                 Some(token) => self.map.canonical[token as usize],
                 None => self.student.first(z).map_or(-1, |u| u as i32),
             };
-            if s != NEVER && self.student.merges(s, z, u32::try_from(next).ok()) {
+            if s < LONGEST && self.student.merges(s, z, u32::try_from(next).ok()) {
                 continue;
             }
             let whole = u32::try_from(next).is_ok_and(|u| self.student.table().bytes(u).len() == z.len());

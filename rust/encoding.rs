@@ -87,6 +87,9 @@ impl Splits {
     pub const INSIDE: u8 = 255;
 }
 
+/// (left, right) -> (rank, merged).
+type Merges = Map<(u32, u32), (u32, u32)>;
+
 /// How one token was made: the pair whose merge it is, and the rank of that merge.
 #[derive(Clone, Copy, Debug)]
 struct Made {
@@ -97,7 +100,7 @@ struct Made {
 
 #[derive(Clone, Debug)]
 struct Bpe {
-    merges: Map<(u32, u32), (u32, u32)>,
+    merges: Merges,
     characters: bool,
     whole: bool,
     added: Vec<u32>,
@@ -308,14 +311,13 @@ impl Encoding {
     }
 
     fn merge_into(&self, bpe: &Bpe, bytes: &[u8], out: &mut Vec<u32>) {
-        match self.id(bytes).filter(|_| bpe.whole) {
-            Some(id) => out.push(id),
-            None => {
-                let mut symbols = self.first_symbols(bytes, bpe.characters);
-                bpe.merge(&mut symbols);
-                out.append(&mut symbols);
-            }
+        if let Some(id) = self.id(bytes).filter(|_| bpe.whole) {
+            out.push(id);
+            return;
         }
+        let mut symbols = self.first_symbols(bytes, bpe.characters);
+        bpe.merge(&mut symbols);
+        out.append(&mut symbols);
     }
 
     /// The longest added token that these bytes begin with.
@@ -364,26 +366,21 @@ impl Encoding {
     }
 
     fn first_symbols(&self, bytes: &[u8], characters: bool) -> Vec<u32> {
-        let mut symbols = Vec::with_capacity(bytes.len());
-        let mut bytewise = |bytes: &[u8]| {
-            symbols.extend(bytes.iter().filter_map(|b| self.ids.get(&self.table, std::slice::from_ref(b))));
-        };
+        let one = |b: &u8| self.ids.get(&self.table, std::slice::from_ref(b));
         if !characters {
-            bytewise(bytes);
-            return symbols;
+            return bytes.iter().filter_map(one).collect();
         }
+        let mut symbols = Vec::with_capacity(bytes.len());
         for chunk in bytes.utf8_chunks() {
             let mut buffer = [0; 4];
             for character in chunk.valid().chars() {
                 let bytes = character.encode_utf8(&mut buffer).as_bytes();
                 match self.ids.get(&self.table, bytes) {
                     Some(id) => symbols.push(id),
-                    None => {
-                        symbols.extend(bytes.iter().filter_map(|b| self.ids.get(&self.table, std::slice::from_ref(b))))
-                    }
+                    None => symbols.extend(bytes.iter().filter_map(one)),
                 }
             }
-            symbols.extend(chunk.invalid().iter().filter_map(|b| self.ids.get(&self.table, std::slice::from_ref(b))));
+            symbols.extend(chunk.invalid().iter().filter_map(one));
         }
         symbols
     }
@@ -605,7 +602,7 @@ impl Encoding {
 }
 
 /// The merges of a list, in order of rank.
-fn listed(table: &ByteTable, merges: &[[u32; 3]]) -> Result<Map<(u32, u32), (u32, u32)>, Error> {
+fn listed(table: &ByteTable, merges: &[[u32; 3]]) -> Result<Merges, Error> {
     let mut all = Map::default();
     all.reserve(merges.len());
     for (rank, &[left, right, merged]) in merges.iter().enumerate() {
@@ -621,11 +618,11 @@ fn listed(table: &ByteTable, merges: &[[u32; 3]]) -> Result<Map<(u32, u32), (u32
 }
 
 /// Every pair whose bytes together are a token, with that token's rank.
-fn implied(table: &ByteTable, ids: &ByBytes, ranks: Option<&[u32]>) -> Result<Map<(u32, u32), (u32, u32)>, Error> {
+fn implied(table: &ByteTable, ids: &ByBytes, ranks: Option<&[u32]>) -> Result<Merges, Error> {
     if let Some(ranks) = ranks.filter(|ranks| ranks.len() != table.len()) {
         return Err(Error::Argument(format!("{} ranks for a byte table of {} ids", ranks.len(), table.len())));
     }
-    let pairs: Vec<((u32, u32), (u32, u32))> = (0..table.len() as u32)
+    let pairs: Vec<_> = (0..table.len() as u32)
         .into_par_iter()
         .flat_map_iter(|id| {
             let bytes = table.bytes(id);

@@ -42,7 +42,7 @@ mod vocab_map;
 
 pub use align::{Aligner, Alignment, Batch, Ids, Kind, Layout, Rows};
 pub use byte_table::{ByteTable, Invalid};
-pub use cover::{Cover, Queries, Set};
+pub use cover::{Cover, Interior, Queries, Set};
 pub use encoding::{Encoding, Rule, Splits};
 pub use spans::{align_offsets, align_texts, map_spans, overlaps, Overlaps, SpanMode};
 pub use vocab_map::{Sorted, VocabMap};

@@ -386,7 +386,9 @@ impl PyEncoding {
                 let added = added.map(|added| values(&added)).transpose()?.unwrap_or_default();
                 Rule::Bpe { merges: merges.map(triples).transpose()?, ranks, characters, whole, added }
             }
-            _ => return Err(XTokMapError::new_err(format!("rule {rule:?}: use longest match, bpe or unigram (scores)"))),
+            _ => {
+                return Err(XTokMapError::new_err(format!("rule {rule:?}: use longest match, bpe or unigram (scores)")))
+            }
         };
         let splits = match splits {
             None => None,
@@ -493,6 +495,23 @@ impl PyCover {
         all.set_item("flags", flags.into_pyarray(py))?;
         all.set_item("sets", PySets(sets))?;
         Ok(all)
+    }
+
+    /// student int64 `[Q]`, teacher int64 `[Q]`, range int64 `[Q, 2]` and the sets of a batch's interior positions.
+    #[allow(clippy::needless_pass_by_value)]
+    fn interior<'py>(
+        &self,
+        py: Python<'py>,
+        batch: BatchFields<'py>,
+        student_ids: Array<'py, u32>,
+        teacher_ids: Array<'py, u32>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let batch = batch.batch()?;
+        let (students, teachers) = (student_ids.as_slice()?, teacher_ids.as_slice()?);
+        let found = py.detach(|| self.cover.interior(&batch, students, teachers))?;
+        let n = found.range.len();
+        let range = found.range.into_flattened().into_pyarray(py).reshape([n, 2])?;
+        (found.student.into_pyarray(py), found.teacher.into_pyarray(py), range, PySets(found.sets)).into_pyobject(py)
     }
 }
 

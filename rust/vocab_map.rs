@@ -18,9 +18,7 @@ impl Sorted {
     /// Sorts a table.
     pub fn new(table: &ByteTable) -> Self {
         let mut order: Vec<i32> = (0..table.len() as i32).filter(|&id| !table.bytes(id as u32).is_empty()).collect();
-        order.par_sort_unstable_by(|&a, &b| {
-            table.bytes(a as u32).cmp(table.bytes(b as u32)).then(a.cmp(&b))
-        });
+        order.par_sort_unstable_by(|&a, &b| table.bytes(a as u32).cmp(table.bytes(b as u32)).then(a.cmp(&b)));
         let mut range = vec![[0, 0]; table.len()];
         // Tokens whose ranges are still open; each is a prefix of the next.
         let mut open: Vec<i32> = vec![];

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from xtokmap import _core
 from xtokmap._core import ByteTable, XTokMapError
-from xtokmap.cover import CoverQueries, Transfer, VocabMap
+from xtokmap.cover import CoverQueries, Transfer, VocabMap, padded_places
 from xtokmap.tokenizers import TextCodec, byte_table, text_codec
 
 Int32: TypeAlias = npt.NDArray[np.int32]
@@ -436,7 +436,9 @@ class Aligner:
             XTokMapError: an alignment that was made without ids (`align_offsets`) or by another aligner.
         """
         if batch._bytes is None or (batch._bytes.student, batch._bytes.teacher) != (self.student, self.teacher):
-            raise XTokMapError("cover_queries needs a batch that this aligner made: align or retokenize the ids with it")
+            raise XTokMapError(
+                "cover_queries needs a batch that this aligner made: align or retokenize the ids with it"
+            )
         if isinstance(batch, Alignment):
             counts = {"student_cu": len(batch.student_chunk), "teacher_cu": len(batch.teacher_chunk)}
             cu = {name: np.asarray([0, n], np.int64) for name, n in {**counts, "chunk_cu": len(batch)}.items()}
@@ -444,6 +446,27 @@ class Aligner:
             batch = AlignmentBatch(**own, **cu)
         assert batch._bytes is not None
         return self._transfer.queries(batch, batch._bytes.student_ids, batch._bytes.teacher_ids, threads)
+
+    def interior_queries(self, batch: AlignmentBatch, *, width: int | None = None) -> InteriorQueries:
+        """What can follow inside the teacher tokens of a batch, for `losses.byte_kl`.
+
+        Args:
+            batch: from this aligner.
+            width: Ts of the student's rows where that is more than the batch's own; for ragged batches.
+
+        Raises:
+            XTokMapError: a batch that this aligner did not make.
+        """
+        if batch._bytes is None or (batch._bytes.student, batch._bytes.teacher) != (self.student, self.teacher):
+            raise XTokMapError("interior_queries needs a batch that this aligner made: align the ids with it")
+        ids = (np.ascontiguousarray(x, np.uint32) for x in (batch._bytes.student_ids, batch._bytes.teacher_ids))
+        student, teacher, ranges, sets = self._transfer.core.interior(batch, *ids)
+        indptr, teacher_ids, following, _, _ = sets.arrays()
+        places = (
+            padded_places(batch.student_cu, batch.student_mask, width)[student],
+            padded_places(batch.teacher_cu, batch.teacher_mask, None)[teacher],
+        )
+        return InteriorQueries(*places, indptr, teacher_ids, following, ranges)
 
     @cached_property
     def _transfer(self) -> Transfer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
@@ -165,6 +165,39 @@ class CoverQueries:
         """The sets that the terms name."""
         return Sets(*self._sets.arrays())
 
+    def select(self, rows: Sequence[int]) -> CoverQueries:
+        """The queries of some rows, for a micro-batch; the student tokens are then padded on the right."""
+        spans = [(self.student_cu[b], self.student_cu[b + 1]) for b in rows]
+        tokens = np.concatenate([np.arange(a, b) for a, b in spans]) if spans else np.zeros(0, np.int64)
+        counts = np.diff(self.indptr)[tokens]
+        terms = [np.arange(self.indptr[a], self.indptr[b]) for a, b in spans]
+        at = np.concatenate(terms) if terms else np.zeros(0, np.int64)
+
+        def sums(lengths: Int64) -> Int64:
+            return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+        part = replace(
+            self,
+            indptr=sums(counts),
+            row=self.row[at],
+            set=self.set[at],
+            base=self.base[tokens],
+            flags=self.flags[tokens],
+            student_ids=self.student_ids[tokens],
+            student_cu=sums(np.diff(self.student_cu)[list(rows)]),
+            teacher_cu=sums(np.diff(self.teacher_cu)[list(rows)]),
+            student_mask=None,
+        )
+        part.__dict__["sets"] = self.sets
+        return part
+
+    def places(self) -> tuple[Int64, tuple[int, int]]:
+        """Where the flat student tokens lie in `[B, Ts]`: int64 `[M]` flat positions, and (B, Ts)."""
+        width = (
+            int(np.diff(self.student_cu).max(initial=0)) if self.student_mask is None else self.student_mask.shape[1]
+        )
+        return padded_places(self.student_cu, self.student_mask), (len(self), width)
+
     def terms(self, i: int) -> list[Term]:
         """The terms of student token i of the flat batch, as ranges of the byte-sorted teacher vocabulary."""
         order = self.vocab_map.teacher_order
@@ -196,6 +229,15 @@ class CoverQueries:
 
     def __repr__(self) -> str:
         return f"CoverQueries({', '.join(f'{name}={n}' for name, n in self.figures().items())})"
+
+
+def padded_places(cu: Int64, mask: Bool | None, width: int | None = None) -> Int64:
+    """Where the flat tokens of ragged or masked rows lie in `[B, T]`: int64 flat positions."""
+    if mask is not None:
+        return np.flatnonzero(mask)
+    lengths = np.diff(cu)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    return row * int(width or lengths.max(initial=0)) + np.arange(len(row)) - cu[:-1][row]
 
 
 class Transfer:

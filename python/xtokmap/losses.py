@@ -27,6 +27,7 @@ from xtokmap.prefixes import (
     whitespace_tokens,
 )
 from xtokmap.torch import ChunkIndex
+from xtokmap.transfer import TransferTarget, transfer_kl
 
 __all__ = [
     "CREDITS",
@@ -43,7 +44,9 @@ __all__ = [
     "compass",
     "completion",
     "policy_loss",
+    "TransferTarget",
     "strict_kl",
+    "transfer_kl",
     "uld_hybrid",
     "weighted_sum",
     "whitespace_tokens",
@@ -146,8 +149,10 @@ def chunk_credit(
             raise XTokMapError("credit='cover' needs transferred=, the teacher's log q*(s_i | s_<i) for every token")
         check_shape("transferred", transferred, chunk_of)
         q = transferred.detach().float()
-        scored &= torch.isfinite(q)
-        advantages = q - s
+        # Which byte became which is not known in a REWRITTEN chunk.
+        by_chunk = _hand_down(index, rewritten)
+        scored &= torch.isfinite(q) | by_chunk
+        advantages = torch.where(by_chunk, index.to_student(d / m), q - s)
     else:
         if credit == "prior":
             tiny = (l_s.abs() < eps) & ~whole

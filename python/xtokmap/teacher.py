@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
+from xtokmap.cover import CoverQueries
 from xtokmap.tokenizers import byte_table
-from xtokmap.torch import token_logprobs, token_logprobs_from_hidden
+from xtokmap.torch import Logits, token_logprobs, token_logprobs_from_hidden
+from xtokmap.transfer import TransferTarget, transfer
 
 #: How a prompt is put to a model whose tokenizer has no chat template.
 PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
@@ -30,10 +34,17 @@ class Scores:
     Attributes:
         logprobs: float32 `[B, Tt]`; `logprobs[b, i]` scores token i of completion b, in nats; 0 on padding (right).
         mask: bool `[B, Tt]`; where there is a token.
+        transferred: float32 `[B, Ts]`, where asked for; `transferred[b, i]` is log q*(s_i | s_<i) of student token i, as
+            the ids lay that were aligned; NaN where there is no query and on padding.
+        rows: where kept; the flat rows `[N + B]` of `LocalTeacher.rows`, for losses of whole distributions.
+        target: where kept and with queries; q*(u | s_<i) for `transfer_kl`.
     """
 
     logprobs: Tensor
     mask: Tensor
+    transferred: Tensor | None = None
+    rows: Logits | None = None
+    target: TransferTarget | None = None
 
 
 class LocalTeacher:
@@ -59,21 +70,98 @@ class LocalTeacher:
         """Every prompt as the ids after which this model would answer."""
         return render(self.tokenizer, prompts, self.plain_template)
 
-    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Scores:
+    def score(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        queries: CoverQueries | None = None,
+        transferred: bool | None = None,
+        keep: bool = False,
+    ) -> Scores:
         """Logprobs of the completions' tokens, each given its prompt and what precedes it.
 
         Args:
             prompt_ids: B rows, each of at least one id.
             completion_ids: B rows.
+            queries: of the batch in which these completions were aligned, from `Aligner.cover_queries`.
+            transferred: whether to evaluate them (`transfer`): what the teacher thinks of the student's own tokens. It
+                is worked out beside the output head, a slice of rows at a time. None: where there are queries.
+            keep: whether to keep the hidden states of the completions (the logits, of a model that is not made of a body
+                and a head), from which whole distributions are made.
 
         Raises:
-            XTokMapError: an empty prompt, or different numbers of rows.
+            XTokMapError: an empty prompt, different numbers of rows, queries of other completions or none.
         """
         _check_pairs(prompt_ids, completion_ids)
         device = next(self.model.parameters()).device
-        logprobs = batched_logprobs(self.model, prompt_ids, completion_ids, self.micro_batch)
         lengths = torch.tensor([len(row) for row in completion_ids], device=device)
-        return Scores(logprobs, torch.arange(logprobs.shape[1], device=device) < lengths[:, None])
+        mask = torch.arange(max(map(len, completion_ids), default=0), device=device) < lengths[:, None]
+        asked = queries is not None if transferred is None else transferred
+        if not asked and not keep:
+            return Scores(batched_logprobs(self.model, prompt_ids, completion_ids, self.micro_batch), mask)
+        if asked and queries is None:
+            raise XTokMapError("transferred=True needs queries=aligner.cover_queries(batch) of these completions")
+        if queries is not None and np.diff(queries.teacher_cu).tolist() != [len(row) for row in completion_ids]:
+            raise XTokMapError("queries are of other completions: their rows have other numbers of teacher tokens")
+        cu = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(row) for row in completion_ids], dtype=np.int64)])
+        flat = torch.zeros(int(cu[-1]), device=device)
+        found = torch.full((0 if queries is None else len(queries.base),), torch.nan, device=device)
+        kept: Logits | None = None
+        for rows in by_length(prompt_ids, completion_ids, self.micro_batch):
+            own = self.rows([prompt_ids[b] for b in rows], [completion_ids[b] for b in rows])
+            if keep:  # in the order of the batch, and worked on below
+                if kept is None:
+                    kept = replace(own, rows=own.rows.new_zeros(len(flat) + len(lengths), own.rows.shape[-1]))
+                kept.rows[_spans(cu + np.arange(len(cu)), rows).to(device)] = own.rows
+            elif queries is not None:
+                part = transfer(own, _flat([completion_ids[b] for b in rows], device), queries.select(rows))
+                flat[_spans(cu, rows).to(device)] = part.logprobs.float()
+                found[_spans(queries.student_cu, rows).to(device)] = part.transferred.float()
+        target = None
+        if kept is not None and queries is not None:
+            part = transfer(kept, _flat(completion_ids, device), queries)
+            flat, found = part.logprobs.float(), part.transferred.float()
+            target = TransferTarget.of(kept, part, queries)
+        elif kept is not None:
+            rows_of_tokens = _spans(cu + np.arange(len(cu)), range(len(lengths)), but_last=True).to(device)
+            flat = _logprobs(replace(kept, rows=kept.rows[rows_of_tokens]), _flat(completion_ids, device))
+        logprobs = torch.zeros(mask.shape, device=device).masked_scatter(mask, flat)
+        if queries is None:
+            return Scores(logprobs, mask, rows=kept)
+        places, shape = queries.places()
+        padded = torch.full((shape[0] * shape[1],), torch.nan, device=device)
+        padded[torch.from_numpy(places).to(device)] = found
+        return Scores(logprobs, mask, padded.view(shape), kept, target)
+
+    @torch.no_grad()
+    def rows(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Logits:
+        """Next-token logits at every place of the completions, in one forward pass, for `transfer` and the losses.
+
+        Returns:
+            Flat rows `[N + B]`: for each completion those that predict its n tokens, and the one after the last. Hidden
+            states with their output head where the model is made of just these, so that no `[T, V]` is in memory.
+        """
+        return completion_rows(self.model, prompt_ids, completion_ids, after=True)
+
+
+def _spans(cu: npt.NDArray[np.int64], rows: Sequence[int], *, but_last: bool = False) -> Tensor:
+    """Flat places of some rows, one after the other."""
+    spans = (np.arange(cu[b], cu[b + 1] - but_last) for b in rows)
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *spans]))
+
+
+def _flat(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    return torch.tensor([i for row in rows for i in row], dtype=torch.long).to(device)
+
+
+def _logprobs(rows: Logits, ids: Tensor) -> Tensor:
+    """float32 `[N]`: of token `ids[i]` in row i; differentiable."""
+    if rows.weight is None:
+        return token_logprobs(rows.rows, ids, temperature=rows.temperature, softcap=rows.softcap)
+    return token_logprobs_from_hidden(
+        rows.rows, rows.weight, ids, bias=rows.bias, temperature=rows.temperature, softcap=rows.softcap
+    )
 
 
 def render(tokenizer: Any, prompts: Sequence[str], plain_template: str = PLAIN_TEMPLATE) -> list[list[int]]:
@@ -107,6 +195,56 @@ def stop_id(tokenizer: Any) -> int | None:
     return stops[0] if stops else None
 
 
+def completion_rows(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    after: bool = False,
+) -> Logits:
+    """The rows of a transformers causal language model that score completions, flat, row of the batch after row.
+
+    Args:
+        model: its parameters' device is used. With a gradient where grad is enabled.
+        prompt_ids: B rows, each of at least one id.
+        completion_ids: B rows of N ids together.
+        temperature: of the distribution that sampled.
+        after: also the row after each completion's last token: `[N + B]` instead of `[N]`.
+    """
+    _check_pairs(prompt_ids, completion_ids)
+    device = next(model.parameters()).device
+    rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    length = max(map(len, rows), default=0)
+    # Everything about lengths is known here, so that the device is never asked.
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.long).to(device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], dtype=torch.long).to(device)
+    source: list[int] = []
+    for b, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        first = b * length + len(p) - 1
+        source += range(first, first + len(c) + after)
+    at = torch.tensor(source, device=device, dtype=torch.long)
+
+    body, head = _parts(model)
+    if body is None:
+        # Rows before the shortest prompt's last token score nothing that is wanted.
+        skip = min(map(len, prompt_ids), default=1) - 1
+        if skip and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            out = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length - skip).logits
+            at = at - skip * (at // length + 1)
+        else:
+            out = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return Logits(out.flatten(0, 1).index_select(0, at), temperature=temperature)
+    hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return Logits(
+        hidden.flatten(0, 1).index_select(0, at),
+        head.weight,
+        head.bias,
+        temperature=temperature,
+        softcap=_softcap(model),
+    )
+
+
 def completion_logprobs(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
@@ -130,47 +268,25 @@ def completion_logprobs(
     Returns:
         float32 `[B, T]`; 0 on padding, which is on the right.
     """
-    _check_pairs(prompt_ids, completion_ids)
-    device = next(model.parameters()).device
+    rows = completion_rows(model, prompt_ids, completion_ids, temperature=temperature)
+    return padded_logprobs(rows, completion_ids, width)
+
+
+def padded_logprobs(rows: Logits, completion_ids: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
+    """Logprobs of completions from their flat rows: float32 `[B, width]`, 0 on padding; differentiable."""
+    device = rows.rows.device
     width = max(map(len, completion_ids), default=0) if width is None else width
-    rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-    length = max(map(len, rows), default=0)
-    # Everything about lengths is known here, so that the device is never asked.
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    source: list[int] = []
-    target: list[int] = []
-    for b, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-        source += range(b * length + len(p) - 1, b * length + len(p) - 1 + len(c))
-        target += range(b * width, b * width + len(c))
-    wanted = torch.tensor([i for row in completion_ids for i in row], dtype=torch.long)
-    ids, mask, wanted = ids.to(device), mask.to(device), wanted.to(device)
-    at, to = (
-        torch.tensor(source, device=device, dtype=torch.long),
-        torch.tensor(target, device=device, dtype=torch.long),
+    flat = _logprobs(rows, _flat(completion_ids, device))
+    shape = (len(completion_ids), width)
+    return (
+        flat.new_zeros(shape).view(-1).index_copy(0, padded_places(completion_ids, width).to(device), flat).view(shape)
     )
 
-    body, head = _parts(model)
-    if body is None:
-        # Rows before the shortest prompt's last token score nothing that is wanted.
-        skip = min(map(len, prompt_ids), default=1) - 1
-        if skip and "logits_to_keep" in inspect.signature(model.forward).parameters:
-            out = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length - skip).logits
-            at = at - skip * (at // length + 1)
-        else:
-            out = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        flat = token_logprobs(out.flatten(0, 1).index_select(0, at), wanted, temperature=temperature)
-    else:
-        hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        flat = token_logprobs_from_hidden(
-            hidden.flatten(0, 1).index_select(0, at),
-            head.weight,
-            wanted,
-            bias=head.bias,
-            temperature=temperature,
-            softcap=_softcap(model),
-        )
-    return flat.new_zeros(len(rows) * width).index_copy(0, to, flat).view(len(rows), width)
+
+def padded_places(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    """int64 `[N]`, on the CPU: where the tokens of ragged rows lie in `[B, width]`, flat."""
+    places = [np.arange(len(row), dtype=np.int64) + b * width for b, row in enumerate(rows)]
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *places]))
 
 
 def by_length(

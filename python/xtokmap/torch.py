@@ -291,6 +291,11 @@ class Logits:
             flat = self.positions.reshape(-1)[flat]
         return replace(self, positions=flat)
 
+    def detach(self) -> Logits:
+        """The same without a gradient."""
+        weight, bias = (None if x is None else x.detach() for x in (self.weight, self.bias))
+        return replace(self, rows=self.rows.detach(), weight=weight, bias=bias)
+
     def slice(self, a: int, b: int) -> Tensor:
         """Logits of the flattened rows a to b, scaled as the softmax takes them: float32 `[b-a, V]` (or float64)."""
         return _scaled(self._head(self._rows(a, b)), self.temperature, self.softcap)[0]

@@ -1,8 +1,8 @@
 """On-policy distillation across tokenizers: a `Config`, and one loop that reads from top to bottom.
 
-A step samples answers from the student, retokenises their text for the teacher, asks the teacher for the logprobs of
-its own tokens, hands them to the student's tokens chunk by chunk, and makes a policy-gradient update (after
-arXiv 2606.09456).
+A step samples answers from the student, retokenises their text for the teacher, asks the teacher what it thinks of
+them, aligns the two, and makes an update: by default of the divergence from the teacher's whole distribution as the
+student's vocabulary sees it (`losses.transfer_kl`); or, as in arXiv 2606.09456, of a policy gradient.
 Different from a textbook PPO loop: there is no value function and no reward model; the advantage of a token is the
 teacher's logprob, handed over by `losses.chunk_credit`, minus the student's own.
 """
@@ -18,16 +18,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.alignment import Aligner, Kind
-from xtokmap.losses import CREDITS, chunk_credit, chunk_gap, policy_loss
-from xtokmap.teacher import PLAIN_TEMPLATE, LocalTeacher, batched_logprobs, by_length, completion_logprobs, render
-from xtokmap.torch import ChunkIndex, coverage_counts
+from xtokmap.losses import CREDITS, byte_kl, chunk_credit, chunk_gap, policy_loss, transfer_kl
+from xtokmap.teacher import (
+    PLAIN_TEMPLATE,
+    LocalTeacher,
+    Scores,
+    batched_logprobs,
+    by_length,
+    completion_rows,
+    padded_logprobs,
+    padded_places,
+    render,
+)
+from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
+
+#: Losses of whole distributions: they need a teacher that gives whole rows.
+_WHOLE = ("transfer_kl", "byte_kl")
 
 
 def _doc(default: Any, text: str) -> Any:
@@ -57,9 +71,13 @@ class Config:
     warmup_steps: int = _doc(10, "steps over which the learning rate rises to its value (the paper: 10)")
     weight_decay: float = _doc(0.01, "AdamW's (the paper: 0.01)")
     grad_clip: float = _doc(1.0, "largest gradient norm (the paper: 1)")
-    credit: str = _doc(
-        "prior", "how a chunk's teacher logprob is handed to its tokens: " + ", ".join(CREDITS[:5] + CREDITS[6:])
+    loss: str = _doc(
+        "auto",
+        "auto (transfer_kl), transfer_kl, byte_kl, or a policy gradient from the sampled tokens alone with the credit "
+        + ", ".join(CREDITS)
+        + " (the paper: prior)",
     )
+    beta: float = _doc(1.0, "of transfer_kl and byte_kl: 1 reverse KL, 0 forward, between them Jensen-Shannon")
     clamp: float = _doc(10.0, "largest absolute advantage (the paper: 10)")
     max_chunk_tokens: int = _doc(6, "chunks with more tokens on a side are unscored, 0: no limit (the paper: 6)")
     score_stop: bool = _doc(True, "score ends of turns, and measure them; a base teacher does not know when to stop")
@@ -89,17 +107,21 @@ class Config:
             raise XTokMapError(f"clip_dual={self.clip_dual}: must be more than 1 and finite")
         if not -(2**63) <= self.seed < 2**63:
             raise XTokMapError(f"seed={self.seed}: must fit into 64 bits")
-        if self.credit not in CREDITS or self.credit == "cover":
-            raise XTokMapError(
-                f"credit={self.credit!r}: use one of {', '.join(c for c in CREDITS if c != 'cover')} (`cover` needs a "
-                "teacher that gives whole rows, which the loop does not ask for)"
-            )
+        if self.loss not in ("auto", *_WHOLE, *CREDITS):
+            raise XTokMapError(f"loss={self.loss!r}: use one of auto, {', '.join((*_WHOLE, *CREDITS))}")
+        if not 0 <= self.beta <= 1:
+            raise XTokMapError(f"beta={self.beta}: must lie between 0 and 1")
         if self.aggregate not in ("response", "scored"):
             raise XTokMapError(f"aggregate={self.aggregate!r}: use 'response' or 'scored'")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise XTokMapError(f"dtype={self.dtype!r}: use auto, float32, bfloat16 or float16")
         if "{prompt}" not in self.plain_template:
             raise XTokMapError(f"plain_template={self.plain_template!r} must contain {{prompt}}")
+
+    @property
+    def rule(self) -> str:
+        """The loss that `auto` stands for with a teacher in this process: it gives whole rows."""
+        return "transfer_kl" if self.loss == "auto" else self.loss
 
 
 # ---- models and prompts ------------------------------------------------------------------------------------------
@@ -203,7 +225,8 @@ class Rollouts:
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completed: list[bool]
-    teacher_logprobs: Tensor
+    teacher_ids: list[list[int]]
+    teacher: Scores
     index: ChunkIndex
     seconds: dict[str, float]
 
@@ -222,6 +245,11 @@ class Roller:
         self.device = next(student.parameters()).device
         if not self.aligner.student.stop_ids:
             raise XTokMapError("the student's tokenizer has no end-of-turn token: set its eos_token")
+
+    @cached_property
+    def vocab_tensors(self) -> VocabTensors:
+        """The two vocabularies' map, on the device."""
+        return VocabTensors.from_map(self.aligner.vocab_map, self.device)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]], list[bool]]:
@@ -261,22 +289,23 @@ class Roller:
         with clock("retokenise"):
             teacher_ids = self.aligner.teacher_ids(completions, stop_id=self.teacher.stop_id)
             teacher_prompts = self.teacher.render(prompts)
-        with clock("teacher"):
-            scores = self.teacher.score(teacher_prompts, [row.tolist() for row in teacher_ids])
         with clock("align"):
             batch = self.aligner.align_batch(completions, teacher_ids)
             index = ChunkIndex.from_alignment(batch, self.device)
-        logprobs = scores.logprobs.to(self.device)
-        return Rollouts(list(prompts), prompt_ids, completions, completed, logprobs, index, clock.seconds)
+            queries = self.aligner.cover_queries(batch) if self.config.rule in ("cover", "transfer_kl") else None
+        with clock("teacher"):
+            rows = [row.tolist() for row in teacher_ids]
+            whole = self.config.rule in _WHOLE
+            scores = self.teacher.score(teacher_prompts, rows, queries=queries, keep=whole)
+        return Rollouts(list(prompts), prompt_ids, completions, completed, rows, scores, index, clock.seconds)
 
-    def logprobs(self, rollouts: Rollouts, rows: list[int]) -> Tensor:
-        """The student's logprobs of some rows, float32 `[len(rows), Ts]`; with a gradient where grad is enabled."""
-        return completion_logprobs(
+    def rows(self, rollouts: Rollouts, rows: list[int]) -> Logits:
+        """The student's logits that score some rows' tokens, flat; with a gradient where grad is enabled."""
+        return completion_rows(
             self.student,
             [rollouts.prompt_ids[b] for b in rows],
             [rollouts.completion_ids[b] for b in rows],
             temperature=self.config.temperature,
-            width=rollouts.index.student_chunk.shape[1],
         )
 
     def all_logprobs(self, rollouts: Rollouts) -> Tensor:
@@ -343,56 +372,38 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
     """
     config, student, index = roller.config, roller.student, rollouts.index
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    teacher = rollouts.teacher_logprobs
-    response = torch.arange(index.student_chunk.shape[1]) < torch.tensor(rollouts.lengths)[:, None]
+    teacher = rollouts.teacher.logprobs.to(roller.device)
+    width = index.student_chunk.shape[1]
+    response = torch.arange(width) < torch.tensor(rollouts.lengths)[:, None]
     response = response.to(roller.device)
-    rule: Any = {"credit": config.credit, "clamp": config.clamp, "max_chunk_tokens": config.max_chunk_tokens or None}
-
-    def credit_of(rows: Tensor, old: Tensor) -> tuple[Any, Tensor]:
-        given = chunk_credit(old, teacher[rows], index.rows(rows), **rule)
-        scored = given.scored & response[rows]
-        if not config.score_stop:
-            kind = index.kind[rows].gather(1, index.student_chunk[rows].clamp(min=0))
-            scored &= kind != int(Kind.STOP)
-        return given, scored
+    loss_of = _whole_loss if config.rule in _WHOLE else _policy_loss
 
     everything = torch.arange(len(rollouts.prompts), device=roller.device)
-    if config.aggregate == "response":
-        denominator = response.sum()
-    else:
-        _, scored = credit_of(everything, torch.zeros_like(response, dtype=torch.float32))
-        denominator = scored.sum().clamp(min=1)
+    scored = response & (index.to_student((index.teacher_count > 0).long()) > 0)
+    if not config.score_stop:
+        scored &= index.kind_of_student() != int(Kind.STOP)
+    if config.rule == "strict":
+        scored &= index.strict_teacher_pos() >= 0
+    denominator = response.sum() if config.aggregate == "response" else scored.sum().clamp(min=1)
 
     student.eval()  # no dropout: what is updated is the policy that sampled
     old_logprobs = roller.all_logprobs(rollouts) if config.updates > 1 else None
 
     nats, nbytes = torch.zeros(len(everything), device=roller.device), torch.zeros_like(everything)
-    counts = dict.fromkeys(("scored", "clamped", "fallback", "nonfinite"), torch.zeros((), device=roller.device))
+    figures: dict[str, Tensor] = {}
     skipped = 0
     for turn in range(config.updates):
         loss_sum = torch.zeros((), device=roller.device)
         for rows in by_length(rollouts.prompt_ids, rollouts.completion_ids, config.micro_batch):
             at = torch.tensor(rows, device=roller.device)
-            logprobs = roller.logprobs(rollouts, rows)
-            old = logprobs.detach() if old_logprobs is None else old_logprobs[at]
-            given, scored = credit_of(at, old)
-            loss = policy_loss(
-                logprobs,
-                old,
-                given.advantages,
-                response[at],
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                clip_dual=config.clip_dual,
-                scored=scored,
-                denominator=denominator,
-            )
+            flat = roller.rows(rollouts, rows)
+            loss, own, found = loss_of(roller, rollouts, rows, flat, old_logprobs, response[at], denominator)
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum = loss_sum + loss.detach()
             if turn == 0:
-                nats[at], nbytes[at] = chunk_gap(old, teacher[at], index.rows(at), stops=config.score_stop)
-                for name in counts:
-                    counts[name] = counts[name] + (getattr(given, name) & response[at]).sum()
+                nats[at], nbytes[at] = chunk_gap(own, teacher[at], index.rows(at), stops=config.score_stop)
+                for name, value in found.items():
+                    figures[name] = figures.get(name, 0) + value
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         # The step's only question to the device.
         if bool(torch.isfinite(norm) & torch.isfinite(loss_sum)):
@@ -401,7 +412,115 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
             skipped += 1
             warnings.warn("the loss or the gradient is not finite: this update was skipped", stacklevel=2)
         optimizer.zero_grad(set_to_none=True)
-    return {"nats": nats, "bytes": nbytes, **counts, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
+    counts = {"nats": nats, "bytes": nbytes, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
+    return {**counts, "figures": figures}
+
+
+#: A loss over some rows of a batch, the policy's own logprobs of their tokens, and sums over tokens to report.
+_Part: TypeAlias = "tuple[Tensor, Tensor, dict[str, Tensor]]"
+
+
+def _policy_loss(
+    roller: Roller,
+    rollouts: Rollouts,
+    rows: list[int],
+    flat: Logits,
+    old_logprobs: Tensor | None,
+    response: Tensor,
+    denominator: Tensor,
+) -> _Part:
+    """The policy gradient: the teacher's logprobs of sampled tokens as advantages."""
+    config, device = roller.config, roller.device
+    at = torch.tensor(rows, device=device)
+    index, teacher = rollouts.index.rows(at), rollouts.teacher
+    logprobs = padded_logprobs(flat, [rollouts.completion_ids[b] for b in rows], response.shape[1])
+    old = logprobs.detach() if old_logprobs is None else old_logprobs[at]
+    given = chunk_credit(
+        old,
+        teacher.logprobs.to(device)[at],
+        index,
+        config.rule,  # type: ignore[arg-type]
+        None if teacher.transferred is None else teacher.transferred.to(device)[at],
+        config.clamp,
+        max_chunk_tokens=config.max_chunk_tokens or None,
+    )
+    scored = given.scored & response
+    if not config.score_stop:
+        scored &= index.kind_of_student() != int(Kind.STOP)
+    loss = policy_loss(
+        logprobs,
+        old,
+        given.advantages,
+        response,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        clip_dual=config.clip_dual,
+        scored=scored,
+        denominator=denominator,
+    )
+    names = ("clamped", "fallback", "nonfinite")
+    sums = {name: (getattr(given, name) & response).sum() for name in names}
+    return loss, old, {"scored": scored.sum(), **sums}
+
+
+def _whole_loss(
+    roller: Roller,
+    rollouts: Rollouts,
+    rows: list[int],
+    flat: Logits,
+    old_logprobs: Tensor | None,
+    response: Tensor,
+    denominator: Tensor,
+) -> _Part:
+    """A divergence between the student's and the teacher's whole distributions."""
+    config, device, teacher = roller.config, roller.device, rollouts.teacher
+    completions = [rollouts.completion_ids[b] for b in rows]
+    width = response.shape[1]
+    own = padded_logprobs(flat.detach(), completions, width)
+    at = torch.tensor(rows, device=device)
+    places = padded_places(completions, width).to(device)
+    student = flat.at(_inverse(places, (len(rows), width)))
+    common: Any = {"beta": config.beta, "mask": response, "denominator": denominator}
+    if config.rule == "transfer_kl":
+        assert teacher.target is not None and teacher.transferred is not None
+        ids = torch.zeros_like(response, dtype=torch.long).view(-1)
+        ids[places] = torch.tensor([i for row in completions for i in row], device=device)
+        loss = transfer_kl(
+            student,
+            teacher.target.select(rows),
+            rollouts.index.rows(at),
+            student_ids=ids.view(len(rows), width),
+            transferred=teacher.transferred[at],
+            clamp=config.clamp,
+            stops=config.score_stop,
+            **common,
+        )
+        names = ("undetermined", "rest", "shared")
+    else:
+        assert teacher.rows is not None
+        teacher_ids = [rollouts.teacher_ids[b] for b in rows]
+        # Aligned again, as wide as the batch: what is cheap need not be kept.
+        batch = roller.aligner.align_batch(completions, teacher_ids)
+        queries = roller.aligner.interior_queries(batch, width=width)
+        index = rollouts.index.rows(at)
+        first = torch.tensor([sum(map(len, rollouts.teacher_ids[:b])) + b for b in rows], device=device)
+        among = torch.arange(index.teacher_chunk.shape[1], device=device)
+        lengths = torch.tensor([len(row) for row in teacher_ids], device=device)
+        row_of = torch.where(among < lengths[:, None], first[:, None] + among, -1)
+        mask = response if config.score_stop else response & (index.kind_of_student() != int(Kind.STOP))
+        maps = roller.vocab_tensors
+        loss = byte_kl(student, teacher.rows.at(row_of), index, maps, queries, **{**common, "mask": mask})
+        names = ("residual",)
+    tokens = loss.figures["tokens"]
+    sums = {name: loss.figures[name] * tokens for name in names}
+    return loss.loss, own, {"scored": tokens, "nonfinite": loss.figures["nonfinite"], **sums}
+
+
+def _inverse(places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Which flat token lies at each place of `shape`; -1 on padding."""
+    of = torch.full((shape[0] * shape[1],), -1, dtype=torch.long, device=places.device)
+    of[places] = torch.arange(len(places), device=places.device)
+    return of.view(shape)
 
 
 def ratio_with_error(nats: Sequence[float], nbytes: Sequence[float]) -> tuple[float, float]:
@@ -482,7 +601,7 @@ def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: 
             batch = work[first : first + config.batch_size]
             rollouts = roller.roll([prompts[i] for i in batch])
             own = roller.all_logprobs(rollouts)
-            gap, size = chunk_gap(own, rollouts.teacher_logprobs, rollouts.index, stops=config.score_stop)
+            gap, size = chunk_gap(own, rollouts.teacher.logprobs, rollouts.index, stops=config.score_stop)
             counts += coverage_counts(rollouts.index)
             for i, x, y, ids in zip(batch, gap.tolist(), size.tolist(), rollouts.completion_ids, strict=True):
                 nats[i] += x
@@ -601,7 +720,9 @@ def _shuffled(n: int, generator: torch.Generator) -> Iterator[int]:
 def _metrics(step: int, rollouts: Rollouts, found: dict[str, Any], seconds: float) -> dict[str, Any]:
     tokens = sum(rollouts.lengths)
     kl, error = ratio_with_error(found["nats"].tolist(), found["bytes"].tolist())
-    scored = int(found["scored"])
+    figures = {name: float(value) for name, value in found["figures"].items()}
+    scored = int(figures.pop("scored"))
+    nonfinite = int(figures.pop("nonfinite"))
     return {
         "step": step,
         "kl_per_byte": kl,
@@ -611,9 +732,8 @@ def _metrics(step: int, rollouts: Rollouts, found: dict[str, Any], seconds: floa
         "skipped_updates": found["skipped"],
         "coverage": coverage_shares(coverage_counts(rollouts.index).tolist(), tokens),
         "scored": scored / max(tokens, 1),
-        "clamped": int(found["clamped"]) / max(scored, 1),
-        "prior_fallback": int(found["fallback"]) / max(scored, 1),
-        "nonfinite_tokens": int(found["nonfinite"]),
+        "nonfinite_tokens": nonfinite,
+        **{name: value / max(scored, 1) for name, value in figures.items()},
         "response_length": tokens / len(rollouts.lengths),
         "completed": sum(rollouts.completed) / len(rollouts.completed),
         "tokens_per_second": tokens / seconds,
@@ -681,7 +801,7 @@ class _Progress:
             return
         split = " ".join(f"{name} {value:.2f}" for name, value in m["time"].items())
         print(
-            f"step {m['step']}/{self.steps}  {text}  scored {m['scored']:.1%}  clamped {m['clamped']:.1%}  "
+            f"step {m['step']}/{self.steps}  {text}  scored {m['scored']:.1%}  "
             f"length {m['response_length']:.0f}  completed {m['completed']:.0%}  grad {m['grad_norm']:.2f}  "
             f"{m['tokens_per_second']:.0f} tokens/s  [{split} s]",
             flush=True,

@@ -8,7 +8,8 @@ what did not come next.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.cover import CoverQueries
-from xtokmap.torch import _SLICE, Logits, TopK, _widened
+from xtokmap.divergences import STOP, Loss, check_beta, divergence, reduce_terms
+from xtokmap.torch import _SLICE, ChunkIndex, Logits, TopK, _widened, map_rows
 
 Int64 = npt.NDArray[np.int64]
 
@@ -76,7 +78,9 @@ class _Plan:
         self.element_term, at = _expand(sets.indptr, self.set[self.sparse])
         one = self.set[self.sparse][self.element_term] < 0
         at = np.where(one, 0, at)
-        self.element_id = np.where(one, -1 - self.set[self.sparse][self.element_term].astype(np.int64), _take(sets.ids, at))
+        self.element_id = np.where(
+            one, -1 - self.set[self.sparse][self.element_term].astype(np.int64), _take(sets.ids, at)
+        )
         self.element_next = np.where(one, -2, _take(sets.next, at))  # -2: the student token that really comes next
         self.element_whole = ~one & _take(sets.whole, at)
         self.element_row = self.row[self.sparse][self.element_term]
@@ -93,10 +97,13 @@ def _take(values: npt.NDArray[Any], at: Int64) -> npt.NDArray[Any]:
 
 def _expand(indptr: Int64, sets: npt.NDArray[Any]) -> tuple[Int64, Int64]:
     """Owner and place of every element of some sets; a negative set has one, whose place means nothing."""
-    lengths = np.where(sets < 0, 1, np.diff(indptr)[sets] if len(indptr) > 1 else 1)
-    starts = np.where(sets < 0, 0, indptr[sets] if len(indptr) > 1 else 0)
+    known, one = np.append(indptr, indptr[-1]), sets < 0
+    at = np.maximum(sets, 0)
+    lengths = np.where(one, 1, known[at + 1] - known[at])
     owner = np.repeat(np.arange(len(sets), dtype=np.int64), lengths)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + np.repeat(starts, lengths)
+    return owner, np.arange(len(owner)) + np.repeat(
+        np.where(one, 0, known[at]) - (np.cumsum(lengths) - lengths), lengths
+    )
 
 
 def plan(queries: CoverQueries) -> _Plan:
@@ -109,7 +116,9 @@ def plan(queries: CoverQueries) -> _Plan:
 
 
 @torch.no_grad()
-def transfer(teacher: Logits | TopK, teacher_ids: Tensor, queries: CoverQueries, *, size: int | None = None) -> Transferred:
+def transfer(
+    teacher: Logits | TopK, teacher_ids: Tensor, queries: CoverQueries, *, size: int | None = None
+) -> Transferred:
     """Evaluates cover queries beside the teacher's output head, a slice of rows at a time: never `[T, V]`.
 
     log q*(s_i | s_<i) = Phi(i) - Phi(i - 1), Phi(i) = logsumexp over the terms of token i of (the teacher's logprobs
@@ -238,17 +247,14 @@ class TransferTarget:
     with which the encoding of its bytes begins, but for tokens that would have merged with the student token before; a
     teacher token that could have reached past the boundary gives its mass to what would be left of it. Divided by exp
     Phi(i - 1) that adds up to 1, with `rest` for what belongs to no one student token.
-
-    Attributes:
-        positions: int64 `[P]`; flat student tokens, rising, on the teacher's device.
     """
 
     teacher: Logits
     values: Transferred
     queries: CoverQueries
-    positions: Tensor
-    #: What the slices need, on the CPU: dense row and its complement term of every position (-1: none), and for the
-    #: alternatives, in order of positions: which element, and its position.
+    #: On the CPU: the positions (flat student tokens), dense row and its complement term of each (-1: none), and the
+    #: alternatives of each, as compressed rows of elements.
+    _at: Int64
     _dense: tuple[Int64, Int64]
     _elements: tuple[Int64, Int64]
     #: Teacher id -> student id (V_S: rest), and whether its mass is open, `[V_T]`; on the device.
@@ -256,6 +262,12 @@ class TransferTarget:
     _open: Tensor
     #: log probability of everything before each position, float64 `[P]`.
     _before: Tensor
+    #: The event of every student token, and how many tokens each's has, `[V_S]`.
+    _event: Tensor
+    _members: Tensor
+    #: Batch rows of a selection, and which positions those are.
+    _rows: tuple[int, ...] | None = None
+    _chosen: Int64 | None = None
 
     @classmethod
     def of(cls, teacher: Logits, values: Transferred, queries: CoverQueries) -> TransferTarget:
@@ -285,27 +297,45 @@ class TransferTarget:
         owner = position[p.owner[p.sparse][p.element_term]]
         order = np.argsort(owner, kind="stable")
         order = order[np.searchsorted(owner[order], 0) :]
+        ptr = np.searchsorted(owner[order], np.arange(len(at) + 1))
         before = values.before.new_zeros(len(at))
         before[torch.from_numpy(np.flatnonzero(inside)).to(device)] = values.phi[torch.from_numpy(context).to(device)]
         start = torch.from_numpy(np.flatnonzero(~inside)).to(device)
         before[start] = values.before[torch.from_numpy(p.base[at][~inside]).to(device)]
         to_student, opened = _dense_map(queries)
+        events = _events(queries)
         return cls(
             teacher,
             values,
             queries,
-            torch.from_numpy(at).to(device),
+            at,
             (row, term),
-            (order, owner[order]),
+            (ptr, order),
             torch.from_numpy(to_student).to(device),
             torch.from_numpy(opened).to(device),
             before,
+            torch.from_numpy(events).to(device),
+            torch.from_numpy(np.bincount(events, minlength=len(events))[events]).to(device),
         )
 
-    @property
-    def shape(self) -> torch.Size:
-        """One position each."""
-        return self.positions.shape
+    def __len__(self) -> int:
+        return len(self._at if self._chosen is None else self._chosen)
+
+    def select(self, rows: Sequence[int]) -> TransferTarget:
+        """The target of some rows of the batch, in this order, for a micro-batch."""
+        bounds = np.searchsorted(self._at, self.queries.student_cu)
+        chosen = [np.arange(bounds[b], bounds[b + 1]) for b in rows]
+        return replace(self, _rows=tuple(rows), _chosen=np.concatenate([np.zeros(0, np.int64), *chosen]))
+
+    def places(self) -> tuple[Int64, tuple[int, int]]:
+        """Where the positions lie in `[B, Ts]` (of a selection: in its rows, as wide as the batch): flat, and (B, Ts)."""
+        places, (rows, width) = self.queries.places()
+        if self._rows is None or self._chosen is None:
+            return places[self._at], (rows, width)
+        moved = np.full(rows, 0, np.int64)
+        moved[list(self._rows)] = np.arange(len(self._rows))
+        row, column = np.divmod(places[self._at[self._chosen]], max(width, 1))
+        return moved[row] * width + column, (len(self._rows), width)
 
     def slice(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
         """Positions a to b: target `[b-a, V_S]`, rest `[b-a]`, and undetermined mass `[b-a]` (a part of both).
@@ -313,16 +343,18 @@ class TransferTarget:
         Undetermined: on student tokens of which a longer one exists that the teacher would cut after them, and, inside a
         teacher token, in `rest`.
         """
-        p, values, device = plan(self.queries), self.values, self.positions.device
+        p, values, device = plan(self.queries), self.values, self._before.device
 
         def on(array: npt.NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
+        which = np.arange(a, b) if self._chosen is None else self._chosen[a:b]
         size = len(self.queries.vocab_map.student_to_teacher)
         dtype = values.logprobs.dtype
         target = torch.zeros(b - a, size + 1, device=device, dtype=dtype)
         undetermined = torch.zeros(b - a, device=device, dtype=dtype)
-        row, term = self._dense[0][a:b], self._dense[1][a:b]
+        before = self._before[on(which)]
+        row, term = self._dense[0][which], self._dense[1][which]
         dense = np.flatnonzero(row >= 0)
         if len(dense):
             rows, at = on(row[dense]), on(dense)
@@ -330,21 +362,22 @@ class TransferTarget:
             with_holes = np.flatnonzero(term[dense] >= 0)
             owner, ids = p.holes(term[dense][with_holes])
             mass[on(with_holes[owner]), on(ids)] = 0
-            mass *= torch.exp(values.before[rows] - self._before[a:b][at]).to(dtype)[:, None]
+            mass *= torch.exp(values.before[rows] - before[at]).to(dtype)[:, None]
             undetermined[at] = mass @ self._open.to(dtype)
             into = torch.zeros(len(dense), size + 1, device=device, dtype=dtype)
             target[at] = into.scatter_add_(1, self._to_student.expand(len(dense), -1), mass)
-        order, owner = self._elements
-        e0, e1 = np.searchsorted(owner, (a, b))
-        element, at = order[e0:e1], on(owner[e0:e1] - a)
+        owner, place = _expand(self._elements[0], which)
+        element, at = _take(self._elements[1], place), on(owner)
         rows = on(p.element_row[element])
-        mass = torch.exp(values.before[rows] - self._before[a:b][at] + values.elements[on(element)]).to(dtype)
+        mass = torch.exp(values.before[rows] - before[at] + values.elements[on(element)]).to(dtype)
         following = p.element_next[element].astype(np.int64)
-        real = self.queries.student_ids[np.flatnonzero(p.known)[owner[e0:e1]]].astype(np.int64)
+        real = self.queries.student_ids[self._at[which[owner]]].astype(np.int64)
         following = np.where(following == -2, real, np.where(following < 0, size, following))
         target.index_put_((at, on(following)), mass, accumulate=True)
         # A token that ends at the boundary: its mass is known, what comes next is not.
-        opened = p.element_whole[element] & np.append(self.queries.vocab_map.open, False)[following] | (following == size)
+        opened = p.element_whole[element] & np.append(self.queries.vocab_map.open, False)[following] | (
+            following == size
+        )
         undetermined.index_add_(0, at, mass * on(opened))
         return target[:, :size], target[:, size], undetermined
 
@@ -361,3 +394,125 @@ def _dense_map(queries: CoverQueries) -> tuple[Int64, npt.NDArray[np.bool_]]:
     if vm.student_stops:
         to_student[list(vm.teacher_stops)] = vm.student_stops[0]
     return to_student, opened
+
+
+def _events(queries: CoverQueries) -> Int64:
+    """The event of every student token: a token stands for itself and for those that the teacher would begin with it.
+
+    The teacher's mass on such a beginning may go on to any of them, so that it is known of them together.
+    """
+    vm = queries.vocab_map
+    events = np.arange(len(vm.student_to_teacher), dtype=np.int64)
+    if queries.identical:
+        return events
+    first = np.append(vm.canonical, -1)[vm.teacher_first]
+    split = (vm.student_to_teacher < 0) & (first >= 0)
+    events[split] = first[split]
+    if vm.student_stops:
+        events[list(vm.student_stops)] = vm.student_stops[0]
+    while (events[events] != events).any():  # each is shorter than what it stands for
+        events = events[events]
+    return events
+
+
+def transfer_kl(
+    student: Logits,
+    target: TransferTarget,
+    index: ChunkIndex,
+    *,
+    student_ids: Tensor | None = None,
+    transferred: Tensor | None = None,
+    beta: float = 1.0,
+    clamp: float = 10.0,
+    stops: bool = True,
+    floor: float = 1e-5,
+    mask: Tensor | None = None,
+    size: int | None = None,
+    denominator: Tensor | float | None = None,
+) -> Loss:
+    """Divergence between the student and the teacher as the student's vocabulary sees it, at every token (xtokmap's own).
+
+    The target is q*(u | s_<i), see `TransferTarget`. Mass on a token that the teacher may go on from to a longer student
+    token is known of the two together, so the divergence is over such events e; and over the rest, the student tokens
+    that get no mass. Which token of the event it is, is learned from the sampled one: its term is
+
+        D(p(e) || q*(e)) - A log p(s_i),   A = log q*(s_i | e) - log p(s_i | e), clipped,
+
+    whose expected gradient for beta = 1 is that of KL(p || q*), by the chain rule of the divergence. Events of one token
+    have A = 0: with one tokenizer on both sides it is the exact per-token KL.
+
+    Args:
+        student: `[B, Ts]` rows.
+        target: of the same batch.
+        index: of the same batch.
+        student_ids: int64 `[B, Ts]`; the sampled tokens, needed with `transferred`.
+        transferred: `[B, Ts]`, from `LocalTeacher.score` or `transfer`; None leaves the second part out.
+        beta: 1 is KL(p || q*), 0 is KL(q* || p), between them the generalised Jensen-Shannon divergence.
+        clamp: largest absolute A.
+        stops: whether the end of a turn counts; False leaves its mass out on both sides.
+        floor: least probability of the rest, so that mass which the student has where the teacher has none costs no more
+            than -log floor nats.
+        mask: bool or 0/1 `[B, Ts]`; the response tokens.
+        size: rows of a slice; None takes 64 MiB of float32 for the larger vocabulary.
+        denominator: what to divide by instead of the number of scored tokens, so that micro-batches add up.
+
+    Returns:
+        The loss; figures `undetermined` (mass known of several tokens together), `rest` (mass known of none), `shared`
+        (share of the scored tokens whose event has several). It costs a head pass (two with a gradient) of either side
+        beside that of `transfer`.
+
+    Raises:
+        XTokMapError: shapes that do not fit, beta outside [0, 1].
+    """
+    check_beta(beta)
+    places, shape = target.places()
+    if tuple(student.shape) != shape or tuple(index.student_chunk.shape) != shape:
+        raise XTokMapError(
+            f"student rows {tuple(student.shape)} and index {tuple(index.student_chunk.shape)}; the queries have {shape}"
+        )
+    if transferred is not None and student_ids is None:
+        raise XTokMapError("transferred= needs student_ids=, the tokens that it is of")
+    device = student.rows.device
+    ids = torch.zeros(shape, dtype=torch.long, device=device) if student_ids is None else student_ids
+    sampled = torch.full(shape, torch.nan, device=device) if transferred is None else transferred.detach().float()
+    stop_ids = [] if stops else list(target.queries.vocab_map.student_stops)
+    event, members = target._event, target._members
+
+    def on_slice(x: Tensor, part: tuple[Tensor, Tensor, Tensor], ids: Tensor, sampled: Tensor) -> tuple[Tensor, ...]:
+        q, rest, undetermined = (t.to(x) for t in part)
+        if stop_ids:
+            stop = torch.tensor(stop_ids, device=x.device)
+            left = (1 - q[:, stop].sum(-1)).clamp(min=floor)
+            q, rest = q.index_fill(1, stop, 0) / left[:, None], rest / left
+            sampled = sampled - left.log()
+            x = x.index_fill(1, stop, -torch.inf)
+        log_p = x.log_softmax(-1)
+        into = event.expand(len(x), -1)
+        p = torch.zeros_like(log_p).scatter_add(1, into, log_p.exp())
+        q = torch.zeros_like(log_p).scatter_add(1, into, q)
+        there = q > 0
+        p_bins = _log(torch.cat([torch.where(there, p, 0), torch.where(there, 0, p).sum(-1, keepdim=True)], 1))
+        q_bins = _log(torch.cat([q, rest.clamp(min=floor)[:, None]], 1))
+        value = divergence(p_bins, q_bins, beta)
+        own = ids[:, None]
+        bin_of = torch.where(there.gather(1, event[own]), event[own], q.shape[1])
+        several = (members[ids] > 1) | (bin_of[:, 0] == q.shape[1])
+        chosen = log_p.gather(1, own)[:, 0]
+        a = (sampled - q_bins.gather(1, bin_of)[:, 0]) - (chosen - p_bins.gather(1, bin_of)[:, 0])
+        a = torch.where(several & torch.isfinite(sampled), a, 0).detach().clamp(-clamp, clamp)
+        value = value - torch.where(a != 0, a * torch.where(a != 0, chosen, 0), 0)
+        return value, undetermined, rest, several.to(x.dtype)
+
+    scored = torch.zeros(shape, dtype=torch.bool, device=device)
+    rows = torch.from_numpy(places).to(device)
+    scored.view(-1)[rows] = True
+    if not stops:
+        scored &= index.kind_of_student() != STOP
+    size = size or max(1, _SLICE // max(student.vocab_size, target.teacher.vocab_size))
+    terms, undetermined, rest, several = map_rows(on_slice, student, target, ids, sampled, size=size, rows=rows)
+    return reduce_terms(terms, scored, index, mask, denominator, undetermined=undetermined, rest=rest, shared=several)
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x, -inf at 0 without a NaN in the gradient."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1).log(), -torch.inf)
