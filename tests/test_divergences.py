@@ -24,27 +24,36 @@ from xtokmap.losses import (
     strict_kl,
     uld_hybrid,
 )
-from xtokmap.torch import ChunkIndex, Logits, TopK
+from xtokmap.torch import ChunkIndex, Logits, TopK, token_logprobs
 
 BETAS = (0.0, 0.5, 1.0)
 
 
 class Case:
-    """Vocabularies of both sides, and rows of tokens of the same texts, padded on the right with the first id."""
+    """Vocabularies of both sides, and rows of tokens of the same texts, padded on both sides with the first id."""
 
     def __init__(
-        self, student: Tokens, teacher: Tokens, student_rows: list[Tokens], teacher_rows: list[Tokens]
+        self,
+        student: Tokens,
+        teacher: Tokens,
+        student_rows: list[Tokens],
+        teacher_rows: list[Tokens],
+        left: int = 0,
+        right: int = 0,
     ) -> None:
-        self.vm = VocabMap(student, teacher)
+        self.vm, self.rows = VocabMap(student, teacher), (student_rows, teacher_rows)
         self.tables = [self._table(v) for v in (student, teacher)]
-        sides = ((student, student_rows), (teacher, teacher_rows))
-        ids = [[[vocabulary.index(t) for t in row] for row in rows] for vocabulary, rows in sides]
-        self.index = ChunkIndex.from_alignment(xtokmap.Aligner(*self.tables).align_batch(*ids))
-        widths = [max(map(len, rows), default=0) for rows in ids]
-        padded = [[row + [0] * (w - len(row)) for row in rows] for w, rows in zip(widths, ids, strict=True)]
-        self.student_ids, self.teacher_ids = (
-            torch.tensor(rows, dtype=torch.long).reshape(len(rows), w) for rows, w in zip(padded, widths, strict=True)
-        )
+        sides = []
+        for vocabulary, rows in ((student, student_rows), (teacher, teacher_rows)):
+            width = max(map(len, rows), default=0) + left + right
+            ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), bool)
+            for b, row in enumerate(rows):
+                ids[b, left : left + len(row)] = [vocabulary.index(t) for t in row]
+                mask[b, left : left + len(row)] = True
+            sides.append((ids, mask))
+        (s, s_mask), (t, t_mask) = sides
+        self.index = ChunkIndex.from_alignment(xtokmap.Aligner(*self.tables).align_batch(s, t, s_mask, t_mask))
+        self.student_ids, self.teacher_ids = torch.from_numpy(s), torch.from_numpy(t)
         self.queries = interior_queries(self.vm, self.index, self.teacher_ids)
         self.completions = Completions(*self.tables, self.vm).queries(self.index, self.student_ids)
 
@@ -504,3 +513,219 @@ def test_uld_is_its_plain_form(seed, beta, hybrid, size):
     }
     got = uld_hybrid(Logits(x), Logits(z), case.index, case.vm, hybrid=hybrid, beta=beta, size=size, **given_)
     check(got, plain_uld(case, x, z, beta, hybrid), x, 1e-8)
+
+
+# ---- every loss --------------------------------------------------------------------------------------------------
+
+
+def spelling_of(case: Case, z: torch.Tensor) -> Spelling:
+    return Spelling(case.student_ids, case.teacher_ids, realised(z, case.teacher_ids))
+
+
+def sampled(student: Logits, ids: torch.Tensor) -> torch.Tensor:
+    """Logprobs of the student's tokens, with a gradient."""
+    x = student.rows if student.weight is None else torch.nn.functional.linear(student.rows, student.weight)
+    return token_logprobs(x, ids, temperature=student.temperature, softcap=student.softcap)
+
+
+def all_of_it(case: Case, z: torch.Tensor) -> TopK:
+    """A served teacher that lists every token."""
+    ids = torch.arange(z.shape[-1]).expand(z.shape)
+    return TopK(ids, torch.log_softmax(z, -1))
+
+
+#: name -> loss of a case, student rows and teacher logits. Between them they use every option that changes a value.
+LOSSES = {
+    "strict": lambda c, s, z, **o: strict_kl(s, Logits(z), c.index, c.vm, k=3, **o),
+    "strict forward, all": lambda c, s, z, **o: strict_kl(s, Logits(z), c.index, c.vm, k=None, beta=0.0, **o),
+    "strict, renormalised": lambda c, s, z, **o: strict_kl(s, Logits(z), c.index, c.vm, support="renorm", **o),
+    "strict, served": lambda c, s, z, **o: strict_kl(s, all_of_it(c, z), c.index, c.vm, **o),
+    "byte": lambda c, s, z, **o: byte_kl(s, Logits(z), c.index, c.vm, c.queries, spelling=spelling_of(c, z), **o),
+    "byte, column, bridge": lambda c, s, z, **o: byte_kl(
+        s, Logits(z), c.index, c.vm, c.queries, residual="column", stop_bridge=0.5, phi="canonical", **o
+    ),
+    "byte, reverse": lambda c, s, z, **o: byte_kl(s, Logits(z), c.index, c.vm, c.queries, beta=1.0, **o),
+    "byte, between": lambda c, s, z, **o: byte_kl(s, Logits(z), c.index, c.vm, c.queries, beta=0.3, **o),
+    "completion": lambda c, s, z, **o: completion(s, Logits(z), c.index, c.vm, c.completions, **o),
+    "uld": lambda c, s, z, **o: uld_hybrid(
+        s,
+        Logits(z),
+        c.index,
+        c.vm,
+        hybrid=False,
+        student_logprobs=sampled(s, c.student_ids),
+        teacher_logprobs=realised(z, c.teacher_ids),
+        **o,
+    ),
+    "hybrid": lambda c, s, z, **o: uld_hybrid(
+        s,
+        Logits(z),
+        c.index,
+        c.vm,
+        student_logprobs=sampled(s, c.student_ids),
+        teacher_logprobs=realised(z, c.teacher_ids),
+        **o,
+    ),
+}
+ALM = {
+    "alm": lambda c, s, z, size=None, rows=None, **o: alm(
+        sampled(s, c.student_ids), realised(z, c.teacher_ids), c.index, **o
+    ),
+    "alm, tau": lambda c, s, z, size=None, rows=None, **o: alm(
+        sampled(s, c.student_ids), realised(z, c.teacher_ids), c.index, tau=3.0, **o
+    ),
+}
+every_loss = pytest.mark.parametrize("name", [*LOSSES, *ALM])
+a_few = settings(deadline=None, max_examples=12)
+TOLERANCE = {"atol": 1e-9, "rtol": 1e-9}
+
+
+def loss_of(name: str, case: Case, student: Logits, z: torch.Tensor, **options):
+    return {**LOSSES, **ALM}[name](case, student, z, **options)
+
+
+@every_loss
+def test_gradients_are_those_of_the_values(name):
+    for seed in (1, 2, 5):
+        case = random_case(seed)
+        x, z = random_logits(case, seed, 1.0)
+        assert torch.autograd.gradcheck(lambda x, c=case, z=z: loss_of(name, c, Logits(x), z, size=3).loss, x)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_head_inside_is_the_head_outside(name, dtype):
+    case = random_case(7)
+    g = torch.Generator().manual_seed(0)
+    shape, v = case.student_ids.shape, len(case.vm.student)
+    hidden = torch.randn(*shape, 5, generator=g).to(dtype).requires_grad_()
+    weight = (2 * torch.randn(v, 5, generator=g)).to(dtype).requires_grad_()
+    z = random_logits(case, 0)[1].to(dtype)
+    scaling = {"temperature": 0.8, "softcap": 6.0}
+    inside = loss_of(name, case, Logits(hidden, weight, **scaling), z, size=3)
+    outside = loss_of(name, case, Logits(torch.nn.functional.linear(hidden, weight), **scaling), z)
+    assert inside.terms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(inside.terms, outside.terms, atol=1e-5, rtol=1e-5)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for a, b in zip(
+        torch.autograd.grad(inside.loss, (hidden, weight)),
+        torch.autograd.grad(outside.loss, (hidden, weight)),
+        strict=True,
+    ):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@every_loss
+@a_few
+@given(seeds)
+def test_rows_that_are_given_change_nothing(name, seed):
+    case = random_case(seed)
+    x, z = random_logits(case, seed)
+    whole = loss_of(name, case, Logits(x), z)
+    (want,) = torch.autograd.grad(whole.loss, x)
+    everything = torch.arange(case.student_ids.numel())
+    every_row = loss_of(name, case, Logits(x), z, rows=everything, size=2)
+    torch.testing.assert_close(every_row.terms, whole.terms, **TOLERANCE)
+    backwards = loss_of(name, case, Logits(x), z, rows=everything.flip(0), size=3)
+    torch.testing.assert_close(backwards.terms, whole.terms, **TOLERANCE)
+    (got,) = torch.autograd.grad(backwards.loss, x)
+    torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+@every_loss
+@a_few
+@given(seeds, st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_what_is_not_scored_reaches_nothing(name, seed, bad):
+    case = random_case(seed)
+    x, z = random_logits(case, seed)
+    rng = np.random.default_rng(seed)
+    mask = torch.from_numpy(rng.random(case.student_ids.shape) < 0.6)
+    clean = loss_of(name, case, Logits(x), z, mask=mask)
+    (want,) = torch.autograd.grad(clean.loss, x)
+    # Rows whose logits nothing depends on; alm and the hybrid need every token of a chunk.
+    used = want.abs().sum(-1) > 0
+    if name in ALM or name in ("uld", "hybrid"):
+        chunk = case.index.to_student((case.index.sum_student(used.long()) > 0).long()) > 0
+        used |= chunk
+    used |= clean.terms != 0
+    poisoned = torch.where(used[..., None], x.detach(), bad).requires_grad_()
+    got = loss_of(name, case, Logits(poisoned), z, mask=mask)
+    torch.testing.assert_close(got.terms, clean.terms, **TOLERANCE)
+    torch.testing.assert_close(got.loss, clean.loss, **TOLERANCE)
+    (found,) = torch.autograd.grad(got.loss, poisoned)
+    torch.testing.assert_close(found, want, **TOLERANCE)
+    assert (found[~used] == 0).all()
+
+
+@every_loss
+def test_a_bad_row_costs_itself(name):
+    case = random_case(1)
+    x, z = random_logits(case, 1)
+    clean = loss_of(name, case, Logits(x), z)
+    b, i = torch.nonzero(clean.terms)[0].tolist()
+    x = x.detach().clone()
+    x[b, i] = math.nan
+    x.requires_grad_()
+    got = loss_of(name, case, Logits(x), z)
+    assert got.figures["nonfinite"] > 0
+    assert got.terms[b, i] == 0
+    (found,) = torch.autograd.grad(got.loss, x)
+    assert torch.isfinite(found).all()
+    assert (found[b, i] == 0).all()
+
+
+def moved(case: Case, order: list[int], left: int, right: int) -> Case:
+    """The same rows in another order, with other padding."""
+    student_rows, teacher_rows = ([rows[b] for b in order] for rows in case.rows)
+    return Case(case.vm.student, case.vm.teacher, student_rows, teacher_rows, left, right)
+
+
+def moved_logits(x: torch.Tensor, order: list[int], left: int, width: int) -> torch.Tensor:
+    out = torch.full((len(order), width, x.shape[-1]), 3.0, dtype=x.dtype)
+    kept = min(x.shape[1], width - left)
+    out[:, left : left + kept] = x.detach()[order, :kept]
+    return out.requires_grad_()
+
+
+@every_loss
+@a_few
+@given(seeds, st.integers(0, 3), st.integers(0, 2))
+def test_order_padding_and_micro_batches_change_nothing(name, seed, left, right):
+    case = random_case(seed)
+    x, z = random_logits(case, seed)
+    order = np.random.default_rng(seed).permutation(len(x)).tolist()
+    whole = loss_of(name, case, Logits(x), z)
+    (want,) = torch.autograd.grad(whole.loss, x)
+    other = moved(case, order, left, right)
+    y = moved_logits(x, order, left, other.student_ids.shape[1])
+    w = moved_logits(z, order, left, other.teacher_ids.shape[1]).detach()
+    got = loss_of(name, other, Logits(y), w)
+    torch.testing.assert_close(got.loss, whole.loss, **TOLERANCE)
+    for key in whole.figures:
+        torch.testing.assert_close(got.figures[key], whole.figures[key], **TOLERANCE)
+    (found,) = torch.autograd.grad(got.loss, y)
+    kept = min(x.shape[1], y.shape[1] - left)
+    torch.testing.assert_close(found[:, left : left + kept], want[order, :kept], **TOLERANCE)
+
+    # One row at a time, over what the whole batch was divided by.
+    total = whole.terms.sum() / whole.loss if whole.loss > 0 else torch.ones(())
+    parts = []
+    for b in range(len(x)):
+        one = moved(case, [b], 0, 1)
+        y = moved_logits(x, [b], 0, one.student_ids.shape[1])
+        w = moved_logits(z, [b], 0, one.teacher_ids.shape[1]).detach()
+        parts.append(loss_of(name, one, Logits(y), w, denominator=total).loss)
+    torch.testing.assert_close(torch.stack(parts).sum(), whole.loss, **TOLERANCE)
+
+
+@every_loss
+def test_nothing_to_score_is_zero(name):
+    for rows in ([], [[]], [[b"a"], []]):
+        case = Case([b"a", SPECIAL, STOP], [b"a", b"ab", STOP], rows, [[] for _ in rows])
+        x, z = random_logits(case, 0)
+        loss = loss_of(name, case, Logits(x), z)
+        assert loss.loss == 0
+        assert loss.figures["tokens"] == 0
+        loss.loss.backward()
+        assert x.grad is None or (x.grad == 0).all()

@@ -304,7 +304,7 @@ def alm(
     else:
         x, y = x / tau, y / tau
         value = x.exp() * (x - y) - torch.expm1(x) * ((-torch.expm1(x)).log() - (-torch.expm1(y)).log())
-    share = 1 / index.student_count.clamp(min=1)
+    share = 1 / index.student_count.clamp(min=1).to(y.dtype)
     terms = index.to_student(value * share)
     # A chunk with a bad logprob is scored with a term that is left out.
     both = index.to_student(((index.student_count > 0) & (index.teacher_count > 0)).long()) > 0

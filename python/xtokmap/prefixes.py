@@ -246,6 +246,8 @@ def _spans(
         check_shape(name, x, like)
     chunk, pos, off = index.student_chunk, index.teacher_pos, index.teacher_off
     device = chunk.device
+    if not index.teacher_chunk.shape[1]:
+        return torch.full_like(pos, -math.inf, dtype=torch.float32), torch.full_like(pos, -1), torch.full_like(pos, -1)
     # The next student token of the same chunk starts where this one ends.
     place = torch.arange(chunk.shape[1], device=device)
     aligned = torch.where(chunk >= 0, place, chunk.shape[1])
@@ -258,8 +260,6 @@ def _spans(
     before = torch.nn.functional.pad(with_bytes, (1, 0), value=-1)
     last = index.to_student(last_of_chunk(index.teacher_chunk, index))
     cut = follows & (padded[2] > 0)  # it ends inside a teacher token
-    if not before.shape[1]:
-        return torch.full_like(pos, -1).float(), torch.full_like(pos, -1), torch.full_like(pos, -1)
     whole = torch.where(follows, before.gather(1, padded[1].clamp(min=0)), last)
     last = torch.where(cut, padded[1], whole)
     kind = index.kind_of_student()
