@@ -1092,10 +1092,11 @@ def test_trls_loss_where_it_is_right(beta, hybrid):
 
 
 def test_trls_default_merge_makes_a_perfect_student_pay():
-    """One chunk "ab", split by the student: each model gives the text what the other gives it, and 1 to what it took."""
+    """One chunk "ab", split by the student, which gives every text what the teacher gives it."""
     case = Case([b"a", b"b", b"x"], [b"ab", b"x"], [[b"a", b"b"]], [[b"ab"]])
     x, z = log([0.7, 0.0, 0.3], [0.0, 1.0, 0.0]), log([0.7, 0.3])
-    logprobs = {"student_logprobs": realised(x, case.student_ids), "teacher_logprobs": realised(z, case.teacher_ids)}
+    own, others = realised(x, case.student_ids), realised(z, case.teacher_ids)
+    logprobs = {"student_logprobs": own, "teacher_logprobs": others}
     assert byte_kl(Logits(x), Logits(z), case.index, case.vm, case.queries).loss.abs() < 1e-9
     ours = uld_hybrid(Logits(x), Logits(z), case.index, case.vm, hybrid=False, **logprobs)
     # ULD's own flaw: .3 of "x" is in the first row only, and a chunk has the last row's distribution.

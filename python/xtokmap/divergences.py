@@ -245,7 +245,7 @@ def strict_kl(
 
     def finish(p: Tensor, q: Tensor, p_rest: Tensor, q_rest: Tensor) -> tuple[Tensor, ...]:
         if support == "renorm":
-            p, q = (torch.where(y > -math.inf, y - y.logsumexp(-1, keepdim=True), -math.inf) for y in (p, q))
+            p, q = (torch.where(y == -math.inf, y, y - y.logsumexp(-1, keepdim=True)) for y in (p, q))
         else:
             p, q = torch.cat([p, p_rest[:, None]], 1), torch.cat([q, q_rest[:, None]], 1)
         return divergence(p, q, beta), p_rest.detach().exp(), q_rest.exp()
