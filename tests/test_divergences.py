@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -757,6 +757,61 @@ def test_order_padding_and_micro_batches_change_nothing(name, seed, left, right)
 
 
 @every_loss
+@a_few
+@given(seeds)
+def test_texts_in_one_row_are_texts_in_many(name, seed):
+    case = random_case(seed)
+    # Each must have a text and its end, or its end would be one with another's.
+    kept = [b for b, (s, t) in enumerate(zip(*case.rows, strict=True)) if oracle.spell(s) and s[-1] == t[-1] == STOP]
+    student_rows, teacher_rows = ([rows[b] for b in kept] for rows in case.rows)
+    many = Case(case.vm.student, case.vm.teacher, student_rows, teacher_rows)
+    one = Case(case.vm.student, case.vm.teacher, *([list(chain(*rows))] for rows in (student_rows, teacher_rows)))
+    x, z = random_logits(many, seed)
+
+    def joined(logits, rows, width):
+        if not rows:
+            return torch.zeros(1, 0, width, dtype=logits.dtype)
+        return torch.cat([logits.detach()[b, : len(row)] for b, row in enumerate(rows)])[None]
+
+    y = joined(x, student_rows, x.shape[-1]).requires_grad_()
+    got = loss_of(name, one, Logits(y), joined(z, teacher_rows, z.shape[-1]))
+    want = loss_of(name, many, Logits(x), z)
+    torch.testing.assert_close(got.loss, want.loss, **TOLERANCE)
+    torch.testing.assert_close(got.terms, joined(want.terms[..., None], student_rows, 1)[..., 0], **TOLERANCE)
+    (found,) = torch.autograd.grad(got.loss, y)
+    torch.testing.assert_close(
+        found, joined(torch.autograd.grad(want.loss, x)[0], student_rows, x.shape[-1]), **TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_teachers_head_inside_is_the_head_outside(dtype):
+    case = random_case(7)
+    x, _ = random_logits(case, 7)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*case.teacher_ids.shape, 5, generator=g).to(dtype)
+    weight, bias = (torch.randn(len(case.vm.teacher), *w, generator=g).to(dtype) for w in ((5,), ()))
+    teachers = [
+        Logits(hidden, weight.requires_grad_(), bias, 1.5, 4.0),
+        Logits(torch.nn.functional.linear(hidden, weight, bias), None, None, 1.5, 4.0),
+    ]
+    own = {
+        "student_logprobs": realised(x, case.student_ids),
+        "teacher_logprobs": torch.zeros(case.teacher_ids.shape, dtype=x.dtype),
+    }
+    for loss in (
+        lambda t: strict_kl(Logits(x), t, case.index, case.vm, size=2),
+        lambda t: byte_kl(Logits(x), t, case.index, case.vm, case.queries, size=2),
+        lambda t: completion(Logits(x), t, case.index, case.vm, case.completions, size=2),
+        lambda t: uld_hybrid(Logits(x), t, case.index, case.vm, size=2, **own),
+    ):
+        one, two = (loss(t) for t in teachers)
+        torch.testing.assert_close(one.terms, two.terms, atol=1e-5, rtol=1e-5)
+        one.loss.backward()
+        assert weight.grad is None
+
+
+@every_loss
 def test_nothing_to_score_is_zero(name):
     for rows in ([], [[]], [[b"a"], []]):
         case = Case([b"a", SPECIAL, STOP], [b"a", b"ab", STOP], rows, [[] for _ in rows])
@@ -949,6 +1004,10 @@ def test_errors_say_what_to_give():
         ("completion: a teacher given as TopK", lambda: completion(x, top, index, vm, V3.completions)),
         ("uld_hybrid: a teacher given as TopK", lambda: uld_hybrid(x, top, index, vm, **given_)),
         ("strict_kl: a teacher given as Tensor; it takes Logits or TopK", lambda: strict_kl(x, z.rows, index, vm)),
+        (
+            "made on the CPU, before the index goes to meta",
+            lambda: Completions(*V3.tables, V3.vm).queries(index.to("meta"), V3.student_ids),
+        ),
         ("support='all'", lambda: strict_kl(x, z, index, vm, support="all")),
         ("k=0: at least 1", lambda: strict_kl(x, z, index, vm, k=0)),
         (r"beta=1.5 is outside \[0, 1\]", lambda: strict_kl(x, z, index, vm, beta=1.5)),

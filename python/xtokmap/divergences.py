@@ -165,7 +165,7 @@ def strict_kl(
         student: `[B, Ts]` rows.
         teacher: `[B, Tt]` rows: logits, hidden states with their head, or `TopK`.
         index: of the same rows.
-        vocab_map: `VocabTensors`, or what it can be made from.
+        vocab_map: `VocabTensors`, or what it can be made from (then it is, every time).
         k: how many of the student's tokens; None: all. Not for `TopK`.
         beta: see the module; 1 is KL(p' || q').
         support: "rest"; "renorm" renormalises p and q on U instead (arXiv 2610.08448), which is blind to what lies
@@ -271,7 +271,8 @@ def alm(
     """Likelihoods of whole chunks, compared as yes or no (ALM, arXiv 2503.20083).
 
     With x and y the sums of a chunk's teacher and student logprobs: KL of the Bernoullis e^(x / tau) and e^(y / tau).
-    An infinite tau is the limit of tau times that: x - y + x ln(y / x). At least 0, and 0 only where x = y.
+    An infinite tau is the limit of tau times that: x - y + x ln(y / x). At least 0, and 0 only where x = y. Every chunk
+    with tokens on both sides counts, REWRITTEN and STOP ones too.
 
     Args:
         student_logprobs: `[B, Ts]`, with a gradient; nats.

@@ -91,7 +91,8 @@ def byte_kl(
         queries: of the same rows.
         spelling: ids and teacher logprobs; None leaves such student tokens to what starts with them.
         beta: see the module; 0 is KL(t || p).
-        phi: "longest", or "canonical": the first token of the student's own encoding of v.
+        phi: "longest", or "canonical": the first token of the student's own encoding of v. Inside a teacher token it
+            is what the queries say.
         residual: mass of t that no student token covers. "compact": against everything that phi never gives;
             "column": against the student's ids without bytes.
         stop_bridge: weight of a KL(q || p) of the event {stop, no stop}, whatever beta is.
@@ -353,8 +354,13 @@ class Completions:
         Args:
             index: of the batch.
             student_ids: int64 `[B, Ts]`.
+
+        Raises:
+            XTokMapError: ids that do not fit the index, an index on another device.
         """
         check_shape("student_ids", student_ids, index.student_chunk)
+        if index.student_chunk.device.type != "cpu":
+            raise XTokMapError(f"queries are made on the CPU, before the index goes to {index.student_chunk.device}")
         kind = index.kind_of_student()
         root = (index.teacher_off == 0) & (kind != REWRITTEN) & (kind != STOP)
         # The token behind must be one of the text.
