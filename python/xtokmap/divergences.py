@@ -165,7 +165,7 @@ def strict_kl(
         student: `[B, Ts]` rows.
         teacher: `[B, Tt]` rows: logits, hidden states with their head, or `TopK`.
         index: of the same rows.
-        vocab_map: `VocabTensors`, or what it can be made from.
+        vocab_map: `VocabTensors`, or what it can be made from (then it is, every time).
         k: how many of the student's tokens; None: all. Not for `TopK`.
         beta: see the module; 1 is KL(p' || q').
         support: "rest"; "renorm" renormalises p and q on U instead (arXiv 2610.08448), which is blind to what lies
@@ -245,7 +245,7 @@ def strict_kl(
 
     def finish(p: Tensor, q: Tensor, p_rest: Tensor, q_rest: Tensor) -> tuple[Tensor, ...]:
         if support == "renorm":
-            p, q = p - p.logsumexp(-1, keepdim=True), q - q.logsumexp(-1, keepdim=True)
+            p, q = (torch.where(y == -math.inf, y, y - y.logsumexp(-1, keepdim=True)) for y in (p, q))
         else:
             p, q = torch.cat([p, p_rest[:, None]], 1), torch.cat([q, q_rest[:, None]], 1)
         return divergence(p, q, beta), p_rest.detach().exp(), q_rest.exp()
@@ -271,7 +271,8 @@ def alm(
     """Likelihoods of whole chunks, compared as yes or no (ALM, arXiv 2503.20083).
 
     With x and y the sums of a chunk's teacher and student logprobs: KL of the Bernoullis e^(x / tau) and e^(y / tau).
-    An infinite tau is the limit of tau times that: x - y + x ln(y / x). At least 0, and 0 only where x = y.
+    An infinite tau is the limit of tau times that: x - y + x ln(y / x). At least 0, and 0 only where x = y. Every chunk
+    with tokens on both sides counts, REWRITTEN and STOP ones too.
 
     Args:
         student_logprobs: `[B, Ts]`, with a gradient; nats.
@@ -304,7 +305,7 @@ def alm(
     else:
         x, y = x / tau, y / tau
         value = x.exp() * (x - y) - torch.expm1(x) * ((-torch.expm1(x)).log() - (-torch.expm1(y)).log())
-    share = 1 / index.student_count.clamp(min=1)
+    share = 1 / index.student_count.clamp(min=1).to(y.dtype)
     terms = index.to_student(value * share)
     # A chunk with a bad logprob is scored with a term that is left out.
     both = index.to_student(((index.student_count > 0) & (index.teacher_count > 0)).long()) > 0

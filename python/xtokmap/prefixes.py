@@ -91,7 +91,8 @@ def byte_kl(
         queries: of the same rows.
         spelling: ids and teacher logprobs; None leaves such student tokens to what starts with them.
         beta: see the module; 0 is KL(t || p).
-        phi: "longest", or "canonical": the first token of the student's own encoding of v.
+        phi: "longest", or "canonical": the first token of the student's own encoding of v. Inside a teacher token it
+            is what the queries say.
         residual: mass of t that no student token covers. "compact": against everything that phi never gives;
             "column": against the student's ids without bytes.
         stop_bridge: weight of a KL(q || p) of the event {stop, no stop}, whatever beta is.
@@ -116,6 +117,8 @@ def byte_kl(
     for name, value, known in (("phi", phi, get_args(Phi)), ("residual", residual, get_args(Residual))):
         if value not in known:
             raise XTokMapError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
+    if beta > 0 and not floor > 0:
+        raise XTokMapError(f"floor={floor} with beta={beta}: it must be positive, or the divergence is infinite")
     check_teacher(teacher, (Logits,), "byte_kl")
     maps = check_rows(vocab_map, student, teacher, index, mask)
     if whitespace is not None:
@@ -142,8 +145,10 @@ def byte_kl(
         left_out &= mask.bool()
         scored &= mask.bool()
     scored &= ~left_out
-    rows = wanted_rows(scored, rows)
-    entries = _Ragged(queries.position, queries.indptr, rows, device, queries.teacher_ids, queries.student_ids)
+    worked = wanted_rows(scored, rows)
+    # Where the rows are known on the CPU they are asked there.
+    host = worked if rows is None else rows
+    entries = _Ragged(queries.position, queries.indptr, host, device, queries.teacher_ids, queries.student_ids)
     if spelling is None:
         none = torch.full_like(index.student_chunk, -1)
         log_span, span_to, realised = none.float(), none, none
@@ -209,7 +214,7 @@ def byte_kl(
 
     at = index.teacher_rows(index.teacher_pos)
     terms, lost = map_rows(
-        fn, student, teacher.at(at), inside, log_span, span_to, realised, entries, size=size, rows=rows
+        fn, student, teacher.at(at), inside, log_span, span_to, realised, entries, size=size, rows=worked
     )
     loss = reduce_terms(
         terms, scored, index, mask, denominator, residual=lost, inside=inside.float(), spanning=spanning.float()
@@ -246,6 +251,8 @@ def _spans(
         check_shape(name, x, like)
     chunk, pos, off = index.student_chunk, index.teacher_pos, index.teacher_off
     device = chunk.device
+    if not index.teacher_chunk.shape[1]:
+        return torch.full_like(pos, -math.inf, dtype=torch.float32), torch.full_like(pos, -1), torch.full_like(pos, -1)
     # The next student token of the same chunk starts where this one ends.
     place = torch.arange(chunk.shape[1], device=device)
     aligned = torch.where(chunk >= 0, place, chunk.shape[1])
@@ -258,8 +265,6 @@ def _spans(
     before = torch.nn.functional.pad(with_bytes, (1, 0), value=-1)
     last = index.to_student(last_of_chunk(index.teacher_chunk, index))
     cut = follows & (padded[2] > 0)  # it ends inside a teacher token
-    if not before.shape[1]:
-        return torch.full_like(pos, -1).float(), torch.full_like(pos, -1), torch.full_like(pos, -1)
     whole = torch.where(follows, before.gather(1, padded[1].clamp(min=0)), last)
     last = torch.where(cut, padded[1], whole)
     kind = index.kind_of_student()
@@ -288,8 +293,13 @@ def _spans(
             mass, teacher.at(index.teacher_rows(last)), bounds, size=size, rows=wanted_rows(spans, None)
         )
     logprobs = torch.where(index.teacher_chunk >= 0, spelling.teacher_logprobs.detach().double(), 0)
-    sums = torch.nn.functional.pad(logprobs.cumsum(1), (1, 0))
-    product = sums.gather(1, last.clamp(min=0)) - sums.gather(1, pos.clamp(min=0))
+    # A bad logprob costs what spans it, and not the rest of the row.
+    bad = ~torch.isfinite(logprobs)
+    product, in_the_way = (
+        y.gather(1, last.clamp(min=0)) - y.gather(1, pos.clamp(min=0))
+        for y in (torch.nn.functional.pad(x.cumsum(1), (1, 0)) for x in (torch.where(bad, 0, logprobs), bad.long()))
+    )
+    product = torch.where(in_the_way > 0, math.nan, product)
     log_span = torch.where(spans, product + tails.double().log(), -math.inf).to(tails.dtype)
     return log_span, torch.where(spans, spelling.student_ids, -1), realised
 
@@ -344,8 +354,13 @@ class Completions:
         Args:
             index: of the batch.
             student_ids: int64 `[B, Ts]`.
+
+        Raises:
+            XTokMapError: ids that do not fit the index, an index on another device.
         """
         check_shape("student_ids", student_ids, index.student_chunk)
+        if index.student_chunk.device.type != "cpu":
+            raise XTokMapError(f"queries are made on the CPU, before the index goes to {index.student_chunk.device}")
         kind = index.kind_of_student()
         root = (index.teacher_off == 0) & (kind != REWRITTEN) & (kind != STOP)
         # The token behind must be one of the text.
@@ -432,8 +447,10 @@ def completion(
     scored = at >= 0
     if mask is not None:
         scored &= mask.bool()
-    rows = wanted_rows(scored, rows)
-    entries = _Ragged(queries.position, queries.indptr, rows, device, queries.group, queries.student_range)
+    worked = wanted_rows(scored, rows)
+    # Where the rows are known on the CPU they are asked there.
+    host = worked if rows is None else rows
+    entries = _Ragged(queries.position, queries.indptr, host, device, queries.group, queries.student_range)
     group = _padded(maps.group, teacher.vocab_size)
     group = torch.where(group >= 0, group, maps.num_groups)
 
@@ -449,7 +466,7 @@ def completion(
         # A rounded sum may be a little above 1.
         return zero.index_add(0, row, -mass * log_p.clamp(max=0)), zero.index_add(0, row, mass)
 
-    terms, begun = map_rows(fn, student, teacher.at(at), entries, size=size, rows=rows)
+    terms, begun = map_rows(fn, student, teacher.at(at), entries, size=size, rows=worked)
     return reduce_terms(terms, scored, index, mask, denominator, begun=begun)
 
 
@@ -470,7 +487,7 @@ class _Ragged:
         place, counts = np.asarray(position, np.int64), np.diff(indptr)
         entries = np.ones(int(indptr[-1]), dtype=np.bool_)
         if rows is not None:  # the places of their rows among those that are worked on
-            worked = rows.cpu().numpy()
+            worked = (rows if rows.device.type == "cpu" else rows.cpu()).numpy()
             order = np.argsort(worked, kind="stable")
             at = np.searchsorted(worked, place, sorter=order)
             place, wanted = order[np.minimum(at, len(order) - 1)] if len(order) else place * 0, at < len(order)

@@ -306,6 +306,8 @@ class Logits:
         if self.positions is None and self.rows.is_contiguous():
             return self.rows.view(-1, width)[a:b]
         at = torch.arange(a, b, device=self.rows.device) if self.positions is None else self._at(a, b)
+        if not self.rows.shape[:-1].numel():  # nothing but -1 can ask for them
+            return self.rows.new_zeros(b - a, width)
         if self.rows.is_contiguous():
             return self.rows.view(-1, width).index_select(0, at)
         return self.rows[torch.unravel_index(at, self.rows.shape[:-1])]
@@ -353,6 +355,9 @@ class TopK:
     def at(self, positions: Tensor) -> TopK:
         """The rows at these flat positions (int64, any shape), as `Logits.at`; a copy, as rows are small."""
         flat, k = positions.clamp(min=0), self.ids.shape[-1]
+        if not self.shape.numel():  # nothing but -1 can ask for them
+            empty = self.ids.new_full((*positions.shape, k), -1)
+            return TopK(empty, torch.zeros_like(empty, dtype=self.logprobs.dtype))
         return TopK(self.ids.reshape(-1, k)[flat], self.logprobs.reshape(-1, k)[flat])
 
     def slice(self, a: int, b: int) -> tuple[Tensor, Tensor]:
