@@ -35,6 +35,8 @@ mod byte_table;
 #[cfg(feature = "python")]
 mod python;
 mod resync;
+#[cfg(feature = "python")]
+mod scan;
 mod spans;
 
 pub use align::{Aligner, Alignment, Batch, Ids, Kind, Layout, Rows};

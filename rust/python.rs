@@ -8,10 +8,10 @@ use numpy::{
 use pyo3::exceptions::{PyIndexError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyTuple};
+use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyList, PyString, PyTuple};
 use pyo3::{create_exception, IntoPyObjectExt};
 
-use crate::{Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows, Side, SpanMode};
+use crate::{scan, Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows, Side, SpanMode};
 
 create_exception!(xtokmap, XTokMapError, PyValueError, "Base of every error that xtokmap raises.");
 create_exception!(
@@ -124,6 +124,29 @@ impl PyByteTable {
             })
             .collect::<PyResult<Vec<u32>>>()?;
         Ok(Self::new(Arc::new(table.with_invalid(invalid).with_stop_ids(stop_ids)?)))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (arena, offsets, special, stop_ids, invalid))]
+    #[allow(clippy::needless_pass_by_value)]
+    fn from_arrays(
+        arena: Array<'_, u8>,
+        offsets: Array<'_, u32>,
+        special: Array<'_, bool>,
+        stop_ids: Array<'_, u32>,
+        invalid: &str,
+    ) -> PyResult<Self> {
+        let table = ByteTable::from_parts(arena.to_vec()?, offsets.to_vec()?, special.to_vec()?)?;
+        let table = table.with_invalid(invalid_from(invalid)?).with_stop_ids(stop_ids.to_vec()?)?;
+        Ok(Self::new(Arc::new(table)))
+    }
+
+    fn to_arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let table = &*self.table;
+        let (arena, offsets) = (PyArray1::from_slice(py, table.arena()), PyArray1::from_slice(py, table.offsets()));
+        let special = PyArray1::from_slice(py, table.special());
+        let stop_ids = PyArray1::from_slice(py, table.stop_ids());
+        (arena, offsets, special, stop_ids, self.invalid()).into_pyobject(py)
     }
 
     fn __len__(&self) -> usize {
@@ -456,6 +479,38 @@ fn get_alignments(py: Python<'_>, tokens_a: Vec<String>, tokens_b: Vec<String>) 
     py.detach(|| crate::align_texts(&tokens_a, &tokens_b))
 }
 
+/// The bytes of byte-level tokens, one for each.
+#[pyfunction]
+fn byte_level<'py>(tokens: &Bound<'py, PyList>) -> PyResult<Bound<'py, PyList>> {
+    let bytes: Vec<_> = (tokens.iter())
+        .map(|token| Ok(PyBytes::new(token.py(), &scan::byte_level(token.cast::<PyString>()?.to_str()?))))
+        .collect::<PyResult<_>>()?;
+    PyList::new(tokens.py(), bytes)
+}
+
+/// The end of the JSON array of strings, or of arrays of strings, at `start`; None where there is no such array.
+#[pyfunction]
+fn json_strings_end(json: &[u8], start: usize) -> Option<usize> {
+    scan::json_strings_end(json, start)
+}
+
+/// The strings of an array of a GGUF file, and where it ends; None where the file ends first.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)]
+fn gguf_strings<'py>(
+    py: Python<'py>,
+    data: Array<'py, u8>,
+    start: usize,
+    count: u64,
+    big_endian: bool,
+) -> PyResult<Option<(Bound<'py, PyList>, usize)>> {
+    let Some((strings, end)) = scan::gguf_strings(data.as_slice()?, start, count, big_endian) else {
+        return Ok(None);
+    };
+    let strings = strings.into_iter().map(|string| PyBytes::new(py, string)).collect::<Vec<_>>();
+    Ok(Some((PyList::new(py, strings)?, end)))
+}
+
 #[pymodule(gil_used = false)]
 #[pyo3(name = "_core")]
 fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -467,6 +522,9 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(map_spans, module)?)?;
     module.add_function(wrap_pyfunction!(align_offsets, module)?)?;
     module.add_function(wrap_pyfunction!(get_alignments, module)?)?;
+    module.add_function(wrap_pyfunction!(byte_level, module)?)?;
+    module.add_function(wrap_pyfunction!(json_strings_end, module)?)?;
+    module.add_function(wrap_pyfunction!(gguf_strings, module)?)?;
     module.add("XTokMapError", py.get_type::<XTokMapError>())?;
     module.add("ByteMismatchError", py.get_type::<ByteMismatchError>())?;
     module.add("UnsupportedTokenizerError", py.get_type::<UnsupportedTokenizerError>())?;

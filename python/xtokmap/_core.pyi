@@ -17,7 +17,10 @@ __all__ = [
     "__version__",
     "_rebuild_byte_table",
     "align_offsets",
+    "byte_level",
     "get_alignments",
+    "gguf_strings",
+    "json_strings_end",
     "map_spans",
     "overlaps",
 ]
@@ -44,6 +47,19 @@ class ByteTable:
     def from_bytes(
         tokens: Iterable[bytes | None], *, stop_ids: Sequence[int] = ..., invalid: str = "maximal"
     ) -> ByteTable: ...
+    @staticmethod
+    def from_arrays(
+        arena: npt.NDArray[np.uint8],
+        offsets: npt.NDArray[np.uint32],
+        special: npt.NDArray[np.bool_],
+        stop_ids: npt.NDArray[np.uint32],
+        invalid: str,
+    ) -> ByteTable: ...
+    def to_arrays(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.uint8], npt.NDArray[np.uint32], npt.NDArray[np.bool_], npt.NDArray[np.uint32], str
+    ]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, id: int, /) -> bytes | None: ...
     def __reduce__(self) -> tuple[Any, ...]: ...
@@ -82,3 +98,8 @@ def map_spans(
 ) -> npt.NDArray[np.int64]: ...
 def align_offsets(student: npt.NDArray[np.int64], teacher: npt.NDArray[np.int64]) -> dict[str, Any]: ...
 def get_alignments(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]: ...
+def byte_level(tokens: list[str]) -> list[bytes]: ...
+def json_strings_end(json: bytes, start: int) -> int | None: ...
+def gguf_strings(
+    data: npt.NDArray[np.uint8], start: int, count: int, big_endian: bool
+) -> tuple[list[bytes], int] | None: ...

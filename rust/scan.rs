@@ -1,0 +1,105 @@
+//! What the readers of tokenizer files do for every token or merge, where Python would take most of the time.
+
+/// The byte for a character of the GPT-2 alphabet, in which every byte is one printable character.
+fn byte_of(c: char) -> Option<u8> {
+    match c as u32 {
+        code @ (0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF) => Some(code as u8),
+        // The others in their order: 0 to 0x20, 0x7F to 0xA0, 0xAD.
+        code @ 0x100..=0x120 => Some((code - 0x100) as u8),
+        code @ 0x121..=0x142 => Some((code - 0x121 + 0x7F) as u8),
+        0x143 => Some(0xAD),
+        _ => None,
+    }
+}
+
+/// The bytes that a byte-level decoder makes of a token: a character outside the alphabet makes all of it plain text.
+pub fn byte_level(token: &str) -> Vec<u8> {
+    token.chars().map(byte_of).collect::<Option<_>>().unwrap_or_else(|| token.as_bytes().to_vec())
+}
+
+/// Where a JSON array of strings, or of arrays of strings, ends that starts at `start`; `None` for anything else, and
+/// for what is no valid JSON.
+pub fn json_strings_end(json: &[u8], start: usize) -> Option<usize> {
+    let mut scan = Scan { json, at: start };
+    scan.array(|scan| {
+        let mark = scan.mark()?;
+        scan.at -= 1;
+        if mark == b'[' {
+            scan.array(Scan::string)
+        } else {
+            scan.string()
+        }
+    })?;
+    std::str::from_utf8(&json[start..scan.at]).ok()?;
+    Some(scan.at)
+}
+
+struct Scan<'a> {
+    json: &'a [u8],
+    at: usize,
+}
+
+impl Scan<'_> {
+    fn next(&mut self) -> Option<u8> {
+        let byte = *self.json.get(self.at)?;
+        self.at += 1;
+        Some(byte)
+    }
+
+    /// The next byte that is no white space.
+    fn mark(&mut self) -> Option<u8> {
+        loop {
+            let byte = self.next()?;
+            if !matches!(byte, b' ' | b'\n' | b'\r' | b'\t') {
+                return Some(byte);
+            }
+        }
+    }
+
+    fn array(&mut self, item: impl Fn(&mut Self) -> Option<()>) -> Option<()> {
+        (self.mark()? == b'[').then_some(())?;
+        if self.mark()? == b']' {
+            return Some(());
+        }
+        self.at -= 1;
+        loop {
+            item(self)?;
+            match self.mark()? {
+                b',' => {}
+                b']' => return Some(()),
+                _ => return None,
+            }
+        }
+    }
+
+    fn string(&mut self) -> Option<()> {
+        (self.mark()? == b'"').then_some(())?;
+        loop {
+            match self.next()? {
+                b'"' => return Some(()),
+                b'\\' => match self.next()? {
+                    b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => {}
+                    b'u' => (0..4).try_for_each(|_| self.next()?.is_ascii_hexdigit().then_some(()))?,
+                    _ => return None,
+                },
+                0..0x20 => return None,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The strings of an array in a GGUF file, each behind its length in 8 bytes, and where the last of them ends; `None`
+/// where the file ends first.
+pub fn gguf_strings(data: &[u8], start: usize, count: u64, big_endian: bool) -> Option<(Vec<&[u8]>, usize)> {
+    let mut strings = Vec::new();
+    let mut at = start;
+    for _ in 0..count {
+        let (size, rest) = data.get(at..)?.split_first_chunk()?;
+        let size = if big_endian { u64::from_be_bytes(*size) } else { u64::from_le_bytes(*size) };
+        let size = usize::try_from(size).ok()?;
+        strings.push(rest.get(..size)?);
+        at += 8 + size;
+    }
+    Some((strings, at))
+}
