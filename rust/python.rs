@@ -494,7 +494,7 @@ fn json_strings_end(json: &[u8], start: usize) -> Option<usize> {
     scan::json_strings_end(json, start)
 }
 
-/// The strings of an array of a GGUF file, and where it ends; None where the file ends first.
+/// The strings of an array of a GGUF file (none unless `keep`), and where it ends; None where the file ends first.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)]
 fn gguf_strings<'py>(
@@ -503,12 +503,15 @@ fn gguf_strings<'py>(
     start: usize,
     count: u64,
     big_endian: bool,
+    keep: bool,
 ) -> PyResult<Option<(Bound<'py, PyList>, usize)>> {
-    let Some((strings, end)) = scan::gguf_strings(data.as_slice()?, start, count, big_endian) else {
-        return Ok(None);
-    };
-    let strings = strings.into_iter().map(|string| PyBytes::new(py, string)).collect::<Vec<_>>();
-    Ok(Some((PyList::new(py, strings)?, end)))
+    let mut strings = vec![];
+    let end = scan::gguf_strings(data.as_slice()?, start, count, big_endian, |string| {
+        if keep {
+            strings.push(PyBytes::new(py, string));
+        }
+    });
+    end.map(|end| Ok((PyList::new(py, strings)?, end))).transpose()
 }
 
 #[pymodule(gil_used = false)]

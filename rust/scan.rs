@@ -89,17 +89,22 @@ impl Scan<'_> {
     }
 }
 
-/// The strings of an array in a GGUF file, each behind its length in 8 bytes, and where the last of them ends; `None`
-/// where the file ends first.
-pub fn gguf_strings(data: &[u8], start: usize, count: u64, big_endian: bool) -> Option<(Vec<&[u8]>, usize)> {
-    let mut strings = Vec::new();
+/// Goes through the strings of an array in a GGUF file, each behind its length in 8 bytes, and says where the last of
+/// them ends; `None` where the file ends first.
+pub fn gguf_strings<'a>(
+    data: &'a [u8],
+    start: usize,
+    count: u64,
+    big_endian: bool,
+    mut each: impl FnMut(&'a [u8]),
+) -> Option<usize> {
     let mut at = start;
     for _ in 0..count {
         let (size, rest) = data.get(at..)?.split_first_chunk()?;
         let size = if big_endian { u64::from_be_bytes(*size) } else { u64::from_le_bytes(*size) };
         let size = usize::try_from(size).ok()?;
-        strings.push(rest.get(..size)?);
+        each(rest.get(..size)?);
         at += 8 + size;
     }
-    Some((strings, at))
+    Some(at)
 }

@@ -9,7 +9,6 @@ import base64
 import gzip
 import importlib
 import json
-import mmap
 import os
 import re
 import struct
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from xtokmap import _core
 from xtokmap._core import ByteTable, UnsupportedTokenizerError
 
 #: Tokens that end a turn or a text, by name. Those of them that a vocabulary holds as special tokens are its stop ids,
@@ -117,8 +117,8 @@ class _Vocabulary(NamedTuple):
     invalid: str = "maximal"
 
     def table(self) -> ByteTable:
-        size = max(chain(self.tokens, self.special), default=-1) + 1
-        lowest = min(chain(self.tokens, self.special), default=0)
+        size = max(max(ids, default=-1) for ids in (self.tokens, self.special)) + 1
+        lowest = min(min(ids, default=0) for ids in (self.tokens, self.special))
         if lowest < 0 or size > _ID_LIMIT:
             raise UnsupportedTokenizerError(
                 f"token id {min(lowest, 0) or size - 1}: ids go from 0 to {_ID_LIMIT - 1}; the vocabulary is damaged"
@@ -223,15 +223,27 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 def _load_json(path: Path) -> dict[str, Any]:
     with _reading(path, "JSON file"):
-        spec = json.loads(path.read_bytes())
+        spec = json.loads(_without_merges(path.read_bytes()))
         if not isinstance(spec, dict):
             raise TypeError(f"expected an object, got {type(spec).__name__}")
     return spec
 
 
+_MERGES = re.compile(rb'(?<!\\)"merges"\s*:\s*')
+
+
+def _without_merges(text: bytes) -> bytes:
+    """A tokenizer.json without its merges: most of the file, of no interest here, and slow to parse."""
+    found = _MERGES.search(text)
+    end = found and _core.json_strings_end(text, found.end())
+    return text if found is None or end is None else b"%b[]%b" % (text[: found.end()], text[end:])
+
+
 def _integers(values: Iterable[Any]) -> list[int]:
     """Ids out of JSON, where 1.0, true and "1" are something else."""
     ids = list(values)
+    if set(map(type, ids)) <= {int}:
+        return ids
     for i in ids:
         if type(i) is not int:
             raise TypeError(f"expected an integer, got {i!r}")
@@ -389,15 +401,19 @@ def _of_tokenizers(tokenizer: Any) -> _Vocabulary:
     if not hasattr(tokenizer, "get_added_tokens_decoder") or type(tokenizer.model).__name__ == "Unigram":
         return _of_tokenizer_json(json.loads(_serialized(tokenizer.to_str, "tokenizer")))
     model = tokenizer.model
-    parts = {
-        "type": type(model).__name__,
-        "vocab": tokenizer.get_vocab(with_added_tokens=False),
-        **{key: getattr(model, key, None) for key in ("unk_token", *_AFFIXES)},
-    }
+    parts = {"type": type(model).__name__, **{key: getattr(model, key, None) for key in _AFFIXES}}
+    unk_token = getattr(model, "unk_token", None)
+    size = tokenizer.get_vocab_size(with_added_tokens=False)
+    pieces = list(map(model.id_to_token, range(size)))
+    if None in pieces:  # ids with holes, or an id of two tokens
+        names = _names(tokenizer.get_vocab(with_added_tokens=False))
+    else:
+        names = dict(enumerate(pieces))
+    unk = None if unk_token is None else model.token_to_id(unk_token)
     part = tokenizer.decoder
     decoder = None if part is None else json.loads(_serialized(part.__getstate__, "decoder"))
     added = {i: (token.content, token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
-    return _of_parts(parts, added, decoder)
+    return _of_parts(parts, names, unk, added, decoder)
 
 
 def _serialized(serialize: Callable[[], Any], what: str) -> Any:
@@ -412,16 +428,22 @@ def _serialized(serialize: Callable[[], Any], what: str) -> Any:
 def _of_tokenizer_json(spec: dict[str, Any]) -> _Vocabulary:
     model = spec["model"]
     vocab = model.get("vocab")
-    known: dict[str, int] = {}
+    unk = model.get("unk_id")
+    _integers([] if unk is None else [unk])
+    unk_token = model.get("unk_token")
+    if not isinstance(unk_token, (str, type(None))):
+        raise TypeError(f"unk_token {unk_token!r} is no text")
     if isinstance(vocab, dict):
         known = dict(zip(vocab, _integers(vocab.values()), strict=True))
-    elif isinstance(vocab, list):
-        known = {piece: i for i, (piece, _) in enumerate(vocab)}
-    _integers(unk for unk in [model.get("unk_id")] if unk is not None)
-    if not isinstance(model.get("unk_token"), (str, type(None))):
-        raise TypeError(f"unk_token {model['unk_token']!r} is no text")
+        names = _names(known)
+        unk = known.get(unk_token) if unk_token is not None else None
+    elif isinstance(vocab, list):  # Unigram: [piece, score] in order of ids
+        names = dict(enumerate(piece for piece, _ in vocab))
+        known = {piece: i for i, piece in names.items()}
+    else:
+        raise UnsupportedTokenizerError(f"model {model.get('type')!r} has no vocabulary; a reader needs one")
     added: dict[int, tuple[str, bool]] = {}
-    after = len(vocab or ())
+    after = len(vocab)
     for token in spec.get("added_tokens") or []:
         i, content, is_special = token["id"], token["content"], token["special"]
         if [type(part) for part in (i, content, is_special)] != [int, str, bool] or not content:
@@ -435,7 +457,16 @@ def _of_tokenizer_json(spec: dict[str, Any]) -> _Vocabulary:
             )
         added[i] = content, is_special
         after = max(after, i + 1)
-    return _of_parts(model, added, spec["decoder"])
+    return _of_parts(model, names, unk, added, spec["decoder"])
+
+
+def _names(vocab: Mapping[str, int]) -> dict[int, str]:
+    names = dict(zip(vocab.values(), vocab, strict=True))
+    if len(names) < len(vocab):
+        raise UnsupportedTokenizerError(
+            f"{len(vocab) - len(names)} ids of the vocabulary belong to more than one token; give each its own id"
+        )
+    return names
 
 
 #: How a model marks where a word ends or goes on; the decoder must take the mark away again.
@@ -443,22 +474,13 @@ _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
 def _of_parts(
-    model: Mapping[str, Any], added: Mapping[int, tuple[str, bool]], decoder: dict[str, Any] | None
+    model: Mapping[str, Any],
+    names: dict[int, str],
+    unk: int | None,
+    added: Mapping[int, tuple[str, bool]],
+    decoder: dict[str, Any] | None,
 ) -> _Vocabulary:
-    """A vocabulary from the parts of a tokenizer.json: its model, its added tokens, its decoder."""
-    vocab = model.get("vocab")
-    if isinstance(vocab, list):  # Unigram: [piece, score] in order of ids
-        names = dict(enumerate(piece for piece, _ in vocab))
-        unk = model.get("unk_id")
-    elif isinstance(vocab, dict):
-        names = {i: token for token, i in vocab.items()}
-        unk = vocab.get(model.get("unk_token"))
-        if len(names) < len(vocab):
-            raise UnsupportedTokenizerError(
-                f"{len(vocab) - len(names)} ids of the vocabulary belong to more than one token; give each its own id"
-            )
-    else:
-        raise UnsupportedTokenizerError(f"model {model.get('type')!r} has no vocabulary; a reader needs one")
+    """A vocabulary from the parts of a tokenizer: its model's tokens, its added tokens, its decoder."""
     if decoder is None:
         raise UnsupportedTokenizerError(
             "decoder: this tokenizer has none, so what its tokens spell together is not defined; set tokenizer.decoder "
@@ -475,20 +497,21 @@ def _of_parts(
     special = {i: content for i, (content, is_special) in added.items() if is_special}
     if unk is not None:
         special.setdefault(unk, names[unk])
-    tokens = {i: spelling.of(token) for i, token in names.items() if i not in special}
+    pieces = {i: token for i, token in names.items() if i not in special}
+    tokens = dict(zip(pieces, spelling.of(list(pieces.values())), strict=True))
     ordinary = {i: content for i, (content, _) in added.items() if i not in special}
     for i, content in ordinary.items():
         # Only its own text encodes to a token outside the model's vocabulary, so that is what it spells, although
         # a ByteLevel decoder garbles it where its letters happen to be in the byte alphabet ("naïve").
         if names.get(i) != content:
-            tokens[i] = spelling.of(content) if spelling.joins_words else content.encode()
+            tokens[i] = spelling.of([content])[0] if spelling.joins_words else content.encode()
     return _Vocabulary(tokens, special, ordinary, invalid=spelling.invalid)
 
 
 class _Spelling(NamedTuple):
-    """What a tokenizers decoder does with one token inside a text."""
+    """What a tokenizers decoder does with tokens inside a text, each by itself."""
 
-    of: Callable[[str], bytes]
+    of: Callable[[list[str]], list[bytes]]
     invalid: str
     undone: frozenset[str]
     joins_words: bool
@@ -496,15 +519,15 @@ class _Spelling(NamedTuple):
 
 def _spelling(spec: dict[str, Any]) -> _Spelling:
     texts: list[Callable[[str], str]] = []
-    to_bytes: Callable[[str], bytes] = str.encode
+    to_bytes: Callable[[list[str]], list[bytes]] = _plain
     undone: set[str] = set()
     invalid, open_, joins_words = "maximal", True, False  # open_: the step still sees single tokens, as text
     for step in _flatten(spec):
         kind = step["type"]
         if kind == "ByteLevel" and open_:
-            to_bytes, open_ = _byte_level, False
+            to_bytes, open_ = _core.byte_level, False
         elif kind == "ByteFallback" and open_:
-            to_bytes, invalid, open_ = _byte_piece, "each", False
+            to_bytes, invalid, open_ = _byte_fallback, "each", False
         elif kind == "Fuse":
             open_ = False
         elif kind == "Strip" and not open_ and (step["content"], step["stop"]) == (" ", 0) and step["start"] <= 1:
@@ -531,13 +554,15 @@ def _spelling(spec: dict[str, Any]) -> _Spelling:
     return _Spelling(_composed(texts, to_bytes), invalid, frozenset(undone), joins_words)
 
 
-def _composed(texts: Sequence[Callable[[str], str]], to_bytes: Callable[[str], bytes]) -> Callable[[str], bytes]:
-    def spell(token: str) -> bytes:
+def _composed(
+    texts: Sequence[Callable[[str], str]], to_bytes: Callable[[list[str]], list[bytes]]
+) -> Callable[[list[str]], list[bytes]]:
+    def spell(tokens: list[str]) -> list[bytes]:
         for text in texts:
-            token = text(token)
-        return to_bytes(token)
+            tokens = list(map(text, tokens))
+        return to_bytes(tokens)
 
-    return spell if texts else to_bytes
+    return spell
 
 
 def _flatten(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -550,24 +575,17 @@ def _flatten(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield spec
 
 
-#: The GPT-2 alphabet: every byte as one printable character.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [byte for byte in range(0x100) if byte not in _PRINTABLE]
-_BYTE_OF = {**{byte: byte for byte in _PRINTABLE}, **{0x100 + k: byte for k, byte in enumerate(_OTHERS)}}
-_IN_ALPHABET = re.compile("[" + "".join(re.escape(chr(c)) for c in _BYTE_OF) + "]*")
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_HEX = "0123456789abcdefABCDEF"
+#: Pieces that stand for one byte.
+_BYTE_PIECES = {f"<0x{a}{b}>": bytes.fromhex(a + b) for a in _HEX for b in _HEX}
 
 
-def _byte_level(token: str) -> bytes:
-    # A character outside the alphabet makes the whole token plain text, as in the decoder.
-    if _IN_ALPHABET.fullmatch(token):
-        return token.translate(_BYTE_OF).encode("latin-1")
-    return token.encode()
+def _plain(tokens: list[str]) -> list[bytes]:
+    return list(map(str.encode, tokens))
 
 
-def _byte_piece(token: str) -> bytes:
-    piece = _BYTE_PIECE.fullmatch(token)
-    return bytes.fromhex(piece[1]) if piece else token.encode()
+def _byte_fallback(tokens: list[str]) -> list[bytes]:
+    return [_BYTE_PIECES.get(token) or token.encode() for token in tokens]
 
 
 #: Characters that a replacement may put into one token: a chain of them could double it at every step.
@@ -575,8 +593,11 @@ _GROWTH_LIMIT = 1 << 12
 
 
 def _replacer(old: str, new: str) -> Callable[[str], str]:
+    if len(new) <= len(old):
+        return lambda token: token.replace(old, new)
+
     def spell(token: str) -> str:
-        if len(new) > len(old) and token.count(old) * len(new) > _GROWTH_LIMIT:
+        if token.count(old) * len(new) > _GROWTH_LIMIT:
             raise UnsupportedTokenizerError(
                 f"decoder step Replace {old[:20]!r}: a token becomes longer than {_GROWTH_LIMIT} characters; the "
                 "decoder is damaged"
@@ -666,9 +687,9 @@ def _of_pieces(pieces: Sequence[str], types: Sequence[int], stop_ids: tuple[int,
         if kind == _NORMAL:
             tokens[i] = piece.replace("▁", " ").encode()
         elif kind == _BYTE:
-            if not _BYTE_PIECE.fullmatch(piece):
+            if piece not in _BYTE_PIECES:
                 raise ValueError(f"byte piece {piece!r}: not of the form <0x0A>")
-            tokens[i] = _byte_piece(piece)
+            tokens[i] = _BYTE_PIECES[piece]
         elif kind != _USER_DEFINED or (piece in STOP_TOKENS and piece != "</s>"):
             special[i] = piece  # Gemma's <end_of_turn> is user-defined; so is its </s>, but that is the HTML tag
         else:
@@ -809,7 +830,8 @@ _TEKKEN_SPECIAL = ({"rank": 2, "token_str": "</s>"},)
 def _of_gguf(path: Path) -> _Vocabulary:
     with _reading(path, "GGUF file with a tokenizer"):
         keys = ("model", "tokens", "token_type", "eos_token_id", "eot_token_id", "eom_token_id")
-        fields = _gguf_fields(path, {f"tokenizer.ggml.{key}".encode(): key for key in keys})
+        data = np.memmap(path, np.uint8, "r")
+        fields, _ = _gguf_fields(data, {f"tokenizer.ggml.{key}".encode(): key for key in keys})
         kind, pieces, types = fields["model"].decode(), [t.decode() for t in fields["tokens"]], fields["token_type"]
         stop_ids = tuple(int(fields[end]) for end in keys[3:] if end in fields)
         if kind == "llama":
@@ -822,54 +844,53 @@ def _of_gguf(path: Path) -> _Vocabulary:
         rows = list(enumerate(zip(pieces, types, strict=True)))
         special = {i: piece for i, (piece, t) in rows if t not in (_NORMAL, _USER_DEFINED)}
         added = {i: piece for i, (piece, t) in rows if t == _USER_DEFINED}
-        tokens = {i: _byte_level(piece) if t == _NORMAL else piece.encode() for i, (piece, t) in rows}
-        return _Vocabulary({i: token for i, token in tokens.items() if i not in special}, special, added, stop_ids)
+        normal = {i: piece for i, (piece, t) in rows if t == _NORMAL}
+        tokens = dict(zip(normal, _core.byte_level(list(normal.values())), strict=True))
+        tokens.update((i, piece.encode()) for i, piece in added.items())
+        return _Vocabulary(tokens, special, added, stop_ids)
 
 
 #: struct formats of GGUF's value types; 8 is a string, 9 an array.
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
-def _gguf_fields(path: Path, wanted: Mapping[bytes, str]) -> dict[str, Any]:
-    """Wanted key-value pairs of a GGUF file's header (versions 2 and 3), strings as bytes.
+def _gguf_fields(data: npt.NDArray[np.uint8], wanted: Mapping[bytes, str]) -> tuple[dict[str, Any], int]:
+    """Wanted key-value pairs of a GGUF file's header (versions 2 and 3), strings as bytes; and where the pairs end.
 
     The reader of the `gguf` package makes arrays of every element of every key: 13 s for the 262,144 tokens of Gemma 3,
     where this takes 0.1 s. The tensors are not touched, so the first part of a split file will do.
     """
     fields: dict[str, Any] = {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        magic, version = struct.unpack_from("<4sI", data)
-        order = "<" if version & 0xFFFF else ">"
-        (version,) = struct.unpack_from(f"{order}I", data, 4)
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"magic {magic!r}, version {version}; known are GGUF versions 2 and 3")
-        u32, u64 = struct.Struct(f"{order}I").unpack_from, struct.Struct(f"{order}Q").unpack_from
+    magic, version = struct.unpack_from("<4sI", data)
+    order = "<" if version & 0xFFFF else ">"
+    (version,) = struct.unpack_from(f"{order}I", data, 4)
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"magic {magic!r}, version {version}; known are GGUF versions 2 and 3")
+    u32, u64 = struct.Struct(f"{order}I").unpack_from, struct.Struct(f"{order}Q").unpack_from
 
-        def string(at: int) -> tuple[bytes, int]:
-            end = at + 8 + u64(data, at)[0]
-            if end > len(data):
-                raise ValueError("a string is cut off")
-            return data[at + 8 : end], end
+    def strings(at: int, count: int, keep: bool = True) -> tuple[list[bytes], int]:
+        found = _core.gguf_strings(data, at, count, order == ">", keep)
+        if found is None:
+            raise ValueError("a string is cut off")
+        return found
 
-        (pairs,), at = u64(data, 16), 24
-        for _ in range(pairs):
-            key, at = string(at)
-            (kind,), at = u32(data, at), at + 4
-            count = None
-            if kind == 9:
-                (kind,), (count,), at = u32(data, at), u64(data, at + 4), at + 12
-            values: list[Any] = []
-            if kind == 8:
-                for _ in range(1 if count is None else count):
-                    value, at = string(at)
-                    values.append(value)
-            else:
-                row = struct.Struct(f"{order}{1 if count is None else count}{_GGUF_SCALARS[kind]}")
-                values.extend(row.unpack_from(data, at) if key in wanted else ())
-                at += row.size
-            if key in wanted:
-                fields[wanted[key]] = values if count is not None else values[0]
-    return fields
+    (pairs,), at = u64(data, 16), 24
+    for _ in range(pairs):
+        (key,), at = strings(at, 1)
+        (kind,), at = u32(data, at), at + 4
+        count = None
+        if kind == 9:
+            (kind,), (count,), at = u32(data, at), u64(data, at + 4), at + 12
+        values: list[Any] = []
+        if kind == 8:
+            values, at = strings(at, 1 if count is None else count, key in wanted)
+        else:
+            row = struct.Struct(f"{order}{1 if count is None else count}{_GGUF_SCALARS[kind]}")
+            values.extend(row.unpack_from(data, at) if key in wanted else ())
+            at += row.size
+        if key in wanted:
+            fields[wanted[key]] = values if count is not None else values[0]
+    return fields, at
 
 
 # ---- codecs: text -> ids, in bulk --------------------------------------------------------------------------------
