@@ -48,12 +48,14 @@ impl Scan<'_> {
 
     /// The next byte that is no white space.
     fn mark(&mut self) -> Option<u8> {
-        loop {
-            let byte = self.next()?;
-            if !matches!(byte, b' ' | b'\n' | b'\r' | b'\t') {
-                return Some(byte);
-            }
-        }
+        self.skip_to(|byte| !matches!(byte, b' ' | b'\n' | b'\r' | b'\t'))
+    }
+
+    /// The next byte of which `found` is true.
+    fn skip_to(&mut self, found: impl Fn(u8) -> bool) -> Option<u8> {
+        let skipped = self.json.get(self.at..)?.iter().position(|&byte| found(byte))?;
+        self.at += skipped;
+        self.next()
     }
 
     fn array(&mut self, item: impl Fn(&mut Self) -> Option<()>) -> Option<()> {
@@ -75,15 +77,14 @@ impl Scan<'_> {
     fn string(&mut self) -> Option<()> {
         (self.mark()? == b'"').then_some(())?;
         loop {
-            match self.next()? {
+            match self.skip_to(|byte| byte < 0x20 || byte == b'"' || byte == b'\\')? {
                 b'"' => return Some(()),
                 b'\\' => match self.next()? {
                     b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => {}
                     b'u' => (0..4).try_for_each(|_| self.next()?.is_ascii_hexdigit().then_some(()))?,
                     _ => return None,
                 },
-                0..0x20 => return None,
-                _ => {}
+                _ => return None,
             }
         }
     }

@@ -6,24 +6,28 @@ What a reader cannot do exactly is an `UnsupportedTokenizerError` that names the
 from __future__ import annotations
 
 import base64
+import binascii
 import gzip
 import importlib
 import json
 import os
 import re
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from itertools import chain
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from xtokmap import _core
+from xtokmap import _core, cache
 from xtokmap._core import ByteTable, UnsupportedTokenizerError
 
 #: Tokens that end a turn or a text, by name. Those of them that a vocabulary holds as special tokens are its stop ids,
@@ -74,6 +78,9 @@ def byte_table(tokenizer: Any) -> ByteTable:
     is in the bytes as far as it happens inside one token, as in `tokenizers`; what transformers does over a whole text
     with `clean_up_tokenization_spaces` is not.
 
+    The tables of paths and of SentencePiece models are kept on disk by their content (`xtokmap.cache`). Those of other
+    objects are not: nothing identifies their content in less time than reading it takes.
+
     `invalid` is "each" for vocabularies with byte pieces (`<0x0A>`), "maximal" for all others.
 
     Args:
@@ -96,10 +103,57 @@ def byte_table(tokenizer: Any) -> ByteTable:
         return tokenizer
     if isinstance(tokenizer, (str, os.PathLike)):
         path = _existing(tokenizer)
-        vocabulary = _vocabulary_of_path(path)
-        with _reading(path, "vocabulary"):
-            return vocabulary.table()
+
+        def read() -> ByteTable:
+            vocabulary = _vocabulary_of_path(path)
+            with _reading(path, "vocabulary"):
+                return vocabulary.table()
+
+        return _cached(partial(_contents, path), read)
+    if "sentencepiece" in _packages(tokenizer):
+        proto = tokenizer.serialized_model_proto()
+        return _cached(lambda: [b"SentencePiece", proto], lambda: _of_sentencepiece(proto).table())
     return _vocabulary_of_object(tokenizer).table()
+
+
+def _cached(content: Callable[[], Iterable[Any]], read: Callable[[], ByteTable]) -> ByteTable:
+    """A table from the disk cache, by all the content that determines it; else read, and kept there."""
+    if cache.directory() is None:
+        return read()
+    key = cache.key(chain(_readers(), content()))
+    table = cache.load(key)
+    if table is None:
+        table = read()
+        if cache.key(chain(_readers(), content())) == key:  # not if the file has changed meanwhile
+            cache.store(key, table)
+    return table
+
+
+@lru_cache(None)
+def _readers() -> list[bytes]:
+    """The code that reads: it is part of every key, so that no table outlives a change of it."""
+    code = []
+    with suppress(OSError):  # a package inside an archive
+        code.append(Path(__file__).read_bytes())
+    return [_core.__version__.encode(), *code]
+
+
+def _contents(path: Path) -> Iterator[Any]:
+    """What determines the table of a path: which reader it has, by its name, and all the bytes that one reads."""
+    if path.is_dir():
+        yield from _contents(_file_in(path))
+        for file in _BESIDE:
+            yield b"+" + (path / file).read_bytes() if (path / file).exists() else b""
+        return
+    yield path.name.encode()
+    if path.name.endswith(".gguf"):
+        try:
+            data = np.memmap(path, np.uint8, "r")
+            yield data[: _gguf_fields(data, {})[1]]
+        except _DAMAGE:
+            return  # the reader will say what is wrong
+    else:
+        yield path.read_bytes()
 
 
 #: Ids from here on are damage, not vocabulary: a table has a row for every id below the largest one.
@@ -229,14 +283,19 @@ def _load_json(path: Path) -> dict[str, Any]:
     return spec
 
 
-_MERGES = re.compile(rb'(?<!\\)"merges"\s*:\s*')
+_MERGES = re.compile(rb'"merges"\s*:\s*(?=\[)')
 
 
 def _without_merges(text: bytes) -> bytes:
     """A tokenizer.json without its merges: most of the file, of no interest here, and slow to parse."""
-    found = _MERGES.search(text)
-    end = found and _core.json_strings_end(text, found.end())
-    return text if found is None or end is None else b"%b[]%b" % (text[: found.end()], text[end:])
+    at = -1
+    while (at := text.find(b'"merges"', at + 1)) >= 0:
+        found = _MERGES.match(text, at)
+        # Behind a backslash it is the end of a longer key.
+        end = found and text[at - 1 : at] != b"\\" and _core.json_strings_end(text, found.end())
+        if found and end:
+            return b"%b[]%b" % (text[: found.end()], text[end:])
+    return text
 
 
 def _integers(values: Iterable[Any]) -> list[int]:
@@ -248,6 +307,13 @@ def _integers(values: Iterable[Any]) -> list[int]:
         if type(i) is not int:
             raise TypeError(f"expected an integer, got {i!r}")
     return ids
+
+
+if sys.version_info >= (3, 11):
+    #: base64.b64decode(validate=True), without the Python that it puts around every token.
+    _unbase64 = partial(binascii.a2b_base64, strict_mode=True)
+else:
+    _unbase64 = partial(base64.b64decode, validate=True)
 
 
 def _require(package: str, what: str) -> Any:
@@ -263,6 +329,13 @@ def _require(package: str, what: str) -> Any:
 
 #: Slow tokenizer classes whose ids are those of their SentencePiece model; others shift or reorder them.
 _SENTENCEPIECE_IDS = ("Llama", "CodeLlama", "Gemma", "T5", "Albert", "GPTSw3")
+
+
+#: What is read beside a vocabulary.
+_BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "config.json"),
+)
 
 
 def _file_in(directory: Path) -> Path:
@@ -434,8 +507,8 @@ def _of_tokenizer_json(spec: dict[str, Any]) -> _Vocabulary:
     if not isinstance(unk_token, (str, type(None))):
         raise TypeError(f"unk_token {unk_token!r} is no text")
     if isinstance(vocab, dict):
-        known = dict(zip(vocab, _integers(vocab.values()), strict=True))
-        names = _names(known)
+        _integers(vocab.values())
+        known, names = dict(vocab), _names(vocab)
         unk = known.get(unk_token) if unk_token is not None else None
     elif isinstance(vocab, list):  # Unigram: [piece, score] in order of ids
         names = dict(enumerate(piece for piece, _ in vocab))
@@ -497,7 +570,9 @@ def _of_parts(
     special = {i: content for i, (content, is_special) in added.items() if is_special}
     if unk is not None:
         special.setdefault(unk, names[unk])
-    pieces = {i: token for i, token in names.items() if i not in special}
+    pieces = dict(names)
+    for i in special:
+        pieces.pop(i, None)
     tokens = dict(zip(pieces, spelling.of(list(pieces.values())), strict=True))
     ordinary = {i: content for i, (content, _) in added.items() if i not in special}
     for i, content in ordinary.items():
@@ -594,7 +669,7 @@ _GROWTH_LIMIT = 1 << 12
 
 def _replacer(old: str, new: str) -> Callable[[str], str]:
     if len(new) <= len(old):
-        return lambda token: token.replace(old, new)
+        return methodcaller("replace", old, new)
 
     def spell(token: str) -> str:
         if token.count(old) * len(new) > _GROWTH_LIMIT:
@@ -658,6 +733,10 @@ def _is_tiktoken(path: Path) -> bool:
 _UNPACKED_LIMIT = 1 << 26
 
 
+#: Every byte but those that stand between the token and the rank of a line, and between lines.
+_NO_SEPARATORS = bytes(set(range(256)) - set(b" \n"))
+
+
 def _of_tiktoken_file(path: Path) -> _Vocabulary:
     data = path.read_bytes()
     with _reading(path, ".tiktoken file (lines of base64 token and rank)"):
@@ -666,9 +745,12 @@ def _of_tiktoken_file(path: Path) -> _Vocabulary:
                 data = file.read(_UNPACKED_LIMIT + 1)
             if len(data) > _UNPACKED_LIMIT:
                 raise ValueError(f"more than {_UNPACKED_LIMIT} bytes when unpacked")
-        rows = [line.split() for line in data.splitlines() if line]
-        tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in rows}
-        if len(tokens) < len(rows) or min(tokens) < 0:
+        fields = data.split()
+        if data.translate(None, delete=_NO_SEPARATORS) != b" \n" * (len(fields) // 2):
+            rows = [line.split() for line in data.splitlines() if line]
+            fields = [field for token, rank in rows for field in (token, rank)]
+        tokens = dict(zip(map(int, fields[1::2]), map(_unbase64, fields[::2]), strict=True))
+        if 2 * len(tokens) < len(fields) or min(tokens) < 0:
             raise ValueError("a rank is negative or there twice; ranks are token ids from 0")
     return _Vocabulary(tokens, {})
 
@@ -762,14 +844,14 @@ def _protobuf(message: bytes) -> Iterator[tuple[int, Any]]:
 
     at = 0
     while at < len(message):
-        key, at = varint(at)
+        key, at = (message[at], at + 1) if message[at] < 0x80 else varint(at)
         kind = key & 7
         if kind == 0:
             value, at = varint(at)
             yield key >> 3, value
             continue
         if kind == 2:
-            size, at = varint(at)
+            size, at = (message[at], at + 1) if message[at] < 0x80 else varint(at)
         else:
             size = {1: 8, 5: 4}[kind]
         if at + size > len(message):
@@ -816,7 +898,7 @@ def _of_tekken(spec: dict[str, Any]) -> _Vocabulary:
         if not isinstance(token["token_str"], str):
             raise TypeError(f"special token {i} is called {token['token_str']!r}")
         special[i] = token["token_str"]
-    tokens = {count + i: base64.b64decode(token["token_bytes"], validate=True) for i, token in enumerate(vocab)}
+    tokens = {count + i: _unbase64(token["token_bytes"]) for i, token in enumerate(vocab)}
     return _Vocabulary(tokens, special)
 
 
