@@ -11,7 +11,8 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyList, PyString, PyTuple};
 use pyo3::{create_exception, IntoPyObjectExt};
 
-use crate::{scan, Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows, Side, SpanMode};
+use crate::scan::{self, Spelling};
+use crate::{Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows, Side, SpanMode};
 
 create_exception!(xtokmap, XTokMapError, PyValueError, "Base of every error that xtokmap raises.");
 create_exception!(
@@ -479,13 +480,25 @@ fn get_alignments(py: Python<'_>, tokens_a: Vec<String>, tokens_b: Vec<String>) 
     py.detach(|| crate::align_texts(&tokens_a, &tokens_b))
 }
 
-/// The bytes of byte-level tokens, one for each.
+/// The bytes of tokens inside a text: replacements first, then "plain", "byte level" or "byte pieces".
 #[pyfunction]
-fn byte_level<'py>(tokens: &Bound<'py, PyList>) -> PyResult<Bound<'py, PyList>> {
-    let bytes: Vec<_> = (tokens.iter())
-        .map(|token| Ok(PyBytes::new(token.py(), &scan::byte_level(token.cast::<PyString>()?.to_str()?))))
-        .collect::<PyResult<_>>()?;
-    PyList::new(tokens.py(), bytes)
+#[allow(clippy::needless_pass_by_value)]
+fn spell<'py>(
+    tokens: &Bound<'py, PyList>,
+    replacements: Vec<(String, String)>,
+    kind: &str,
+) -> PyResult<Bound<'py, PyList>> {
+    let spelling = match kind {
+        "plain" => Spelling::Plain,
+        "byte level" => Spelling::ByteLevel,
+        "byte pieces" => Spelling::BytePieces,
+        _ => return Err(XTokMapError::new_err(format!("kind={kind:?}: no way to spell a token"))),
+    };
+    let spell = |token: Bound<'py, PyAny>| {
+        let bytes = scan::spell(token.cast::<PyString>()?.to_str()?, &replacements, spelling);
+        Ok(PyBytes::new(token.py(), &bytes))
+    };
+    PyList::new(tokens.py(), tokens.iter().map(spell).collect::<PyResult<Vec<_>>>()?)
 }
 
 /// The end of the JSON array of strings, or of arrays of strings, at `start`; None where there is no such array.
@@ -525,7 +538,7 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(map_spans, module)?)?;
     module.add_function(wrap_pyfunction!(align_offsets, module)?)?;
     module.add_function(wrap_pyfunction!(get_alignments, module)?)?;
-    module.add_function(wrap_pyfunction!(byte_level, module)?)?;
+    module.add_function(wrap_pyfunction!(spell, module)?)?;
     module.add_function(wrap_pyfunction!(json_strings_end, module)?)?;
     module.add_function(wrap_pyfunction!(gguf_strings, module)?)?;
     module.add("XTokMapError", py.get_type::<XTokMapError>())?;

@@ -1,5 +1,7 @@
 //! What the readers of tokenizer files do for every token or merge, where Python would take most of the time.
 
+use std::borrow::Cow;
+
 /// The byte for a character of the GPT-2 alphabet, in which every byte is one printable character.
 fn byte_of(c: char) -> Option<u8> {
     match c as u32 {
@@ -12,9 +14,38 @@ fn byte_of(c: char) -> Option<u8> {
     }
 }
 
-/// The bytes that a byte-level decoder makes of a token: a character outside the alphabet makes all of it plain text.
-pub fn byte_level(token: &str) -> Vec<u8> {
-    token.chars().map(byte_of).collect::<Option<_>>().unwrap_or_else(|| token.as_bytes().to_vec())
+/// How a decoder makes bytes of a token's text.
+#[derive(Clone, Copy)]
+pub enum Spelling {
+    /// Its UTF-8.
+    Plain,
+    /// A character for each byte; one outside that alphabet makes all of the token plain text.
+    ByteLevel,
+    /// `<0x0A>` is one byte; all else is plain text.
+    BytePieces,
+}
+
+/// The bytes of a token inside a text, after its replacements.
+pub fn spell(token: &str, replacements: &[(String, String)], spelling: Spelling) -> Vec<u8> {
+    let mut text = Cow::Borrowed(token);
+    for (old, new) in replacements {
+        if text.contains(old) {
+            text = text.replace(old, new).into();
+        }
+    }
+    let changed = match spelling {
+        Spelling::Plain => None,
+        Spelling::ByteLevel => text.chars().map(byte_of).collect(),
+        Spelling::BytePieces => byte_piece(&text).map(|byte| vec![byte]),
+    };
+    changed.unwrap_or_else(|| text.into_owned().into_bytes())
+}
+
+fn byte_piece(piece: &str) -> Option<u8> {
+    let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
+    // from_str_radix also takes a sign
+    let plain = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    plain.then(|| u8::from_str_radix(digits, 16).ok())?
 }
 
 /// Where a JSON array of strings, or of arrays of strings, ends that starts at `start`; `None` for anything else, and

@@ -17,12 +17,12 @@ __all__ = [
     "__version__",
     "_rebuild_byte_table",
     "align_offsets",
-    "byte_level",
     "get_alignments",
     "gguf_strings",
     "json_strings_end",
     "map_spans",
     "overlaps",
+    "spell",
 ]
 
 __version__: Final[str]
@@ -98,7 +98,7 @@ def map_spans(
 ) -> npt.NDArray[np.int64]: ...
 def align_offsets(student: npt.NDArray[np.int64], teacher: npt.NDArray[np.int64]) -> dict[str, Any]: ...
 def get_alignments(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]: ...
-def byte_level(tokens: list[str]) -> list[bytes]: ...
+def spell(tokens: list[str], replacements: Sequence[tuple[str, str]], kind: str) -> list[bytes]: ...
 def json_strings_end(json: bytes, start: int) -> int | None: ...
 def gguf_strings(
     data: npt.NDArray[np.uint8], start: int, count: int, big_endian: bool, keep: bool

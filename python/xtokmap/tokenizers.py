@@ -22,7 +22,7 @@ from functools import lru_cache, partial
 from itertools import chain
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -593,16 +593,16 @@ class _Spelling(NamedTuple):
 
 
 def _spelling(spec: dict[str, Any]) -> _Spelling:
-    texts: list[Callable[[str], str]] = []
-    to_bytes: Callable[[list[str]], list[bytes]] = _plain
+    texts: list[Callable[[str], str] | tuple[str, str]] = []
+    kind_of_bytes: Literal["plain", "byte level", "byte pieces"] = "plain"
     undone: set[str] = set()
     invalid, open_, joins_words = "maximal", True, False  # open_: the step still sees single tokens, as text
     for step in _flatten(spec):
         kind = step["type"]
         if kind == "ByteLevel" and open_:
-            to_bytes, open_ = _core.byte_level, False
+            kind_of_bytes, open_ = "byte level", False
         elif kind == "ByteFallback" and open_:
-            to_bytes, invalid, open_ = _byte_fallback, "each", False
+            kind_of_bytes, invalid, open_ = "byte pieces", "each", False
         elif kind == "Fuse":
             open_ = False
         elif kind == "Strip" and not open_ and (step["content"], step["stop"]) == (" ", 0) and step["start"] <= 1:
@@ -626,16 +626,21 @@ def _spelling(spec: dict[str, Any]) -> _Spelling:
                 "depends on its neighbours or on a pattern, so its bytes cannot be known exactly; build "
                 "xtokmap.ByteTable.from_bytes([...]) for this vocabulary yourself"
             )
-    return _Spelling(_composed(texts, to_bytes), invalid, frozenset(undone), joins_words)
+    return _Spelling(_composed(texts, kind_of_bytes), invalid, frozenset(undone), joins_words)
 
 
 def _composed(
-    texts: Sequence[Callable[[str], str]], to_bytes: Callable[[list[str]], list[bytes]]
+    texts: Sequence[Callable[[str], str] | tuple[str, str]], kind: Literal["plain", "byte level", "byte pieces"]
 ) -> Callable[[list[str]], list[bytes]]:
+    """All changes of a text, in order, then its bytes. A pair is (what to replace, with what)."""
+    pairs = [text for text in texts if isinstance(text, tuple)]
+    if len(pairs) == len(texts):
+        return lambda tokens: _core.spell(tokens, pairs, kind)
+
     def spell(tokens: list[str]) -> list[bytes]:
         for text in texts:
-            tokens = list(map(text, tokens))
-        return to_bytes(tokens)
+            tokens = list(map(methodcaller("replace", *text) if isinstance(text, tuple) else text, tokens))
+        return _core.spell(tokens, [], kind)
 
     return spell
 
@@ -655,21 +660,13 @@ _HEX = "0123456789abcdefABCDEF"
 _BYTE_PIECES = {f"<0x{a}{b}>": bytes.fromhex(a + b) for a in _HEX for b in _HEX}
 
 
-def _plain(tokens: list[str]) -> list[bytes]:
-    return list(map(str.encode, tokens))
-
-
-def _byte_fallback(tokens: list[str]) -> list[bytes]:
-    return [_BYTE_PIECES.get(token) or token.encode() for token in tokens]
-
-
 #: Characters that a replacement may put into one token: a chain of them could double it at every step.
 _GROWTH_LIMIT = 1 << 12
 
 
-def _replacer(old: str, new: str) -> Callable[[str], str]:
+def _replacer(old: str, new: str) -> Callable[[str], str] | tuple[str, str]:
     if len(new) <= len(old):
-        return methodcaller("replace", old, new)
+        return old, new
 
     def spell(token: str) -> str:
         if token.count(old) * len(new) > _GROWTH_LIMIT:
@@ -714,13 +711,16 @@ def _word_piece(prefix: str, cleanup: bool) -> Callable[[str], str]:
 
 def _of_tiktoken(encoding: Any) -> _Vocabulary:
     special = {encoding.encode_single_token(name): name for name in encoding.special_tokens_set}
+    ordinary = [i for i in range(encoding.n_vocab) if i not in special]
+    decode = encoding.decode_single_token_bytes
+    try:
+        return _Vocabulary(dict(zip(ordinary, map(decode, ordinary), strict=True)), special)
+    except KeyError:  # a hole in the ranks
+        pass
     tokens = {}
-    for i in range(encoding.n_vocab):
-        if i not in special:
-            try:
-                tokens[i] = encoding.decode_single_token_bytes(i)
-            except KeyError:
-                continue  # a hole in the ranks
+    for i in ordinary:
+        with suppress(KeyError):
+            tokens[i] = decode(i)
     return _Vocabulary(tokens, special)
 
 
@@ -927,7 +927,7 @@ def _of_gguf(path: Path) -> _Vocabulary:
         special = {i: piece for i, (piece, t) in rows if t not in (_NORMAL, _USER_DEFINED)}
         added = {i: piece for i, (piece, t) in rows if t == _USER_DEFINED}
         normal = {i: piece for i, (piece, t) in rows if t == _NORMAL}
-        tokens = dict(zip(normal, _core.byte_level(list(normal.values())), strict=True))
+        tokens = dict(zip(normal, _core.spell(list(normal.values()), [], "byte level"), strict=True))
         tokens.update((i, piece.encode()) for i, piece in added.items())
         return _Vocabulary(tokens, special, added, stop_ids)
 
