@@ -220,7 +220,9 @@ impl<'a> Tokens<'a> {
 
     /// The bytes that all tokens spell.
     pub fn text(&self) -> Vec<u8> {
-        (0..self.len()).flat_map(|i| self.bytes(i)).copied().collect()
+        let mut text = Vec::with_capacity(self.symbols.iter().map(|symbol| symbol.len as usize).sum());
+        (0..self.len()).for_each(|i| text.extend_from_slice(self.bytes(i)));
+        text
     }
 
     /// The first token at or after `i` that has bytes.
