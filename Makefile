@@ -56,8 +56,15 @@ fuzz: $(VENV)/built target/tools/bin/cargo-fuzz
 	done
 	$(PY) fuzz/readers.py $(FUZZ_SECONDS)
 
-bench: $(VENV)/built
+# pytokenizations has no wheels for new Pythons and is built; the benchmarks leave out what is missing.
+$(VENV)/benches: $(VENV)/built
+	$(PIP) install --quiet --editable '.[bench]'
+	-$(PIP) install --quiet pytokenizations
+	touch $@
+
+bench: $(VENV)/benches
 	$(PY) benches/compare.py
+	$(PY) benches/memory.py
 
 lint: $(VENV)/built
 	cargo fmt --check

@@ -5,7 +5,8 @@ another version of the code, is another file. Only raw arrays are stored, with a
 hold exactly what was written is passed over and written again. Files are written under another name and renamed, so any
 number of processes may share a directory. Nothing is ever removed; the directory can be deleted at any time.
 
-The directory is `$XTOKMAP_CACHE`, or `xtokmap` in `$XDG_CACHE_HOME` or `~/.cache`; `XTOKMAP_CACHE=0` or `off` means none.
+The directory is `$XTOKMAP_CACHE`, or else `xtokmap` in `$XDG_CACHE_HOME` or `~/.cache`. `XTOKMAP_CACHE=0` (or `off`)
+means none.
 """
 
 from __future__ import annotations

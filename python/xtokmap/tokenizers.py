@@ -478,10 +478,8 @@ def _of_tokenizers(tokenizer: Any) -> _Vocabulary:
     unk_token = getattr(model, "unk_token", None)
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     pieces = list(map(model.id_to_token, range(size)))
-    if None in pieces:  # ids with holes, or an id of two tokens
-        names = _names(tokenizer.get_vocab(with_added_tokens=False))
-    else:
-        names = dict(enumerate(pieces))
+    # Holes between the ids, or an id of two tokens, show as None.
+    names = _names(tokenizer.get_vocab(with_added_tokens=False)) if None in pieces else dict(enumerate(pieces))
     unk = None if unk_token is None else model.token_to_id(unk_token)
     part = tokenizer.decoder
     decoder = None if part is None else json.loads(_serialized(part.__getstate__, "decoder"))
@@ -943,9 +941,10 @@ def _gguf_fields(data: npt.NDArray[np.uint8], wanted: Mapping[bytes, str]) -> tu
     where this takes 0.1 s. The tensors are not touched, so the first part of a split file will do.
     """
     fields: dict[str, Any] = {}
-    magic, version = struct.unpack_from("<4sI", data)
+    buffer = data.data
+    magic, version = struct.unpack_from("<4sI", buffer)
     order = "<" if version & 0xFFFF else ">"
-    (version,) = struct.unpack_from(f"{order}I", data, 4)
+    (version,) = struct.unpack_from(f"{order}I", buffer, 4)
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"magic {magic!r}, version {version}; known are GGUF versions 2 and 3")
     u32, u64 = struct.Struct(f"{order}I").unpack_from, struct.Struct(f"{order}Q").unpack_from
@@ -956,19 +955,19 @@ def _gguf_fields(data: npt.NDArray[np.uint8], wanted: Mapping[bytes, str]) -> tu
             raise ValueError("a string is cut off")
         return found
 
-    (pairs,), at = u64(data, 16), 24
+    (pairs,), at = u64(buffer, 16), 24
     for _ in range(pairs):
         (key,), at = strings(at, 1)
-        (kind,), at = u32(data, at), at + 4
+        (kind,), at = u32(buffer, at), at + 4
         count = None
         if kind == 9:
-            (kind,), (count,), at = u32(data, at), u64(data, at + 4), at + 12
+            (kind,), (count,), at = u32(buffer, at), u64(buffer, at + 4), at + 12
         values: list[Any] = []
         if kind == 8:
             values, at = strings(at, 1 if count is None else count, key in wanted)
         else:
             row = struct.Struct(f"{order}{1 if count is None else count}{_GGUF_SCALARS[kind]}")
-            values.extend(row.unpack_from(data, at) if key in wanted else ())
+            values.extend(row.unpack_from(buffer, at) if key in wanted else ())
             at += row.size
         if key in wanted:
             fields[wanted[key]] = values if count is not None else values[0]
