@@ -41,7 +41,7 @@ def parts(table):
 def where(tmp_path, monkeypatch):
     """A cache of its own for a test."""
     monkeypatch.setenv("XTOKMAP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "byte-tables"
 
 
 @pytest.fixture
@@ -224,14 +224,14 @@ def test_no_cache(tmp_path, monkeypatch, reads, setting):
 
 def test_directories(tmp_path, monkeypatch):
     monkeypatch.setenv("XTOKMAP_CACHE", str(tmp_path))
-    assert cache.directory() == tmp_path
+    assert cache.directory() == tmp_path / "byte-tables"
     monkeypatch.delenv("XTOKMAP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.directory() == tmp_path / "xtokmap"
+    assert cache.directory() == tmp_path / "xtokmap" / "byte-tables"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert cache.directory() == tmp_path / ".cache" / "xtokmap"
+    assert cache.directory() == tmp_path / ".cache" / "xtokmap" / "byte-tables"
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file", "read-only", "no path", "a directory under the name"])
@@ -248,11 +248,12 @@ def test_a_directory_that_cannot_be_used_is_no_error(tmp_path, monkeypatch, kind
         where = "x" * 5000
     monkeypatch.setenv("XTOKMAP_CACHE", str(where))
     if kind == "a directory under the name":
-        (where / cache.key([*tokenizers._readers(), *tokenizers._contents(path)])).mkdir(parents=True)
+        name = cache.key([*tokenizers._readers(), *tokenizers._contents(path)])
+        (where / "byte-tables" / name).mkdir(parents=True)
     for _ in range(2):
         assert byte_table(path).stop_ids == (3,)
     if kind == "a directory under the name":
-        assert len(list(where.iterdir())) == 1  # and nothing half-written beside it
+        assert len(list((where / "byte-tables").iterdir())) == 1  # and nothing half-written beside it
     if kind == "read-only":
         where.chmod(stat.S_IRWXU)
 

@@ -5,8 +5,8 @@ another version of the code, is another file. Only raw arrays are stored, with a
 hold exactly what was written is passed over and written again. Files are written under another name and renamed, so any
 number of processes may share a directory. Nothing is ever removed; the directory can be deleted at any time.
 
-The directory is `$XTOKMAP_CACHE`, or else `xtokmap` in `$XDG_CACHE_HOME` or `~/.cache`. `XTOKMAP_CACHE=0` (or `off`)
-means none.
+The directory is `byte-tables` in `$XTOKMAP_CACHE`, or else in `xtokmap` in `$XDG_CACHE_HOME` or `~/.cache`.
+`XTOKMAP_CACHE=0` (or `off`) means none.
 """
 
 from __future__ import annotations
@@ -46,11 +46,16 @@ def directory() -> Path | None:
     if setting.lower() in ("0", "off"):
         return None
     if setting:
-        return Path(setting)
+        return Path(setting) / "byte-tables"
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xtokmap"
+        return user_folder() / "byte-tables"
     except RuntimeError:  # no home
         return None
+
+
+def user_folder() -> Path:
+    """`xtokmap` in the user's cache: `$XDG_CACHE_HOME`, or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xtokmap"
 
 
 def load(name: str) -> ByteTable | None:
