@@ -507,6 +507,20 @@ fn json_strings_end(json: &[u8], start: usize) -> Option<usize> {
     scan::json_strings_end(json, start)
 }
 
+/// The names and the integers of the JSON object at `start`, and its end; None where there is no such object.
+#[pyfunction]
+#[allow(clippy::type_complexity)]
+fn json_ids<'py>(
+    py: Python<'py>,
+    json: &[u8],
+    start: usize,
+) -> PyResult<Option<(Bound<'py, PyList>, Bound<'py, PyList>, usize)>> {
+    let Some((all, end)) = scan::json_ids(json, start) else { return Ok(None) };
+    let names = PyList::new(py, all.iter().map(|(name, _)| PyString::new(py, name)))?;
+    let ids = PyList::new(py, all.iter().map(|&(_, id)| id))?;
+    Ok(Some((names, ids, end)))
+}
+
 /// The strings of an array of a GGUF file (none unless `keep`), and where it ends; None where the file ends first.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)]
@@ -540,6 +554,7 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(get_alignments, module)?)?;
     module.add_function(wrap_pyfunction!(spell, module)?)?;
     module.add_function(wrap_pyfunction!(json_strings_end, module)?)?;
+    module.add_function(wrap_pyfunction!(json_ids, module)?)?;
     module.add_function(wrap_pyfunction!(gguf_strings, module)?)?;
     module.add("XTokMapError", py.get_type::<XTokMapError>())?;
     module.add("ByteMismatchError", py.get_type::<ByteMismatchError>())?;

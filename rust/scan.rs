@@ -65,6 +65,57 @@ pub fn json_strings_end(json: &[u8], start: usize) -> Option<usize> {
     Some(scan.at)
 }
 
+/// The strings and integers of the JSON object that starts at `start`, in order, and where it ends; `None` for an
+/// object of anything else, and for what is no valid JSON or no valid Unicode.
+#[allow(clippy::type_complexity)]
+pub fn json_ids(json: &[u8], start: usize) -> Option<(Vec<(Cow<'_, str>, i64)>, usize)> {
+    let mut scan = Scan { json, at: start };
+    let mut all = vec![];
+    (scan.mark()? == b'{').then_some(())?;
+    if scan.mark()? == b'}' {
+        return Some((all, scan.at));
+    }
+    scan.at -= 1;
+    loop {
+        let from = scan.at;
+        scan.string()?;
+        let name = unescaped(std::str::from_utf8(&json[from..scan.at]).ok()?.trim_start())?;
+        (scan.mark()? == b':').then_some(())?;
+        all.push((name, scan.integer()?));
+        match scan.mark()? {
+            b',' => {}
+            b'}' => return Some((all, scan.at)),
+            _ => return None,
+        }
+    }
+}
+
+/// The text of a JSON string, given with its quotes. Half a surrogate pair is no text.
+fn unescaped(quoted: &str) -> Option<Cow<'_, str>> {
+    let mut rest = quoted.strip_prefix('"')?.strip_suffix('"')?;
+    if !rest.contains('\\') {
+        return Some(rest.into());
+    }
+    let mut units = Vec::new();
+    while let Some((before, after)) = rest.split_once('\\') {
+        units.extend(before.encode_utf16());
+        let escape = after.chars().next()?;
+        let size = if escape == 'u' { 5 } else { 1 };
+        units.push(match escape {
+            'b' => 0x08,
+            'f' => 0x0C,
+            'n' => 0x0A,
+            'r' => 0x0D,
+            't' => 0x09,
+            'u' => u16::from_str_radix(after.get(1..5)?, 16).ok()?,
+            other => u16::try_from(u32::from(other)).ok()?,
+        });
+        rest = after.get(size..)?;
+    }
+    units.extend(rest.encode_utf16());
+    String::from_utf16(&units).ok().map(Cow::Owned)
+}
+
 struct Scan<'a> {
     json: &'a [u8],
     at: usize,
@@ -103,6 +154,16 @@ impl Scan<'_> {
                 _ => return None,
             }
         }
+    }
+
+    fn integer(&mut self) -> Option<i64> {
+        let minus = self.mark()? == b'-';
+        self.at -= usize::from(!minus);
+        let digits = self.json[self.at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+        let text = std::str::from_utf8(&self.json[self.at..self.at + digits]).ok()?;
+        self.at += digits;
+        let number: i64 = text.parse().ok().filter(|_| digits == 1 || !text.starts_with('0'))?;
+        Some(if minus { -number } else { number })
     }
 
     fn string(&mut self) -> Option<()> {

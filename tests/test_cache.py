@@ -275,6 +275,7 @@ def test_many_at_once(tmp_path, where):
 # ---- the readers' own scans --------------------------------------------------------------------------------------
 
 MERGES = [["a", "b"], ['"', "\\"], ["]", "["], ["é", "\u2028"], ['\\"merges"', ":"], ["\n", "\x7f"]]
+NAMES = ('"merges": [', '\\"merges', "]", "merges", "vocab", '"vocab": {', "é\u2028\t\b\f\r\n", "/\\/", "𠮷", "")
 
 
 @pytest.mark.parametrize("form", ["pairs", "strings"])
@@ -282,27 +283,51 @@ MERGES = [["a", "b"], ['"', "\\"], ["]", "["], ["é", "\u2028"], ['\\"merges"', 
 def test_merges_are_left_out_and_nothing_else(form, layout):
     merges = MERGES if form == "pairs" else [" ".join(pair) for pair in MERGES]
     for merged in (merges, []):
-        whole = spec(('"merges": [', '\\"merges', "]", "merges"), merges=merged)
-        text = json.dumps(whole, **layout).encode()
-        assert json.loads(tokenizers._without_merges(text)) == spec(whole["model"]["vocab"])
+        text = json.dumps(spec(NAMES, merges=merged), **layout).encode()
+        assert tokenizers._parsed(text) == spec(NAMES)
 
 
-def test_merges_that_are_no_merges_are_parsed_as_ever():
-    good = json.dumps(spec(merges=MERGES)).encode()
-    start = good.index(b'"merges"')
+@pytest.mark.parametrize(
+    "vocab",
+    [
+        '{"a": 0, "b": 1, "a": 2}',
+        '{ "\\u00e9\\ud842\\udfb7" : 0 ,\n"\\/\\"": -7}',
+        '{"\\ud842": 0}',
+        '{"a": 1.0}',
+        '{"a": true, "b": 99999999999999999999}',
+        '{"a": {"vocab": {"b": 1}}}',
+        "{}",
+        "null",
+        '[["a", -1.5]]',
+    ],
+)
+def test_vocabularies_are_parsed_as_json_is(vocab):
+    for text in (
+        f'{{"vocab": {{"x": 1}}, "model": {{"vocab": {vocab}, "merges": []}}}}',
+        f'{{"model": {{"vocab": {vocab}}}, "vocab": {{"x": 1}}}}',
+        f'{{"model": {{"vocab": {vocab}, "vocab": {{"x": 1}}}}}}',
+        f'{{"model": {{"vocab": {{"x": 1}}, "vocab": {vocab}}}}}',
+        f'[{{"vocab": {vocab}}}]',
+    ):
+        assert tokenizers._parsed(text.encode()) == json.loads(text)
+
+
+def test_damage_is_parsed_as_ever():
+    good = json.dumps(spec(NAMES, merges=MERGES)).encode()
+    start = good.index(b'"vocab"')
     for at in range(start, len(good)):
-        for byte in b'"\\,[]{}\x00\xff 0':
+        for byte in b'"\\,:[]{}\x00\xff 0.-':
             text = good[:at] + bytes([byte]) + good[at + 1 :]
             try:
                 whole = json.loads(text)
             except ValueError:
                 with pytest.raises(ValueError):  # noqa: PT011
-                    json.loads(tokenizers._without_merges(text))
+                    tokenizers._parsed(text)
                 continue
-            cut = json.loads(tokenizers._without_merges(text))
+            cut = tokenizers._parsed(text)
             for read in (whole, cut):
                 read.get("model", {}).pop("merges", None)
             assert cut == whole
     for end in range(start, len(good)):
         with pytest.raises(ValueError):  # noqa: PT011
-            json.loads(tokenizers._without_merges(good[:end]))
+            tokenizers._parsed(good[:end])

@@ -277,25 +277,49 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 def _load_json(path: Path) -> dict[str, Any]:
     with _reading(path, "JSON file"):
-        spec = json.loads(_without_merges(path.read_bytes()))
+        spec = _parsed(path.read_bytes())
         if not isinstance(spec, dict):
             raise TypeError(f"expected an object, got {type(spec).__name__}")
     return spec
 
 
-_MERGES = re.compile(rb'"merges"\s*:\s*(?=\[)')
+def _parsed(text: bytes) -> Any:
+    """`json.loads` for a tokenizer.json: its vocabulary a few times faster, its merges, most of the file, left out."""
+    text = _without_merges(text)
+    for start in _values(text, b"vocab", b"{"):
+        found = _core.json_ids(text, start)
+        if found is None:
+            continue
+        names, ids, end = found
+        spec = json.loads(b"%b%b%b" % (text[:start], json.dumps(_ELSEWHERE).encode(), text[end:]))
+        model = spec.get("model") if isinstance(spec, dict) else None
+        if isinstance(model, dict) and model.get("vocab") == _ELSEWHERE:
+            model["vocab"] = dict(zip(names, ids, strict=True))
+            return spec
+        break
+    return json.loads(text)
+
+
+#: Stands in for a vocabulary that is read apart.
+_ELSEWHERE = "xtokmap: read apart"
 
 
 def _without_merges(text: bytes) -> bytes:
-    """A tokenizer.json without its merges: most of the file, of no interest here, and slow to parse."""
-    at = -1
-    while (at := text.find(b'"merges"', at + 1)) >= 0:
-        found = _MERGES.match(text, at)
-        # Behind a backslash it is the end of a longer key.
-        end = found and text[at - 1 : at] != b"\\" and _core.json_strings_end(text, found.end())
-        if found and end:
-            return b"%b[]%b" % (text[: found.end()], text[end:])
+    for start in _values(text, b"merges", b"["):
+        end = _core.json_strings_end(text, start)
+        if end is not None:
+            return b"%b[]%b" % (text[:start], text[end:])
     return text
+
+
+def _values(text: bytes, key: bytes, bracket: bytes) -> Iterator[int]:
+    """Where in a JSON text a key's value starts, if that starts with a bracket."""
+    value = re.compile(rb'"%b"\s*:\s*(?=%b)' % (key, re.escape(bracket)))
+    at = -1
+    while (at := text.find(b'"%b"' % key, at + 1)) >= 0:
+        found = value.match(text, at)
+        if found and text[at - 1 : at] != b"\\":  # behind a backslash it is the end of a longer key
+            yield found.end()
 
 
 def _integers(values: Iterable[Any]) -> list[int]:
