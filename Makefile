@@ -78,7 +78,7 @@ lint: $(VENV)/built
 docs: $(VENV)/built
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
 	$(VENV)/bin/pdoc --output-directory docs/build --docformat google \
-		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.chat xtokmap.torch xtokmap.losses xtokmap.teacher xtokmap.train
+		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.cache xtokmap.chat xtokmap.torch xtokmap.losses xtokmap.teacher xtokmap.train
 
 clean:
 	rm -rf $(VENV) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so
