@@ -56,8 +56,15 @@ fuzz: $(VENV)/built target/tools/bin/cargo-fuzz
 	done
 	$(PY) fuzz/readers.py $(FUZZ_SECONDS)
 
-bench: $(VENV)/built
+# pytokenizations has no wheels for new Pythons and is built; the benchmarks leave out what is missing.
+$(VENV)/benches: $(VENV)/built
+	$(PIP) install --quiet --editable '.[bench]'
+	-$(PIP) install --quiet pytokenizations
+	touch $@
+
+bench: $(VENV)/benches
 	$(PY) benches/compare.py
+	$(PY) benches/memory.py
 
 lint: $(VENV)/built
 	cargo fmt --check
@@ -71,8 +78,8 @@ lint: $(VENV)/built
 docs: $(VENV)/built
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
 	$(VENV)/bin/pdoc --output-directory docs/build --docformat google \
-		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.chat xtokmap.torch xtokmap.losses xtokmap.divergences \
-		xtokmap.prefixes xtokmap.teacher xtokmap.train
+		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.cache xtokmap.encoding xtokmap.cover xtokmap.chat xtokmap.torch \
+		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.train
 
 clean:
 	rm -rf $(VENV) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

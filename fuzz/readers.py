@@ -9,6 +9,7 @@ import base64
 import copy
 import gzip
 import json
+import os
 import random
 import resource
 import struct
@@ -221,6 +222,7 @@ def attempt(path):
 def main():
     seconds, seed = (float(sys.argv[1]) if len(sys.argv) > 1 else 60.0), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    os.environ["XTOKMAP_CACHE"] = "off"
     counts = Counter()
     smallest = {}
     until = time.monotonic() + seconds

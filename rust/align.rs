@@ -1,10 +1,10 @@
 //! The two-pointer merge of token ends, verified byte by byte; one row or a ragged batch.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::byte_table::lossy;
 use crate::resync::{common_prefix, Resync};
@@ -220,7 +220,9 @@ impl<'a> Tokens<'a> {
 
     /// The bytes that all tokens spell.
     pub fn text(&self) -> Vec<u8> {
-        (0..self.len()).flat_map(|i| self.bytes(i)).copied().collect()
+        let mut text = Vec::with_capacity(self.symbols.iter().map(|symbol| symbol.len as usize).sum());
+        (0..self.len()).for_each(|i| text.extend_from_slice(self.bytes(i)));
+        text
     }
 
     /// The first token at or after `i` that has bytes.
@@ -328,7 +330,7 @@ impl Aligner {
         let (student, teacher) = (student.into(), teacher.into());
         let mut arena = Vec::new();
         let (student_symbols, teacher_symbols) = {
-            let mut seen = HashMap::with_capacity(student.len() + teacher.len());
+            let mut seen = FxHashMap::with_capacity_and_hasher(student.len() + teacher.len(), FxBuildHasher);
             let mut symbols = |table| intern(table, &mut arena, &mut seen);
             (symbols(&*student)?, symbols(&*teacher)?)
         };
@@ -481,7 +483,7 @@ impl Aligner {
 fn intern<'a>(
     table: &'a ByteTable,
     arena: &mut Vec<u8>,
-    seen: &mut HashMap<&'a [u8], Symbol>,
+    seen: &mut FxHashMap<&'a [u8], Symbol>,
 ) -> Result<Vec<Symbol>, Error> {
     let mut symbols = Vec::with_capacity(table.len());
     for bytes in table.iter() {

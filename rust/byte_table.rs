@@ -48,6 +48,27 @@ impl ByteTable {
         Ok(table)
     }
 
+    /// A table from its parts: token `i` is `arena[offsets[i]..offsets[i + 1]]`, and `special[i]` says that it has no
+    /// bytes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the parts do not fit each other.
+    pub fn from_parts(arena: Vec<u8>, offsets: Vec<u32>, special: Vec<bool>) -> Result<Self, Error> {
+        let fits = offsets.len() == special.len() + 1
+            && offsets.first() == Some(&0)
+            && offsets.last().is_some_and(|&end| end as usize == arena.len())
+            && offsets.windows(2).zip(&special).all(|(w, &special)| w[0] == w[1] || (w[0] < w[1] && !special));
+        if !fits {
+            return Err(Error::Argument(format!(
+                "offsets must rise from 0 to the size of the arena ({}), be one more than the {} ids, and leave special \
+                 ids without bytes",
+                arena.len(),
+                special.len()
+            )));
+        }
+        Ok(Self { arena, offsets, special, ..Self::default() })
+    }
+
     /// The same table with the ids that end a turn or a text, the preferred one first.
     ///
     /// # Errors
@@ -110,6 +131,16 @@ impl ByteTable {
     /// Every token's bytes in order of ids; special tokens are empty.
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
         self.offsets.windows(2).map(|w| &self.arena[w[0] as usize..w[1] as usize])
+    }
+
+    /// The bytes of all tokens, end to end.
+    pub fn arena(&self) -> &[u8] {
+        &self.arena
+    }
+
+    /// Token `i` is `arena[offsets[i]..offsets[i + 1]]`.
+    pub fn offsets(&self) -> &[u32] {
+        &self.offsets
     }
 
     /// Which ids are special.

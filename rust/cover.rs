@@ -7,8 +7,8 @@
 use std::sync::{Arc, RwLock};
 
 use rayon::prelude::*;
+use rustc_hash::FxHashMap;
 
-use crate::encoding::Map;
 use crate::{Alignment, Batch, Encoding, Error, Kind, VocabMap};
 
 /// Teacher tokens of one row that count together.
@@ -88,10 +88,10 @@ type SetKey = (u32, u32, bool);
 #[derive(Debug, Default)]
 struct Store {
     nodes: Vec<Node>,
-    steps: Map<(u32, u32, u32), u32>,
+    steps: FxHashMap<(u32, u32, u32), u32>,
     sets: Vec<Arc<Set>>,
-    set_of: Map<SetKey, u32>,
-    joined: Map<(u32, u32), bool>,
+    set_of: FxHashMap<SetKey, u32>,
+    joined: FxHashMap<(u32, u32), bool>,
     elements: usize,
 }
 
@@ -386,7 +386,7 @@ impl Cover {
         }
         let store = self.store.read().map_err(|_| poisoned())?;
         let mut all = Queries { indptr: vec![0], ..Queries::default() };
-        let mut number: Map<i32, i32> = Map::default();
+        let mut number: FxHashMap<i32, i32> = FxHashMap::default();
         let mut terms = 0;
         for row in done.into_iter().flatten() {
             for count in row.counts {

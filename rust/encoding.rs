@@ -1,44 +1,12 @@
 //! How one tokenizer cuts bytes into its tokens: the rule itself, on short byte strings.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::Hasher;
 use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
+use rustc_hash::{FxHashMap, FxHasher};
 
 use crate::{ByteTable, Error};
-
-/// A multiplicative hash for keys of a few integers or bytes; they come from a vocabulary, not from an attacker.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Fold(u64);
-
-impl Hasher for Fold {
-    fn finish(&self) -> u64 {
-        self.0 ^ (self.0 >> 29)
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for part in bytes.chunks(8) {
-            let mut word = [0; 8];
-            word[..part.len()].copy_from_slice(part);
-            self.write_u64(u64::from_le_bytes(word));
-        }
-    }
-
-    fn write_u64(&mut self, word: u64) {
-        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-
-    fn write_u32(&mut self, word: u32) {
-        self.write_u64(u64::from(word));
-    }
-
-    fn write_usize(&mut self, word: usize) {
-        self.write_u64(word as u64);
-    }
-}
-
-pub(crate) type Map<K, V> = HashMap<K, V, BuildHasherDefault<Fold>>;
 
 /// How a tokenizer chooses among the ways to cut a text into its tokens.
 #[derive(Clone, Debug)]
@@ -88,7 +56,7 @@ impl Splits {
 }
 
 /// (left, right) -> (rank, merged).
-type Merges = Map<(u32, u32), (u32, u32)>;
+type Merges = FxHashMap<(u32, u32), (u32, u32)>;
 
 /// How one token was made: the pair whose merge it is, and the rank of that merge.
 #[derive(Clone, Copy, Debug)]
@@ -143,9 +111,9 @@ struct ByBytes {
 const EMPTY: u32 = u32::MAX;
 
 fn hash(bytes: &[u8]) -> u64 {
-    let mut fold = Fold(bytes.len() as u64);
-    fold.write(bytes);
-    fold.finish()
+    let mut hasher = FxHasher::default();
+    hasher.write(bytes);
+    hasher.finish()
 }
 
 impl ByBytes {
@@ -603,7 +571,7 @@ impl Encoding {
 
 /// The merges of a list, in order of rank.
 fn listed(table: &ByteTable, merges: &[[u32; 3]]) -> Result<Merges, Error> {
-    let mut all = Map::default();
+    let mut all = FxHashMap::default();
     all.reserve(merges.len());
     for (rank, &[left, right, merged]) in merges.iter().enumerate() {
         if let Some(id) = [left, right, merged].into_iter().find(|&id| id as usize >= table.len()) {

@@ -37,6 +37,8 @@ mod encoding;
 #[cfg(feature = "python")]
 mod python;
 mod resync;
+#[cfg(feature = "python")]
+mod scan;
 mod spans;
 mod vocab_map;
 

@@ -8,9 +8,10 @@ use numpy::{
 use pyo3::exceptions::{PyIndexError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyTuple};
+use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyList, PyString, PyTuple};
 use pyo3::{create_exception, IntoPyObjectExt};
 
+use crate::scan::{self, Spelling};
 use crate::{
     Aligner, Alignment, Batch, ByteTable, Cover, Encoding, Error, Ids, Invalid, Kind, Layout, Queries, Rows, Rule, Set,
     Side, Sorted, SpanMode, Splits, VocabMap,
@@ -127,6 +128,29 @@ impl PyByteTable {
             })
             .collect::<PyResult<Vec<u32>>>()?;
         Ok(Self::new(Arc::new(table.with_invalid(invalid).with_stop_ids(stop_ids)?)))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (arena, offsets, special, stop_ids, invalid))]
+    #[allow(clippy::needless_pass_by_value)]
+    fn from_arrays(
+        arena: Array<'_, u8>,
+        offsets: Array<'_, u32>,
+        special: Array<'_, bool>,
+        stop_ids: Array<'_, u32>,
+        invalid: &str,
+    ) -> PyResult<Self> {
+        let table = ByteTable::from_parts(arena.to_vec()?, offsets.to_vec()?, special.to_vec()?)?;
+        let table = table.with_invalid(invalid_from(invalid)?).with_stop_ids(stop_ids.to_vec()?)?;
+        Ok(Self::new(Arc::new(table)))
+    }
+
+    fn to_arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let table = &*self.table;
+        let (arena, offsets) = (PyArray1::from_slice(py, table.arena()), PyArray1::from_slice(py, table.offsets()));
+        let special = PyArray1::from_slice(py, table.special());
+        let stop_ids = PyArray1::from_slice(py, table.stop_ids());
+        (arena, offsets, special, stop_ids, self.invalid()).into_pyobject(py)
     }
 
     fn __len__(&self) -> usize {
@@ -707,6 +731,67 @@ fn get_alignments(py: Python<'_>, tokens_a: Vec<String>, tokens_b: Vec<String>) 
     py.detach(|| crate::align_texts(&tokens_a, &tokens_b))
 }
 
+/// The bytes of tokens inside a text: replacements first, then "plain", "byte level" or "byte pieces".
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)]
+fn spell<'py>(
+    tokens: &Bound<'py, PyList>,
+    replacements: Vec<(String, String)>,
+    kind: &str,
+) -> PyResult<Bound<'py, PyList>> {
+    let spelling = match kind {
+        "plain" => Spelling::Plain,
+        "byte level" => Spelling::ByteLevel,
+        "byte pieces" => Spelling::BytePieces,
+        _ => return Err(XTokMapError::new_err(format!("kind={kind:?}: no way to spell a token"))),
+    };
+    let spell = |token: Bound<'py, PyAny>| {
+        let bytes = scan::spell(token.cast::<PyString>()?.to_str()?, &replacements, spelling);
+        Ok(PyBytes::new(token.py(), &bytes))
+    };
+    PyList::new(tokens.py(), tokens.iter().map(spell).collect::<PyResult<Vec<_>>>()?)
+}
+
+/// The end of the JSON array of strings, or of arrays of strings, at `start`; None where there is no such array.
+#[pyfunction]
+fn json_strings_end(json: &[u8], start: usize) -> Option<usize> {
+    scan::json_strings_end(json, start)
+}
+
+/// The names and the integers of the JSON object at `start`, and its end; None where there is no such object.
+#[pyfunction]
+#[allow(clippy::type_complexity)]
+fn json_ids<'py>(
+    py: Python<'py>,
+    json: &[u8],
+    start: usize,
+) -> PyResult<Option<(Bound<'py, PyList>, Bound<'py, PyList>, usize)>> {
+    let Some((all, end)) = scan::json_ids(json, start) else { return Ok(None) };
+    let names = PyList::new(py, all.iter().map(|(name, _)| PyString::new(py, name)))?;
+    let ids = PyList::new(py, all.iter().map(|&(_, id)| id))?;
+    Ok(Some((names, ids, end)))
+}
+
+/// The strings of an array of a GGUF file (none unless `keep`), and where it ends; None where the file ends first.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)]
+fn gguf_strings<'py>(
+    py: Python<'py>,
+    data: Array<'py, u8>,
+    start: usize,
+    count: u64,
+    big_endian: bool,
+    keep: bool,
+) -> PyResult<Option<(Bound<'py, PyList>, usize)>> {
+    let mut strings = vec![];
+    let end = scan::gguf_strings(data.as_slice()?, start, count, big_endian, |string| {
+        if keep {
+            strings.push(PyBytes::new(py, string));
+        }
+    });
+    end.map(|end| Ok((PyList::new(py, strings)?, end))).transpose()
+}
+
 #[pymodule(gil_used = false)]
 #[pyo3(name = "_core")]
 fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -721,6 +806,10 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(map_spans, module)?)?;
     module.add_function(wrap_pyfunction!(align_offsets, module)?)?;
     module.add_function(wrap_pyfunction!(get_alignments, module)?)?;
+    module.add_function(wrap_pyfunction!(spell, module)?)?;
+    module.add_function(wrap_pyfunction!(json_strings_end, module)?)?;
+    module.add_function(wrap_pyfunction!(json_ids, module)?)?;
+    module.add_function(wrap_pyfunction!(gguf_strings, module)?)?;
     module.add("XTokMapError", py.get_type::<XTokMapError>())?;
     module.add("ByteMismatchError", py.get_type::<ByteMismatchError>())?;
     module.add("UnsupportedTokenizerError", py.get_type::<UnsupportedTokenizerError>())?;

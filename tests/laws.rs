@@ -565,3 +565,24 @@ fn texts_and_offsets_that_do_not_fit() {
     let gaps = align_offsets(&[[0, 2], [3, 5]], &[[0, 2], [3, 4], [4, 5]]).unwrap();
     assert_eq!(overlaps(&gaps).nbytes, [2, 1, 1]);
 }
+
+#[test]
+fn a_table_is_its_parts() {
+    let tokens = [Some("a"), None, Some(""), Some("né")];
+    let table = ByteTable::from_tokens(tokens).unwrap();
+    let parts = |arena: &[u8], offsets: &[u32], special: &[bool]| {
+        ByteTable::from_parts(arena.to_vec(), offsets.to_vec(), special.to_vec())
+    };
+    let again = parts(table.arena(), table.offsets(), table.special()).unwrap();
+    assert!((0..5).all(|id| again.get(id) == table.get(id)));
+    // Not rising, not to the end of the arena, a special token with bytes, another number of ids.
+    for (offsets, special) in [
+        (&[0, 2, 1, 3][..], &[false; 3][..]),
+        (&[0, 1, 2, 2], &[false; 3]),
+        (&[0, 1, 2, 3], &[false, false, true]),
+        (&[0, 1, 3], &[false; 3]),
+        (&[], &[]),
+    ] {
+        assert!(parts(b"abc", offsets, special).is_err(), "{offsets:?} {special:?}");
+    }
+}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from xtokmap._core import XTokMapError
+from xtokmap.cache import user_folder
 
 if TYPE_CHECKING:
     from xtokmap.train import Result
@@ -44,10 +45,9 @@ TEACHER = Package(
 
 
 def cache_folder() -> Path:
-    """`$XTOKMAP_CACHE`, else `xtokmap` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if os.environ.get("XTOKMAP_CACHE"):
-        return Path(os.environ["XTOKMAP_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xtokmap"
+    """`$XTOKMAP_CACHE`, if it is a folder's name, else `xtokmap` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    setting = os.environ.get("XTOKMAP_CACHE", "")
+    return user_folder() if setting.lower() in ("", "0", "off") else Path(setting)
 
 
 def fetch(package: Package, folder: Path | None = None) -> Path:

@@ -6,24 +6,28 @@ What a reader cannot do exactly is an `UnsupportedTokenizerError` that names the
 from __future__ import annotations
 
 import base64
+import binascii
 import gzip
 import importlib
 import json
-import mmap
 import os
 import re
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from itertools import chain
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from xtokmap import _core, cache
 from xtokmap._core import ByteTable, UnsupportedTokenizerError
 
 #: Tokens that end a turn or a text, by name. Those of them that a vocabulary holds as special tokens are its stop ids,
@@ -74,6 +78,9 @@ def byte_table(tokenizer: Any) -> ByteTable:
     is in the bytes as far as it happens inside one token, as in `tokenizers`; what transformers does over a whole text
     with `clean_up_tokenization_spaces` is not.
 
+    The tables of paths and of SentencePiece models are kept on disk by their content (`xtokmap.cache`). Those of other
+    objects are not: nothing identifies their content in less time than reading it takes.
+
     `invalid` is "each" for vocabularies with byte pieces (`<0x0A>`), "maximal" for all others.
 
     Args:
@@ -96,10 +103,57 @@ def byte_table(tokenizer: Any) -> ByteTable:
         return tokenizer
     if isinstance(tokenizer, (str, os.PathLike)):
         path = _existing(tokenizer)
-        vocabulary = _vocabulary_of_path(path)
-        with _reading(path, "vocabulary"):
-            return vocabulary.table()
+
+        def read() -> ByteTable:
+            vocabulary = _vocabulary_of_path(path)
+            with _reading(path, "vocabulary"):
+                return vocabulary.table()
+
+        return _cached(partial(_contents, path), read)
+    if "sentencepiece" in _packages(tokenizer):
+        proto = tokenizer.serialized_model_proto()
+        return _cached(lambda: [b"SentencePiece", proto], lambda: _of_sentencepiece(proto).table())
     return _vocabulary_of_object(tokenizer).table()
+
+
+def _cached(content: Callable[[], Iterable[Any]], read: Callable[[], ByteTable]) -> ByteTable:
+    """A table from the disk cache, by all the content that determines it; else read, and kept there."""
+    if cache.directory() is None:
+        return read()
+    key = cache.key(chain(_readers(), content()))
+    table = cache.load(key)
+    if table is None:
+        table = read()
+        if cache.key(chain(_readers(), content())) == key:  # not if the file has changed meanwhile
+            cache.store(key, table)
+    return table
+
+
+@lru_cache(None)
+def _readers() -> list[bytes]:
+    """The code that reads: it is part of every key, so that no table outlives a change of it."""
+    code = []
+    with suppress(OSError):  # a package inside an archive
+        code.append(Path(__file__).read_bytes())
+    return [_core.__version__.encode(), *code]
+
+
+def _contents(path: Path) -> Iterator[Any]:
+    """What determines the table of a path: which reader it has, by its name, and all the bytes that one reads."""
+    if path.is_dir():
+        yield from _contents(_file_in(path))
+        for file in _BESIDE:
+            yield b"+" + (path / file).read_bytes() if (path / file).exists() else b""
+        return
+    yield path.name.encode()
+    if path.name.endswith(".gguf"):
+        try:
+            data = np.memmap(path, np.uint8, "r")
+            yield data[: _gguf_fields(data, {})[1]]
+        except _DAMAGE:
+            return  # the reader will say what is wrong
+    else:
+        yield path.read_bytes()
 
 
 #: Ids from here on are damage, not vocabulary: a table has a row for every id below the largest one.
@@ -117,8 +171,8 @@ class _Vocabulary(NamedTuple):
     invalid: str = "maximal"
 
     def table(self) -> ByteTable:
-        size = max(chain(self.tokens, self.special), default=-1) + 1
-        lowest = min(chain(self.tokens, self.special), default=0)
+        size = max(max(ids, default=-1) for ids in (self.tokens, self.special)) + 1
+        lowest = min(min(ids, default=0) for ids in (self.tokens, self.special))
         if lowest < 0 or size > _ID_LIMIT:
             raise UnsupportedTokenizerError(
                 f"token id {min(lowest, 0) or size - 1}: ids go from 0 to {_ID_LIMIT - 1}; the vocabulary is damaged"
@@ -223,19 +277,67 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 def _load_json(path: Path) -> dict[str, Any]:
     with _reading(path, "JSON file"):
-        spec = json.loads(path.read_bytes())
+        spec = _parsed(path.read_bytes())
         if not isinstance(spec, dict):
             raise TypeError(f"expected an object, got {type(spec).__name__}")
     return spec
 
 
+def _parsed(text: bytes) -> Any:
+    """`json.loads` for a tokenizer.json: its vocabulary a few times faster, its merges, most of the file, left out."""
+    text = _without_merges(text)
+    for start in _values(text, b"vocab", b"{"):
+        found = _core.json_ids(text, start)
+        if found is None:
+            continue
+        names, ids, end = found
+        spec = json.loads(b"%b%b%b" % (text[:start], json.dumps(_ELSEWHERE).encode(), text[end:]))
+        model = spec.get("model") if isinstance(spec, dict) else None
+        if isinstance(model, dict) and model.get("vocab") == _ELSEWHERE:
+            model["vocab"] = dict(zip(names, ids, strict=True))
+            return spec
+        break
+    return json.loads(text)
+
+
+#: Stands in for a vocabulary that is read apart.
+_ELSEWHERE = "xtokmap: read apart"
+
+
+def _without_merges(text: bytes) -> bytes:
+    for start in _values(text, b"merges", b"["):
+        end = _core.json_strings_end(text, start)
+        if end is not None:
+            return b"%b[]%b" % (text[:start], text[end:])
+    return text
+
+
+def _values(text: bytes, key: bytes, bracket: bytes) -> Iterator[int]:
+    """Where in a JSON text a key's value starts, if that starts with a bracket."""
+    value = re.compile(rb'"%b"\s*:\s*(?=%b)' % (key, re.escape(bracket)))
+    at = -1
+    while (at := text.find(b'"%b"' % key, at + 1)) >= 0:
+        found = value.match(text, at)
+        if found and text[at - 1 : at] != b"\\":  # behind a backslash it is the end of a longer key
+            yield found.end()
+
+
 def _integers(values: Iterable[Any]) -> list[int]:
     """Ids out of JSON, where 1.0, true and "1" are something else."""
     ids = list(values)
+    if set(map(type, ids)) <= {int}:
+        return ids
     for i in ids:
         if type(i) is not int:
             raise TypeError(f"expected an integer, got {i!r}")
     return ids
+
+
+if sys.version_info >= (3, 11):
+    #: base64.b64decode(validate=True), without the Python that it puts around every token.
+    _unbase64 = partial(binascii.a2b_base64, strict_mode=True)
+else:
+    _unbase64 = partial(base64.b64decode, validate=True)
 
 
 def _require(package: str, what: str) -> Any:
@@ -251,6 +353,13 @@ def _require(package: str, what: str) -> Any:
 
 #: Slow tokenizer classes whose ids are those of their SentencePiece model; others shift or reorder them.
 _SENTENCEPIECE_IDS = ("Llama", "CodeLlama", "Gemma", "T5", "Albert", "GPTSw3")
+
+
+#: What is read beside a vocabulary.
+_BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "config.json"),
+)
 
 
 def _file_in(directory: Path) -> Path:
@@ -389,15 +498,17 @@ def _of_tokenizers(tokenizer: Any) -> _Vocabulary:
     if not hasattr(tokenizer, "get_added_tokens_decoder") or type(tokenizer.model).__name__ == "Unigram":
         return _of_tokenizer_json(json.loads(_serialized(tokenizer.to_str, "tokenizer")))
     model = tokenizer.model
-    parts = {
-        "type": type(model).__name__,
-        "vocab": tokenizer.get_vocab(with_added_tokens=False),
-        **{key: getattr(model, key, None) for key in ("unk_token", *_AFFIXES)},
-    }
+    parts = {"type": type(model).__name__, **{key: getattr(model, key, None) for key in _AFFIXES}}
+    unk_token = getattr(model, "unk_token", None)
+    size = tokenizer.get_vocab_size(with_added_tokens=False)
+    pieces = list(map(model.id_to_token, range(size)))
+    # Holes between the ids, or an id of two tokens, show as None.
+    names = _names(tokenizer.get_vocab(with_added_tokens=False)) if None in pieces else dict(enumerate(pieces))
+    unk = None if unk_token is None else model.token_to_id(unk_token)
     part = tokenizer.decoder
     decoder = None if part is None else json.loads(_serialized(part.__getstate__, "decoder"))
     added = {i: (token.content, token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
-    return _of_parts(parts, added, decoder)
+    return _of_parts(parts, names, unk, added, decoder)
 
 
 def _serialized(serialize: Callable[[], Any], what: str) -> Any:
@@ -412,16 +523,22 @@ def _serialized(serialize: Callable[[], Any], what: str) -> Any:
 def _of_tokenizer_json(spec: dict[str, Any]) -> _Vocabulary:
     model = spec["model"]
     vocab = model.get("vocab")
-    known: dict[str, int] = {}
+    unk = model.get("unk_id")
+    _integers([] if unk is None else [unk])
+    unk_token = model.get("unk_token")
+    if not isinstance(unk_token, (str, type(None))):
+        raise TypeError(f"unk_token {unk_token!r} is no text")
     if isinstance(vocab, dict):
-        known = dict(zip(vocab, _integers(vocab.values()), strict=True))
-    elif isinstance(vocab, list):
-        known = {piece: i for i, (piece, _) in enumerate(vocab)}
-    _integers(unk for unk in [model.get("unk_id")] if unk is not None)
-    if not isinstance(model.get("unk_token"), (str, type(None))):
-        raise TypeError(f"unk_token {model['unk_token']!r} is no text")
+        _integers(vocab.values())
+        known, names = dict(vocab), _names(vocab)
+        unk = known.get(unk_token) if unk_token is not None else None
+    elif isinstance(vocab, list):  # Unigram: [piece, score] in order of ids
+        names = dict(enumerate(piece for piece, _ in vocab))
+        known = {piece: i for i, piece in names.items()}
+    else:
+        raise UnsupportedTokenizerError(f"model {model.get('type')!r} has no vocabulary; a reader needs one")
     added: dict[int, tuple[str, bool]] = {}
-    after = len(vocab or ())
+    after = len(vocab)
     for token in spec.get("added_tokens") or []:
         i, content, is_special = token["id"], token["content"], token["special"]
         if [type(part) for part in (i, content, is_special)] != [int, str, bool] or not content:
@@ -435,7 +552,16 @@ def _of_tokenizer_json(spec: dict[str, Any]) -> _Vocabulary:
             )
         added[i] = content, is_special
         after = max(after, i + 1)
-    return _of_parts(model, added, spec["decoder"])
+    return _of_parts(model, names, unk, added, spec["decoder"])
+
+
+def _names(vocab: Mapping[str, int]) -> dict[int, str]:
+    names = dict(zip(vocab.values(), vocab, strict=True))
+    if len(names) < len(vocab):
+        raise UnsupportedTokenizerError(
+            f"{len(vocab) - len(names)} ids of the vocabulary belong to more than one token; give each its own id"
+        )
+    return names
 
 
 #: How a model marks where a word ends or goes on; the decoder must take the mark away again.
@@ -443,22 +569,13 @@ _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
 def _of_parts(
-    model: Mapping[str, Any], added: Mapping[int, tuple[str, bool]], decoder: dict[str, Any] | None
+    model: Mapping[str, Any],
+    names: dict[int, str],
+    unk: int | None,
+    added: Mapping[int, tuple[str, bool]],
+    decoder: dict[str, Any] | None,
 ) -> _Vocabulary:
-    """A vocabulary from the parts of a tokenizer.json: its model, its added tokens, its decoder."""
-    vocab = model.get("vocab")
-    if isinstance(vocab, list):  # Unigram: [piece, score] in order of ids
-        names = dict(enumerate(piece for piece, _ in vocab))
-        unk = model.get("unk_id")
-    elif isinstance(vocab, dict):
-        names = {i: token for token, i in vocab.items()}
-        unk = vocab.get(model.get("unk_token"))
-        if len(names) < len(vocab):
-            raise UnsupportedTokenizerError(
-                f"{len(vocab) - len(names)} ids of the vocabulary belong to more than one token; give each its own id"
-            )
-    else:
-        raise UnsupportedTokenizerError(f"model {model.get('type')!r} has no vocabulary; a reader needs one")
+    """A vocabulary from the parts of a tokenizer: its model's tokens, its added tokens, its decoder."""
     if decoder is None:
         raise UnsupportedTokenizerError(
             "decoder: this tokenizer has none, so what its tokens spell together is not defined; set tokenizer.decoder "
@@ -475,36 +592,39 @@ def _of_parts(
     special = {i: content for i, (content, is_special) in added.items() if is_special}
     if unk is not None:
         special.setdefault(unk, names[unk])
-    tokens = {i: spelling.of(token) for i, token in names.items() if i not in special}
+    pieces = dict(names)
+    for i in special:
+        pieces.pop(i, None)
+    tokens = dict(zip(pieces, spelling.of(list(pieces.values())), strict=True))
     ordinary = {i: content for i, (content, _) in added.items() if i not in special}
     for i, content in ordinary.items():
         # Only its own text encodes to a token outside the model's vocabulary, so that is what it spells, although
         # a ByteLevel decoder garbles it where its letters happen to be in the byte alphabet ("naïve").
         if names.get(i) != content:
-            tokens[i] = spelling.of(content) if spelling.joins_words else content.encode()
+            tokens[i] = spelling.of([content])[0] if spelling.joins_words else content.encode()
     return _Vocabulary(tokens, special, ordinary, invalid=spelling.invalid)
 
 
 class _Spelling(NamedTuple):
-    """What a tokenizers decoder does with one token inside a text."""
+    """What a tokenizers decoder does with tokens inside a text, each by itself."""
 
-    of: Callable[[str], bytes]
+    of: Callable[[list[str]], list[bytes]]
     invalid: str
     undone: frozenset[str]
     joins_words: bool
 
 
 def _spelling(spec: dict[str, Any]) -> _Spelling:
-    texts: list[Callable[[str], str]] = []
-    to_bytes: Callable[[str], bytes] = str.encode
+    texts: list[Callable[[str], str] | tuple[str, str]] = []
+    kind_of_bytes: Literal["plain", "byte level", "byte pieces"] = "plain"
     undone: set[str] = set()
     invalid, open_, joins_words = "maximal", True, False  # open_: the step still sees single tokens, as text
     for step in _flatten(spec):
         kind = step["type"]
         if kind == "ByteLevel" and open_:
-            to_bytes, open_ = _byte_level, False
+            kind_of_bytes, open_ = "byte level", False
         elif kind == "ByteFallback" and open_:
-            to_bytes, invalid, open_ = _byte_piece, "each", False
+            kind_of_bytes, invalid, open_ = "byte pieces", "each", False
         elif kind == "Fuse":
             open_ = False
         elif kind == "Strip" and not open_ and (step["content"], step["stop"]) == (" ", 0) and step["start"] <= 1:
@@ -528,16 +648,23 @@ def _spelling(spec: dict[str, Any]) -> _Spelling:
                 "depends on its neighbours or on a pattern, so its bytes cannot be known exactly; build "
                 "xtokmap.ByteTable.from_bytes([...]) for this vocabulary yourself"
             )
-    return _Spelling(_composed(texts, to_bytes), invalid, frozenset(undone), joins_words)
+    return _Spelling(_composed(texts, kind_of_bytes), invalid, frozenset(undone), joins_words)
 
 
-def _composed(texts: Sequence[Callable[[str], str]], to_bytes: Callable[[str], bytes]) -> Callable[[str], bytes]:
-    def spell(token: str) -> bytes:
+def _composed(
+    texts: Sequence[Callable[[str], str] | tuple[str, str]], kind: Literal["plain", "byte level", "byte pieces"]
+) -> Callable[[list[str]], list[bytes]]:
+    """All changes of a text, in order, then its bytes. A pair is (what to replace, with what)."""
+    pairs = [text for text in texts if isinstance(text, tuple)]
+    if len(pairs) == len(texts):
+        return lambda tokens: _core.spell(tokens, pairs, kind)
+
+    def spell(tokens: list[str]) -> list[bytes]:
         for text in texts:
-            token = text(token)
-        return to_bytes(token)
+            tokens = list(map(methodcaller("replace", *text) if isinstance(text, tuple) else text, tokens))
+        return _core.spell(tokens, [], kind)
 
-    return spell if texts else to_bytes
+    return spell
 
 
 def _flatten(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -550,33 +677,21 @@ def _flatten(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield spec
 
 
-#: The GPT-2 alphabet: every byte as one printable character.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [byte for byte in range(0x100) if byte not in _PRINTABLE]
-_BYTE_OF = {**{byte: byte for byte in _PRINTABLE}, **{0x100 + k: byte for k, byte in enumerate(_OTHERS)}}
-_IN_ALPHABET = re.compile("[" + "".join(re.escape(chr(c)) for c in _BYTE_OF) + "]*")
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-def _byte_level(token: str) -> bytes:
-    # A character outside the alphabet makes the whole token plain text, as in the decoder.
-    if _IN_ALPHABET.fullmatch(token):
-        return token.translate(_BYTE_OF).encode("latin-1")
-    return token.encode()
-
-
-def _byte_piece(token: str) -> bytes:
-    piece = _BYTE_PIECE.fullmatch(token)
-    return bytes.fromhex(piece[1]) if piece else token.encode()
+_HEX = "0123456789abcdefABCDEF"
+#: Pieces that stand for one byte.
+_BYTE_PIECES = {f"<0x{a}{b}>": bytes.fromhex(a + b) for a in _HEX for b in _HEX}
 
 
 #: Characters that a replacement may put into one token: a chain of them could double it at every step.
 _GROWTH_LIMIT = 1 << 12
 
 
-def _replacer(old: str, new: str) -> Callable[[str], str]:
+def _replacer(old: str, new: str) -> Callable[[str], str] | tuple[str, str]:
+    if len(new) <= len(old):
+        return old, new
+
     def spell(token: str) -> str:
-        if len(new) > len(old) and token.count(old) * len(new) > _GROWTH_LIMIT:
+        if token.count(old) * len(new) > _GROWTH_LIMIT:
             raise UnsupportedTokenizerError(
                 f"decoder step Replace {old[:20]!r}: a token becomes longer than {_GROWTH_LIMIT} characters; the "
                 "decoder is damaged"
@@ -618,13 +733,16 @@ def _word_piece(prefix: str, cleanup: bool) -> Callable[[str], str]:
 
 def _of_tiktoken(encoding: Any) -> _Vocabulary:
     special = {encoding.encode_single_token(name): name for name in encoding.special_tokens_set}
+    ordinary = [i for i in range(encoding.n_vocab) if i not in special]
+    decode = encoding.decode_single_token_bytes
+    try:
+        return _Vocabulary(dict(zip(ordinary, map(decode, ordinary), strict=True)), special)
+    except KeyError:  # a hole in the ranks
+        pass
     tokens = {}
-    for i in range(encoding.n_vocab):
-        if i not in special:
-            try:
-                tokens[i] = encoding.decode_single_token_bytes(i)
-            except KeyError:
-                continue  # a hole in the ranks
+    for i in ordinary:
+        with suppress(KeyError):
+            tokens[i] = decode(i)
     return _Vocabulary(tokens, special)
 
 
@@ -637,6 +755,10 @@ def _is_tiktoken(path: Path) -> bool:
 _UNPACKED_LIMIT = 1 << 26
 
 
+#: Every byte but those that stand between the token and the rank of a line, and between lines.
+_NO_SEPARATORS = bytes(set(range(256)) - set(b" \n"))
+
+
 def _of_tiktoken_file(path: Path) -> _Vocabulary:
     data = path.read_bytes()
     with _reading(path, ".tiktoken file (lines of base64 token and rank)"):
@@ -645,9 +767,12 @@ def _of_tiktoken_file(path: Path) -> _Vocabulary:
                 data = file.read(_UNPACKED_LIMIT + 1)
             if len(data) > _UNPACKED_LIMIT:
                 raise ValueError(f"more than {_UNPACKED_LIMIT} bytes when unpacked")
-        rows = [line.split() for line in data.splitlines() if line]
-        tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in rows}
-        if len(tokens) < len(rows) or min(tokens) < 0:
+        fields = data.split()
+        if data.translate(None, delete=_NO_SEPARATORS) != b" \n" * (len(fields) // 2):
+            rows = [line.split() for line in data.splitlines() if line]
+            fields = [field for token, rank in rows for field in (token, rank)]
+        tokens = dict(zip(map(int, fields[1::2]), map(_unbase64, fields[::2]), strict=True))
+        if 2 * len(tokens) < len(fields) or min(tokens) < 0:
             raise ValueError("a rank is negative or there twice; ranks are token ids from 0")
     return _Vocabulary(tokens, {})
 
@@ -666,9 +791,9 @@ def _of_pieces(pieces: Sequence[str], types: Sequence[int], stop_ids: tuple[int,
         if kind == _NORMAL:
             tokens[i] = piece.replace("▁", " ").encode()
         elif kind == _BYTE:
-            if not _BYTE_PIECE.fullmatch(piece):
+            if piece not in _BYTE_PIECES:
                 raise ValueError(f"byte piece {piece!r}: not of the form <0x0A>")
-            tokens[i] = _byte_piece(piece)
+            tokens[i] = _BYTE_PIECES[piece]
         elif kind != _USER_DEFINED or (piece in STOP_TOKENS and piece != "</s>"):
             special[i] = piece  # Gemma's <end_of_turn> is user-defined; so is its </s>, but that is the HTML tag
         else:
@@ -741,14 +866,14 @@ def _protobuf(message: bytes) -> Iterator[tuple[int, Any]]:
 
     at = 0
     while at < len(message):
-        key, at = varint(at)
+        key, at = (message[at], at + 1) if message[at] < 0x80 else varint(at)
         kind = key & 7
         if kind == 0:
             value, at = varint(at)
             yield key >> 3, value
             continue
         if kind == 2:
-            size, at = varint(at)
+            size, at = (message[at], at + 1) if message[at] < 0x80 else varint(at)
         else:
             size = {1: 8, 5: 4}[kind]
         if at + size > len(message):
@@ -795,7 +920,7 @@ def _of_tekken(spec: dict[str, Any]) -> _Vocabulary:
         if not isinstance(token["token_str"], str):
             raise TypeError(f"special token {i} is called {token['token_str']!r}")
         special[i] = token["token_str"]
-    tokens = {count + i: base64.b64decode(token["token_bytes"], validate=True) for i, token in enumerate(vocab)}
+    tokens = {count + i: _unbase64(token["token_bytes"]) for i, token in enumerate(vocab)}
     return _Vocabulary(tokens, special)
 
 
@@ -809,7 +934,8 @@ _TEKKEN_SPECIAL = ({"rank": 2, "token_str": "</s>"},)
 def _of_gguf(path: Path) -> _Vocabulary:
     with _reading(path, "GGUF file with a tokenizer"):
         keys = ("model", "tokens", "token_type", "eos_token_id", "eot_token_id", "eom_token_id")
-        fields = _gguf_fields(path, {f"tokenizer.ggml.{key}".encode(): key for key in keys})
+        data = np.memmap(path, np.uint8, "r")
+        fields, _ = _gguf_fields(data, {f"tokenizer.ggml.{key}".encode(): key for key in keys})
         kind, pieces, types = fields["model"].decode(), [t.decode() for t in fields["tokens"]], fields["token_type"]
         stop_ids = tuple(int(fields[end]) for end in keys[3:] if end in fields)
         if kind == "llama":
@@ -822,54 +948,54 @@ def _of_gguf(path: Path) -> _Vocabulary:
         rows = list(enumerate(zip(pieces, types, strict=True)))
         special = {i: piece for i, (piece, t) in rows if t not in (_NORMAL, _USER_DEFINED)}
         added = {i: piece for i, (piece, t) in rows if t == _USER_DEFINED}
-        tokens = {i: _byte_level(piece) if t == _NORMAL else piece.encode() for i, (piece, t) in rows}
-        return _Vocabulary({i: token for i, token in tokens.items() if i not in special}, special, added, stop_ids)
+        normal = {i: piece for i, (piece, t) in rows if t == _NORMAL}
+        tokens = dict(zip(normal, _core.spell(list(normal.values()), [], "byte level"), strict=True))
+        tokens.update((i, piece.encode()) for i, piece in added.items())
+        return _Vocabulary(tokens, special, added, stop_ids)
 
 
 #: struct formats of GGUF's value types; 8 is a string, 9 an array.
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
-def _gguf_fields(path: Path, wanted: Mapping[bytes, str]) -> dict[str, Any]:
-    """Wanted key-value pairs of a GGUF file's header (versions 2 and 3), strings as bytes.
+def _gguf_fields(data: npt.NDArray[np.uint8], wanted: Mapping[bytes, str]) -> tuple[dict[str, Any], int]:
+    """Wanted key-value pairs of a GGUF file's header (versions 2 and 3), strings as bytes; and where the pairs end.
 
     The reader of the `gguf` package makes arrays of every element of every key: 13 s for the 262,144 tokens of Gemma 3,
     where this takes 0.1 s. The tensors are not touched, so the first part of a split file will do.
     """
     fields: dict[str, Any] = {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        magic, version = struct.unpack_from("<4sI", data)
-        order = "<" if version & 0xFFFF else ">"
-        (version,) = struct.unpack_from(f"{order}I", data, 4)
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"magic {magic!r}, version {version}; known are GGUF versions 2 and 3")
-        u32, u64 = struct.Struct(f"{order}I").unpack_from, struct.Struct(f"{order}Q").unpack_from
+    buffer = data.data
+    magic, version = struct.unpack_from("<4sI", buffer)
+    order = "<" if version & 0xFFFF else ">"
+    (version,) = struct.unpack_from(f"{order}I", buffer, 4)
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"magic {magic!r}, version {version}; known are GGUF versions 2 and 3")
+    u32, u64 = struct.Struct(f"{order}I").unpack_from, struct.Struct(f"{order}Q").unpack_from
 
-        def string(at: int) -> tuple[bytes, int]:
-            end = at + 8 + u64(data, at)[0]
-            if end > len(data):
-                raise ValueError("a string is cut off")
-            return data[at + 8 : end], end
+    def strings(at: int, count: int, keep: bool = True) -> tuple[list[bytes], int]:
+        found = _core.gguf_strings(data, at, count, order == ">", keep)
+        if found is None:
+            raise ValueError("a string is cut off")
+        return found
 
-        (pairs,), at = u64(data, 16), 24
-        for _ in range(pairs):
-            key, at = string(at)
-            (kind,), at = u32(data, at), at + 4
-            count = None
-            if kind == 9:
-                (kind,), (count,), at = u32(data, at), u64(data, at + 4), at + 12
-            values: list[Any] = []
-            if kind == 8:
-                for _ in range(1 if count is None else count):
-                    value, at = string(at)
-                    values.append(value)
-            else:
-                row = struct.Struct(f"{order}{1 if count is None else count}{_GGUF_SCALARS[kind]}")
-                values.extend(row.unpack_from(data, at) if key in wanted else ())
-                at += row.size
-            if key in wanted:
-                fields[wanted[key]] = values if count is not None else values[0]
-    return fields
+    (pairs,), at = u64(buffer, 16), 24
+    for _ in range(pairs):
+        (key,), at = strings(at, 1)
+        (kind,), at = u32(buffer, at), at + 4
+        count = None
+        if kind == 9:
+            (kind,), (count,), at = u32(buffer, at), u64(buffer, at + 4), at + 12
+        values: list[Any] = []
+        if kind == 8:
+            values, at = strings(at, 1 if count is None else count, key in wanted)
+        else:
+            row = struct.Struct(f"{order}{1 if count is None else count}{_GGUF_SCALARS[kind]}")
+            values.extend(row.unpack_from(buffer, at) if key in wanted else ())
+            at += row.size
+        if key in wanted:
+            fields[wanted[key]] = values if count is not None else values[0]
+    return fields, at
 
 
 # ---- codecs: text -> ids, in bulk --------------------------------------------------------------------------------
