@@ -146,6 +146,11 @@ class Alignment:
     def __repr__(self) -> str:
         return _repr(self, f"{len(self.student_chunk)} student and {len(self.teacher_chunk)} teacher tokens")
 
+    def _as_batch(self) -> AlignmentBatch:
+        counts = {"student_cu": len(self.student_chunk), "teacher_cu": len(self.teacher_chunk), "chunk_cu": len(self)}
+        arrays: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_starts"}
+        return AlignmentBatch(**arrays, **{name: np.asarray([0, n], np.int64) for name, n in counts.items()})
+
     @property
     def scored(self) -> Bool:
         """bool `[m]`: student tokens in a chunk that has teacher tokens, so that they can receive a signal."""
@@ -440,10 +445,7 @@ class Aligner:
                 "cover_queries needs a batch that this aligner made: align or retokenize the ids with it"
             )
         if isinstance(batch, Alignment):
-            counts = {"student_cu": len(batch.student_chunk), "teacher_cu": len(batch.teacher_chunk)}
-            cu = {name: np.asarray([0, n], np.int64) for name, n in {**counts, "chunk_cu": len(batch)}.items()}
-            own = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "_starts"}
-            batch = AlignmentBatch(**own, **cu)
+            batch = batch._as_batch()
         assert batch._bytes is not None
         return self._transfer.queries(batch, batch._bytes.student_ids, batch._bytes.teacher_ids, threads)
 

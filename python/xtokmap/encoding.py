@@ -198,7 +198,8 @@ def _by_score(scores: Sequence[float]) -> UInt32:
 
 def _rule_of_gguf(path: Path) -> _Rule:
     keys = ("model", "tokens", "token_type", "merges", "scores")
-    fields = _gguf_fields(path, {f"tokenizer.ggml.{key}".encode(): key for key in keys})
+    data = np.memmap(path, np.uint8, "r")
+    fields, _ = _gguf_fields(data, {f"tokenizer.ggml.{key}".encode(): key for key in keys})
     added = _ids(i for i, kind in enumerate(fields.get("token_type", ())) if kind == _USER_DEFINED)
     if fields.get("model") == b"llama" and "scores" in fields:
         return "bpe", {"ranks": _by_score(fields["scores"]), "characters": True, "added": added}, None

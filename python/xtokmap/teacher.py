@@ -34,8 +34,8 @@ class Scores:
     Attributes:
         logprobs: float32 `[B, Tt]`; `logprobs[b, i]` scores token i of completion b, in nats; 0 on padding (right).
         mask: bool `[B, Tt]`; where there is a token.
-        transferred: float32 `[B, Ts]`, where asked for; `transferred[b, i]` is log q*(s_i | s_<i) of student token i, as
-            the ids lay that were aligned; NaN where there is no query and on padding.
+        transferred: float32 `[B, Ts]`, where asked for; `transferred[b, i]` is log q*(s_i | s_<i) of student token i,
+            as the ids lay that were aligned; NaN where there is no query and on padding.
         rows: where kept; the flat rows `[N + B]` of `LocalTeacher.rows`, for losses of whole distributions.
         target: where kept and with queries; q*(u | s_<i) for `transfer_kl`.
     """
@@ -87,8 +87,8 @@ class LocalTeacher:
             queries: of the batch in which these completions were aligned, from `Aligner.cover_queries`.
             transferred: whether to evaluate them (`transfer`): what the teacher thinks of the student's own tokens. It
                 is worked out beside the output head, a slice of rows at a time. None: where there are queries.
-            keep: whether to keep the hidden states of the completions (the logits, of a model that is not made of a body
-                and a head), from which whole distributions are made.
+            keep: whether to keep the hidden states of the completions (the logits, of a model that is not made of a
+                body and a head), from which whole distributions are made.
 
         Raises:
             XTokMapError: an empty prompt, different numbers of rows, queries of other completions or none.

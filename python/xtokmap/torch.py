@@ -58,7 +58,7 @@ class ChunkIndex:
         Rows lie as the ids did that were aligned: where a mask was given, token k of a row is at its k-th True;
         otherwise at position k, and shorter rows are padded on the right. An `Alignment` is a batch of one.
         """
-        b = _as_batch(alignment)
+        b = alignment if isinstance(alignment, AlignmentBatch) else alignment._as_batch()
         rows, chunks = len(b), np.diff(b.chunk_cu)
         width = int(chunks.max(initial=0))
         kind = np.full((rows, width), -1, dtype=np.int64)
@@ -192,15 +192,6 @@ class VocabTensors:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_groups"}
         moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
         return VocabTensors(**moved, num_groups=self.num_groups)
-
-
-def _as_batch(a: AlignmentBatch | Alignment) -> AlignmentBatch:
-    if isinstance(a, AlignmentBatch):
-        return a
-    counts = {"student_cu": len(a.student_chunk), "teacher_cu": len(a.teacher_chunk), "chunk_cu": len(a.kind)}
-    arrays: dict[str, Any] = {f.name: getattr(a, f.name) for f in fields(a) if f.name != "_starts"}
-    arrays.update({name: np.asarray([0, n], dtype=np.int64) for name, n in counts.items()})
-    return AlignmentBatch(**arrays)
 
 
 def _padded(flat: npt.NDArray[Any], cu: npt.NDArray[np.int64], mask: Any, fill: int) -> npt.NDArray[np.int64]:

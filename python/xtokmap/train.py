@@ -17,8 +17,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -378,7 +378,6 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
     response = response.to(roller.device)
     loss_of = _whole_loss if config.rule in _WHOLE else _policy_loss
 
-    everything = torch.arange(len(rollouts.prompts), device=roller.device)
     scored = response & (index.to_student((index.teacher_count > 0).long()) > 0)
     if not config.score_stop:
         scored &= index.kind_of_student() != int(Kind.STOP)
@@ -389,7 +388,8 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
     student.eval()  # no dropout: what is updated is the policy that sampled
     old_logprobs = roller.all_logprobs(rollouts) if config.updates > 1 else None
 
-    nats, nbytes = torch.zeros(len(everything), device=roller.device), torch.zeros_like(everything)
+    nats = torch.zeros(len(rollouts.prompts), device=roller.device)
+    nbytes = torch.zeros(len(rollouts.prompts), dtype=torch.long, device=roller.device)
     figures: dict[str, Tensor] = {}
     skipped = 0
     for turn in range(config.updates):
@@ -482,7 +482,8 @@ def _whole_loss(
     student = flat.at(_inverse(places, (len(rows), width)))
     common: Any = {"beta": config.beta, "mask": response, "denominator": denominator}
     if config.rule == "transfer_kl":
-        assert teacher.target is not None and teacher.transferred is not None
+        assert teacher.target is not None
+        assert teacher.transferred is not None
         ids = torch.zeros_like(response, dtype=torch.long).view(-1)
         ids[places] = torch.tensor([i for row in completions for i in row], device=device)
         loss = transfer_kl(
@@ -495,7 +496,7 @@ def _whole_loss(
             stops=config.score_stop,
             **common,
         )
-        names = ("undetermined", "rest", "shared")
+        names: tuple[str, ...] = ("undetermined", "rest", "shared")
     else:
         assert teacher.rows is not None
         teacher_ids = [rollouts.teacher_ids[b] for b in rows]

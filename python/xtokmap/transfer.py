@@ -1,9 +1,9 @@
 """The teacher's view of the student's own encoding, from rows that its pass over the finished text already has.
 
-`transfer` evaluates `CoverQueries`: log q*(s_i | s_<i) of every sampled token. `TransferTarget` is the whole distribution
-q*(u | s_<i) over the student's vocabulary, a slice of positions at a time. Both repair the bias that every credit takes
-over from the boundaries of the teacher's encoding (tokenization bias, arXiv 2406.16829 and 2410.09303): a boundary says
-what did not come next.
+`transfer` evaluates `CoverQueries`: log q*(s_i | s_<i) of every sampled token. `TransferTarget` is the whole
+distribution q*(u | s_<i) over the student's vocabulary, a slice of positions at a time. Both repair the bias that every
+credit takes over from the boundaries of the teacher's encoding (tokenization bias, arXiv 2406.16829 and 2410.09303): a
+boundary says what did not come next.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def transfer(
     p = plan(queries)
     if tuple(teacher.shape) != (p.rows,) or tuple(teacher_ids.shape) != (len(p.token_row),):
         raise XTokMapError(
-            f"teacher rows {tuple(teacher.shape)} and ids {tuple(teacher_ids.shape)}; these queries need ({p.rows},) rows "
-            f"(one more than tokens for each of {len(queries)} completions) and ({len(p.token_row)},) ids"
+            f"teacher rows {tuple(teacher.shape)} and ids {tuple(teacher_ids.shape)}; these queries need ({p.rows},) "
+            f"rows (one more than tokens for each of {len(queries)} completions) and ({len(p.token_row)},) ids"
         )
     device = teacher_ids.device
 
@@ -221,7 +221,7 @@ class _Rows:
     def _places(self, row: Tensor, ids: Tensor) -> Tensor:
         assert self._ids is not None
         # One search for all rows: ids of row r are moved by r vocabularies.
-        stride = int(2**32)
+        stride = 2**32
         keys = (self._ids + 1 + torch.arange(len(self._ids), device=row.device)[:, None] * stride).reshape(-1)
         found = torch.searchsorted(keys, ids + 1 + row * stride) - row * self._ids.shape[1]
         return found.clamp(0, self._ids.shape[1] - 1)
@@ -278,7 +278,8 @@ class TransferTarget:
         """
         if not isinstance(teacher, Logits):
             raise XTokMapError(
-                "the whole q* needs whole teacher rows (logits, or hidden states and head), not top-k; use credit='cover'"
+                "the whole q* needs whole teacher rows (logits, or hidden states and head), not top-k; take the "
+                "credit 'cover'"
             )
         p = plan(queries)
         device = values.logprobs.device
@@ -328,7 +329,7 @@ class TransferTarget:
         return replace(self, _rows=tuple(rows), _chosen=np.concatenate([np.zeros(0, np.int64), *chosen]))
 
     def places(self) -> tuple[Int64, tuple[int, int]]:
-        """Where the positions lie in `[B, Ts]` (of a selection: in its rows, as wide as the batch): flat, and (B, Ts)."""
+        """Where the positions lie in `[B, Ts]`: flat, and (B, Ts). A selection has its own rows, as wide as the batch."""
         places, (rows, width) = self.queries.places()
         if self._rows is None or self._chosen is None:
             return places[self._at], (rows, width)
@@ -340,8 +341,8 @@ class TransferTarget:
     def slice(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
         """Positions a to b: target `[b-a, V_S]`, rest `[b-a]`, and undetermined mass `[b-a]` (a part of both).
 
-        Undetermined: on student tokens of which a longer one exists that the teacher would cut after them, and, inside a
-        teacher token, in `rest`.
+        Undetermined: on student tokens of which a longer one exists that the teacher would cut after them, and, inside
+        a teacher token, in `rest`.
         """
         p, values, device = plan(self.queries), self.values, self._before.device
 
@@ -430,16 +431,16 @@ def transfer_kl(
     size: int | None = None,
     denominator: Tensor | float | None = None,
 ) -> Loss:
-    """Divergence between the student and the teacher as the student's vocabulary sees it, at every token (xtokmap's own).
+    """Divergence between the student and the teacher as the student's vocabulary sees it (xtokmap's own).
 
-    The target is q*(u | s_<i), see `TransferTarget`. Mass on a token that the teacher may go on from to a longer student
-    token is known of the two together, so the divergence is over such events e; and over the rest, the student tokens
-    that get no mass. Which token of the event it is, is learned from the sampled one: its term is
+    The target is q*(u | s_<i), see `TransferTarget`. Mass on a token that the teacher may go on from to a longer
+    student token is known of the two together, so the divergence is over such events e; and over the rest, the student
+    tokens that get no mass. Which token of the event it is, is learned from the sampled one: its term is
 
         D(p(e) || q*(e)) - A log p(s_i),   A = log q*(s_i | e) - log p(s_i | e), clipped,
 
-    whose expected gradient for beta = 1 is that of KL(p || q*), by the chain rule of the divergence. Events of one token
-    have A = 0: with one tokenizer on both sides it is the exact per-token KL.
+    whose expected gradient for beta = 1 is that of KL(p || q*), by the chain rule of the divergence. Events of one
+    token have A = 0: with one tokenizer on both sides it is the exact per-token KL.
 
     Args:
         student: `[B, Ts]` rows.
@@ -450,8 +451,8 @@ def transfer_kl(
         beta: 1 is KL(p || q*), 0 is KL(q* || p), between them the generalised Jensen-Shannon divergence.
         clamp: largest absolute A.
         stops: whether the end of a turn counts; False leaves its mass out on both sides.
-        floor: least probability of the rest, so that mass which the student has where the teacher has none costs no more
-            than -log floor nats.
+        floor: least probability of the rest, so that mass which the student has where the teacher has none costs no
+            more than -log floor nats.
         mask: bool or 0/1 `[B, Ts]`; the response tokens.
         size: rows of a slice; None takes 64 MiB of float32 for the larger vocabulary.
         denominator: what to divide by instead of the number of scored tokens, so that micro-batches add up.
@@ -468,7 +469,7 @@ def transfer_kl(
     places, shape = target.places()
     if tuple(student.shape) != shape or tuple(index.student_chunk.shape) != shape:
         raise XTokMapError(
-            f"student rows {tuple(student.shape)} and index {tuple(index.student_chunk.shape)}; the queries have {shape}"
+            f"student rows {tuple(student.shape)} and index {tuple(index.student_chunk.shape)}; the queries: {shape}"
         )
     if transferred is not None and student_ids is None:
         raise XTokMapError("transferred= needs student_ids=, the tokens that it is of")
