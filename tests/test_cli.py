@@ -51,6 +51,23 @@ def test_align_shows_both_sides_under_each_other(files, capsys):
     assert out.splitlines()[-1].endswith("coverage 100.0%")
 
 
+def test_inspect_counts_what_two_vocabularies_share(files, capsys):
+    pair = ["--student", files[0], "--teacher", files[1]]
+    assert main(["inspect", *pair, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    aligner = xtokmap.Aligner(*files)
+    student = {aligner.student[i] for i in range(len(aligner.student))}
+    teacher = [aligner.teacher[i] for i in range(len(aligner.teacher)) if aligner.teacher[i]]
+    shared = sum(token in student for token in teacher)
+    assert (found["teacher"], found["shared_bytes"]) == (len(teacher), shared)
+    assert found["uncovered"] == len(teacher) - shared
+    assert found["rule"] == "bpe"
+    assert main(["inspect", *pair]) == 0
+    out = capsys.readouterr().out
+    assert f"{shared}  teacher tokens whose bytes are a student token" in out
+    assert out.splitlines()[-1].endswith("cuts by bpe")
+
+
 def test_align_json(files, capsys, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("naïve fox", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command line: `xtokmap align`, `xtokmap train`, `xtokmap demo`."""
+"""The command line: `xtokmap align`, `xtokmap inspect`, `xtokmap train`, `xtokmap demo`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     try:
         _add_align(commands)
+        _add_inspect(commands)
         _add_train(commands, wanted="train" in argv[:1])
         _add_demo(commands)
         args = parser.parse_args(argv)
@@ -73,6 +74,42 @@ def _align(args: argparse.Namespace) -> int:
         print(json.dumps(_as_json(alignment, sides), ensure_ascii=False, indent=1))
     else:
         _show(alignment, sides, args.width or shutil.get_terminal_size((100, 20)).columns)
+    return 0
+
+
+# ---- inspect -----------------------------------------------------------------------------------------------------
+
+
+def _add_inspect(commands: Any) -> None:
+    p = commands.add_parser("inspect", help="what the tokens of two vocabularies are to each other, in numbers")
+    p.add_argument("--student", required=True, help="a tokenizer: file, directory or hub id")
+    p.add_argument("--teacher", required=True, help="likewise")
+    p.add_argument("--json", action="store_true", help="the numbers as JSON")
+    p.set_defaults(run=_inspect)
+
+
+#: What the numbers of `VocabMap.summary` count.
+_COUNTED = {
+    "student": "student tokens that have bytes",
+    "teacher": "teacher tokens that have bytes",
+    "shared_bytes": "teacher tokens whose bytes are a student token",
+    "shared_strings": "tokens that a comparison of vocabulary strings would match",
+    "uncovered": "teacher tokens whose bytes are no student token",
+    "groups": "groups of these, connected by one beginning with another",
+    "unreachable": "teacher tokens that begin with no student token",
+}
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    aligner = Aligner(_tokenizer(args.student), _tokenizer(args.teacher))
+    counts, rule = aligner.vocab_map.summary(), aligner.student_rule
+    if args.json:
+        print(json.dumps({"rule": rule, **counts}, indent=1))
+        return 0
+    width = max(len(f"{n:,}") for n in counts.values() if n is not None)
+    for name, n in counts.items():
+        print(f"{'-' if n is None else f'{n:,}':>{width}}  {_COUNTED[name]}")
+    print(f"{'':>{width}}  the student's tokenizer cuts by {rule}")
     return 0
 
 

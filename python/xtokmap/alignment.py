@@ -149,7 +149,8 @@ class Alignment:
     def _as_batch(self) -> AlignmentBatch:
         counts = {"student_cu": len(self.student_chunk), "teacher_cu": len(self.teacher_chunk), "chunk_cu": len(self)}
         arrays: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_starts"}
-        return AlignmentBatch(**arrays, **{name: np.asarray([0, n], np.int64) for name, n in counts.items()})
+        arrays.update({name: np.asarray([0, n], np.int64) for name, n in counts.items()})
+        return AlignmentBatch(**arrays)
 
     @property
     def scored(self) -> Bool:
@@ -421,6 +422,11 @@ class Aligner:
     def vocab_map(self) -> VocabMap:
         """What the tokens of the two vocabularies are to each other; worked out when it is first asked for."""
         return self._transfer.vocab_map
+
+    @property
+    def student_rule(self) -> str:
+        """How the student's tokenizer cuts, as far as `cover_queries` follows it: bpe, unigram or longest match."""
+        return self._transfer.rule.name
 
     def cover_queries(self, batch: AlignmentBatch | Alignment, *, threads: int | None = None) -> CoverQueries:
         """For every student token, which teacher mass makes log q* of it: the teacher's view of the student's encoding.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy.typing as npt
 from xtokmap import _core
 from xtokmap._core import ByteTable
 from xtokmap.encoding import EncodingRule
+from xtokmap.tokenizers import _load_json
 
 Int32: TypeAlias = npt.NDArray[np.int32]
 Int64: TypeAlias = npt.NDArray[np.int64]
@@ -275,5 +278,10 @@ class Transfer:
 
 
 def _names(tokenizer: Any) -> Mapping[str, int] | None:
+    """Vocabulary strings, where the tokenizer has them and they can be read at once."""
+    if isinstance(tokenizer, (str, os.PathLike)) and str(tokenizer).endswith("tokenizer.json"):
+        vocab = _load_json(Path(tokenizer))["model"]["vocab"]
+        return vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
     get_vocab = getattr(tokenizer, "get_vocab", None)
-    return get_vocab() if get_vocab is not None else None
+    names: Mapping[str, int] | None = get_vocab() if get_vocab is not None else None
+    return names

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
-from xtokmap.cover import CoverQueries
+from xtokmap.cover import CoverQueries, VocabMap
 from xtokmap.divergences import STOP, Loss, check_beta, divergence, reduce_terms
 from xtokmap.torch import _SLICE, ChunkIndex, Logits, TopK, _widened, map_rows
 
@@ -176,6 +176,41 @@ def transfer(
     previous = torch.where(base >= 0, before[base.clamp(min=0)], previous) if p.rows else previous
     transferred = torch.where(on(p.known), phi - previous, torch.nan).to(dtype)
     return Transferred(logprobs, transferred, phi, before, elements, missing)
+
+
+@torch.no_grad()
+def boundary_leak(teacher: Logits, teacher_ids: Tensor, vocab_map: VocabMap, *, size: int | None = None) -> Tensor:
+    """What a teacher token's end says about what comes next: log pi(t) - log q(t), in nats, of every token.
+
+    pi(t) is the mass of all teacher tokens that begin with the bytes of t. A credit that takes log q(t) for the teacher's
+    opinion of the text is off by this much where nothing else has ended there. (The sum that byte-level sampling
+    from tokens makes, arXiv 2410.09303.)
+
+    Args:
+        teacher: flat rows `[N]`, each the one that predicts its token.
+        teacher_ids: int64 `[N]`.
+        vocab_map: of the pair.
+        size: rows of a slice; None takes 64 MiB of float32.
+
+    Returns:
+        float32 `[N]`, at least 0; 0 for tokens without bytes.
+    """
+    device = teacher_ids.device
+    order = torch.from_numpy(vocab_map.teacher_order.astype(np.int64)).to(device)
+    ranges = vocab_map.teacher_range[teacher_ids.cpu().numpy()].astype(np.int64)
+    size = size or max(1, _SLICE // teacher.vocab_size)
+    parts = [torch.zeros(0, device=device)]
+    for a in range(0, len(ranges), size):
+        rows = _Rows(teacher, a, min(len(ranges), a + size))
+        lengths = ranges[a : a + size, 1] - ranges[a : a + size, 0]
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        at = np.arange(len(owner)) + np.repeat(ranges[a : a + size, 0] - (np.cumsum(lengths) - lengths), lengths)
+        own = torch.from_numpy(owner).to(device)
+        masses = rows.logprobs(own, order[torch.from_numpy(at).to(device)])
+        token = rows.logprobs(torch.arange(len(lengths), device=device), teacher_ids[a : a + size])
+        pi = _logsumexp(masses, own, len(lengths))
+        parts.append(torch.where(torch.isfinite(pi), pi - token, 0).float())
+    return torch.cat(parts)
 
 
 def _sums_before(logprobs: Tensor, p: _Plan, on: Any) -> Tensor:
