@@ -1,8 +1,8 @@
 """Losses on a real pair, from one start and on equal samples: python benches/pair_training.py
 
-SmolLM2 135M Instruct learns from Gemma 3 270M, the pair of `make demo`. Every run starts from the same weights and takes
-the same number of steps with as many samples; a loss and a seed make a run. What is compared is the sampled reverse KL
-of whole answers to held-out prompts, per byte, which favours no way of handing a teacher's logprobs to tokens.
+SmolLM2 135M Instruct learns from Gemma 3 270M, the pair of `make demo`. Every run starts from the same weights and
+takes the same number of steps with as many samples; a loss and a seed make a run. What is compared is the sampled
+reverse KL of whole answers to held-out prompts, per byte: it favours no way of handing the teacher's signal to tokens.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> None:
                 began = time.perf_counter()
                 history = train(config, models=(student, tokenizer, teacher, teacher_tokenizer)).metrics
                 seconds = (time.perf_counter() - began) / args.steps
-                kl, error, completed, length = measure(config)
+                kl, error, _, length = measure(config)
                 row = {"seed": seed, "kl": kl, "error": error, "seconds": seconds, "length": length}
                 rows.setdefault(loss, []).append({**row, "shared": history[-1].get("shared", math.nan)})
                 print(f"{loss} seed {seed}: {kl:.4f} +- {error:.4f}, {seconds:.1f} s a step", flush=True)
@@ -113,11 +113,12 @@ def main() -> None:
         [
             f"`{' '.join(['python', 'benches/pair_training.py', *sys.argv[1:]])}`",
             "",
-            f"xtokmap {xtokmap.__version__}, {versions}, Python {platform.python_version()}, {platform.machine()}, CPU only.",
+            f"xtokmap {xtokmap.__version__}, {versions}, Python {platform.python_version()}, "
+            f"{platform.machine()}, CPU only.",
             f"{args.steps} steps of {args.batch} samples of at most {args.tokens} tokens, learning rate "
             f"{args.learning_rate:g}, {args.seeds} seeds, {len(heldout)} held-out prompts with two samples each.",
             f"Before: {before[0]:.4f} +- {before[1]:.4f} nats/byte (standard error over prompts). Boundary leak of the "
-            f"student's samples: {leaks[0]:.3f} nats a teacher token; {leaks[1]:.1%} of the tokens have more than one nat.",
+            f"student's samples: {leaks[0]:.3f} nats a teacher token; {leaks[1]:.1%} have more than one nat.",
             "",
             *lines,
             "",
@@ -125,7 +126,8 @@ def main() -> None:
     )
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.md").write_text(text)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps({"before": before, "leak": leaks, "runs": rows}, indent=1) + "\n")
+    everything = {"before": before, "leak": leaks, "runs": rows}
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(everything, indent=1) + "\n")
     print("\n" + text)
 
 
