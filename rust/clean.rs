@@ -88,21 +88,41 @@ impl<T: Copy + Into<i64>> Side<'_, T> {
     }
 }
 
-/// Zeros behind the bytes of all tokens, so that eight bytes can be read from the start of any.
-pub(crate) const PADDING: usize = 8;
+/// Zeros behind the bytes of all tokens, so that as many can be read from the start of any.
+pub(crate) const PADDING: usize = 16;
+
+/// Ones for the first `len` of 16 bytes.
+static MASKS: [[u64; 2]; PADDING + 1] = {
+    let mut masks = [[0; 2]; PADDING + 1];
+    let mut len = 1;
+    while len <= PADDING {
+        masks[len] = masks[len - 1];
+        masks[len][(len - 1) / 8] |= 0xff << (8 * ((len - 1) % 8));
+        len += 1;
+    }
+    masks
+};
 
 /// Whether the `len` bytes at these two places are equal.
-#[inline]
+#[inline(always)]
 fn equal(arena: &[u8], a: usize, b: usize, len: usize) -> bool {
-    if len > PADDING {
-        return arena.get(a..a + len) == arena.get(b..b + len);
-    }
-    let word = |at: usize| arena.get(at..)?.first_chunk::<PADDING>().map(|bytes| u64::from_le_bytes(*bytes));
-    match (word(a), word(b)) {
-        // In two steps, for none at all.
-        (Some(a), Some(b)) => ((a ^ b) << (4 * (PADDING - len))) << (4 * (PADDING - len)) == 0,
+    let Some([mask, more]) = MASKS.get(len) else {
+        return equal_long(arena, a, b, len);
+    };
+    let words = |at: usize| {
+        let bytes = arena.get(at..)?.first_chunk::<PADDING>()?;
+        let word = |half: usize| Some(u64::from_le_bytes(*bytes[8 * half..].first_chunk()?));
+        Some((word(0)?, word(1)?))
+    };
+    match (words(a), words(b)) {
+        (Some(a), Some(b)) => (a.0 ^ b.0) & mask | (a.1 ^ b.1) & more == 0,
         _ => false,
     }
+}
+
+#[inline(never)]
+fn equal_long(arena: &[u8], a: usize, b: usize, len: usize) -> bool {
+    arena.get(a..a + len) == arena.get(b..b + len)
 }
 
 /// Tokens that are looked at together.
