@@ -101,12 +101,17 @@ impl<'a> Rows<'a> {
     pub fn new(ids: Ids<'a>, layout: Layout<'a>) -> Result<Self, Error> {
         let len = match layout {
             Layout::Ragged(cu) => {
-                let sorted = cu.first() == Some(&0) && cu.windows(2).all(|w| w[0] <= w[1]);
-                if !sorted || cu.last() != Some(&(ids.len() as i64)) {
-                    return Err(Error::Argument(format!(
-                        "cu_seqlens must rise from 0 to the number of ids ({}), got {cu:?}",
-                        ids.len()
-                    )));
+                let total = ids.len() as i64;
+                let wrong = |found: String| {
+                    Err(Error::Argument(format!("cu_seqlens must rise from 0 to the number of ids ({total}), {found}")))
+                };
+                match (cu.first(), cu.last()) {
+                    (Some(&0), Some(&last)) if last == total => {}
+                    (Some(first), Some(last)) => return wrong(format!("not from {first} to {last}")),
+                    _ => return wrong("not be empty".to_owned()),
+                }
+                if let Some(k) = cu.windows(2).position(|w| w[0] > w[1]) {
+                    return wrong(format!("but entry {} is {} after {}", k + 1, cu[k + 1], cu[k]));
                 }
                 cu.len() - 1
             }
@@ -153,7 +158,7 @@ impl<'a> Rows<'a> {
         let (range, mask) = self.row(b);
         let Some(mask) = mask else { return self.ids.slice(range) };
         let first = mask.iter().position(|&m| m).unwrap_or(0);
-        if mask[first..first + len].iter().filter(|&&m| m).count() == len {
+        if count(&mask[first..first + len]) == len {
             return self.ids.slice(range.start + first..range.start + first + len);
         }
         scratch.clear();
@@ -171,7 +176,7 @@ impl<'a> Rows<'a> {
         let mut total = 0;
         let lengths = (0..self.len).map(|b| match self.row(b) {
             (range, None) => range.len(),
-            (_, Some(mask)) => mask.iter().filter(|&&m| m).count(),
+            (_, Some(mask)) => count(mask),
         });
         std::iter::once(0)
             .chain(lengths.map(|n| {
@@ -580,6 +585,13 @@ fn intern<'a>(
         symbols[id as usize] = Symbol::STOP;
     }
     Ok(symbols)
+}
+
+/// How many flags are true.
+fn count(mask: &[bool]) -> usize {
+    // In bytes as long as they hold it: many at a time.
+    let part = |flags: &[bool]| flags.iter().fold(0u8, |n, &flag| n + u8::from(flag));
+    mask.chunks(128).map(|flags| usize::from(part(flags))).sum()
 }
 
 /// Changes the length and keeps what fits; a vector too small is replaced, not copied.
