@@ -35,7 +35,7 @@ impl Pair {
         Self { name, aligner, student, teacher, student_lengths, teacher_lengths, whole }
     }
 
-    /// A pair that benches/kernel_data.py has written.
+    /// A pair that `benches/kernel_data.py` has written.
     pub fn read(path: &Path) -> std::io::Result<Self> {
         let data = std::fs::read(path)?;
         let mut rest = data.as_slice();
@@ -94,14 +94,16 @@ impl Pair {
         for _ in 0..words {
             let word = frequent(&mut random);
             if random.below(100) >= split {
-                sides.iter_mut().for_each(|ids| ids.push(word as u32));
+                sides[0].push(word as u32);
+                sides[1].push(word as u32);
                 continue;
             }
             for ids in &mut sides {
                 let mut rest = vocabulary[word].as_slice();
                 while !rest.is_empty() {
                     let longest = 1 + random.below(rest.len().min(4) as u64) as usize;
-                    let (len, id) = (1..=longest).rev().find_map(|len| Some((len, *known.get(&rest[..len])?))).expect("bytes");
+                    let (len, id) =
+                        (1..=longest).rev().find_map(|len| Some((len, *known.get(&rest[..len])?))).expect("bytes");
                     ids.push(id);
                     rest = &rest[len..];
                 }

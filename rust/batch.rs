@@ -206,7 +206,7 @@ impl<'a> Job<'a> {
         if rows.len() <= 1 || m + n <= grain {
             return self.run_rows(rows, out, counts);
         }
-        let half = self.student_cu[rows.start] + self.teacher_cu[rows.start] + ((m + n) / 2) as i64;
+        let half = self.student_cu[rows.start] + self.teacher_cu[rows.start] + usize::midpoint(m, n) as i64;
         let mut middle = rows.start + 1;
         while middle + 1 < rows.end && self.student_cu[middle] + self.teacher_cu[middle] < half {
             middle += 1;

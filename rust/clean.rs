@@ -4,6 +4,9 @@
 //! Almost every row is of this kind, so this is the loop that counts. It gives up at the first sign of anything else, and
 //! the row is left to the merge that can do everything; the result is the same where both can do it.
 
+// Here it is measured: a call of these costs as much as what they do.
+#![allow(clippy::inline_always)]
+
 use crate::align::{Kind, Symbol};
 use crate::batch::{Code, Out};
 
@@ -71,14 +74,6 @@ impl<T: Copy + Into<i64>> Side<'_, T> {
     #[inline]
     fn word(&self, i: usize) -> Option<Word> {
         self.word_of(*self.ids.get(i)?)
-    }
-
-    /// The word of token `i`, if there is such a token; `None` for an id outside the vocabulary.
-    fn next(&self, i: usize) -> Option<Option<Word>> {
-        match self.ids.get(i) {
-            Some(&id) => self.word_of(id).map(Some),
-            None => Some(None),
-        }
     }
 
     #[inline]
@@ -156,11 +151,13 @@ struct Merge<'a, 'o, S, T, K> {
     teacher: Side<'a, T>,
     arena: &'a [u8],
     out: Out<'o, K>,
+    /// Number of chunks before the last tokens without bytes, and the tokens at which the last of them ended.
+    end: (usize, usize, usize),
 }
 
 impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
-    /// Passes the next tokens as far as they are equal on both sides, `N` at most, and returns whether all are. There are
-    /// no branches that depend on the tokens: what is written behind the equal ones is written again.
+    /// Passes the next tokens as far as they are equal on both sides, `N` at most, and returns whether all are. What only
+    /// counts on is written for all of them at once, before it is known how many are equal: the rest is written again.
     #[inline(always)]
     fn equal_tokens<const N: usize>(&mut self, at: &mut At, offsets: &[i32; N]) -> Option<bool> {
         let At { i, j, g, bytes } = *at;
@@ -198,7 +195,7 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
         let (Some(next_a), Some(next_b)) = (self.student.word(i + 1), self.teacher.word(j + 1)) else {
             return self.long_chunk(at, a, b);
         };
-        // Mostly there are at most two tokens on either side: no branches to tell how many.
+        // Mostly there are at most two tokens on either side: no branches that tell how many, which nothing could predict.
         let (both_a, both_b) = (len_a + next_a.len(), len_b + next_b.len());
         let (one_student, one_teacher) = (len_a == both_b, len_b == both_a);
         let two = both_a == both_b && next_a.has_bytes() && next_b.has_bytes();
@@ -277,11 +274,15 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
         Some(At { i, j, g: g + 1, bytes })
     }
 
-    /// Passes the tokens without bytes on both sides; the tokens behind a STOP chunk, if there is one.
-    fn specials(&mut self, at: &mut At) -> Option<Option<(usize, usize)>> {
+    /// Passes the tokens without bytes on both sides.
+    fn specials(&mut self, at: &mut At) -> Option<()> {
         let (mut stop_i, mut stop_j) = (None, None);
         let (from, out, bytes) = (*at, &mut self.out, at.bytes as i32);
-        while let Some(word) = self.student.next(at.i)?.filter(|word| word.is_special()) {
+        while at.i < self.student.ids.len() {
+            let word = self.student.word(at.i)?;
+            if !word.is_special() {
+                break;
+            }
             if stop_i.is_none() && word.is_stop() {
                 stop_i = Some(at.i);
             }
@@ -289,7 +290,11 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
             (out.teacher_pos[at.i], out.teacher_off[at.i]) = (-1, -1);
             at.i += 1;
         }
-        while let Some(word) = self.teacher.next(at.j)?.filter(|word| word.is_special()) {
+        while at.j < self.teacher.ids.len() {
+            let word = self.teacher.word(at.j)?;
+            if !word.is_special() {
+                break;
+            }
             if stop_j.is_none() && word.is_stop() {
                 stop_j = Some(at.j);
             }
@@ -299,7 +304,7 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
         match (stop_i, stop_j) {
             // One side has ended, and the other one spells more.
             (None, None) if (at.i, at.j) == (from.i, from.j) => None,
-            (None, None) => Some(None),
+            (None, None) => Some(()),
             (Some(i), Some(j)) => {
                 let g = at.g;
                 (out.student_ptr[g], out.teacher_ptr[g]) = (i as i32, j as i32);
@@ -307,7 +312,8 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
                 (out.teacher_pos[i], out.teacher_off[i]) = (j as i32, 0);
                 out.kind[g] = K::of(Kind::Stop);
                 at.g += 1;
-                Some(Some((i + 1, j + 1)))
+                self.end = (at.g, i + 1, j + 1);
+                Some(())
             }
             _ => None,
         }
@@ -344,15 +350,17 @@ where
         teacher_ptr: &mut *out.teacher_ptr,
         kind: &mut *out.kind,
     };
-    let mut merge = Merge { student, teacher, arena, out };
+    let mut merge = Merge { student, teacher, arena, out, end: (0, 0, 0) };
     // Opaque: the compiler would unroll known numbers into single additions and stores.
     let offsets = std::hint::black_box([0, 1, 2, 3, 4, 5, 6, 7]);
     let mut at = At::default();
-    // Where the last chunk before the last tokens without bytes ended.
-    let (mut last, mut end) = (0, (0, 0));
     loop {
-        let blocks = (m - at.i).min(n - at.j) / BLOCK > 0 && merge.out.kind.len() - at.g >= BLOCK;
-        let all = if blocks { merge.equal_tokens(&mut at, &offsets)? } else { at.i < m && at.j < n && merge.equal_tokens(&mut at, &[0])? };
+        let blocks = (m - at.i).min(n - at.j) / BLOCK > 0 && merge.out.student_ptr.len() - at.g >= BLOCK;
+        let all = if blocks {
+            merge.equal_tokens(&mut at, &offsets)?
+        } else {
+            at.i < m && at.j < n && merge.equal_tokens(&mut at, &[0])?
+        };
         if all {
             continue;
         }
@@ -366,19 +374,17 @@ where
                 return None;
             }
         }
-        if at.g > last {
-            (last, end) = (at.g, (at.i, at.j));
+        if at.g > merge.end.0 {
+            merge.end = (at.g, at.i, at.j);
         }
         if (at.i, at.j) == (m, n) {
             break;
         }
-        if let Some(stops) = merge.specials(&mut at)? {
-            (last, end) = (at.g, stops);
-        }
+        merge.specials(&mut at)?;
     }
     if at.bytes > i32::MAX as usize {
         return None;
     }
-    (merge.out.student_ptr[at.g], merge.out.teacher_ptr[at.g]) = (end.0 as i32, end.1 as i32);
+    (merge.out.student_ptr[at.g], merge.out.teacher_ptr[at.g]) = (merge.end.1 as i32, merge.end.2 as i32);
     Some(at.g)
 }

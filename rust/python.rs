@@ -420,7 +420,8 @@ impl PyAligner {
         };
         let chunks = chunk_cu.last().map_or(0, |&chunks| chunks as usize);
         let numbers = memory.numbers.bind(py);
-        let view = |from: usize, len: usize| numbers.get_item(PySlice::new(py, from as isize, (from + len) as isize, 1));
+        let view =
+            |from: usize, len: usize| numbers.get_item(PySlice::new(py, from as isize, (from + len) as isize, 1));
         let [s_end, t_end, s_chunk, t_chunk, pos, off, s_ptr, t_ptr] = sizes.starts();
         let (m, n, ptr) = (sizes.students, sizes.teachers, chunks + chunk_cu.len() - 1);
         let all = [

@@ -201,8 +201,8 @@ def get_alignments(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> tuple[li
 class AlignmentBatch:
     """The alignments of B rows, flat: row after row, values local to the row.
 
-    The fields are those of `Alignment`, concatenated; they are views of one piece of memory, which the aligner uses again
-    once nothing looks at it any more. `student_ptr` and `teacher_ptr` hold `G_b + 1` entries for row
+    The fields are those of `Alignment`, concatenated; they are views of one piece of memory, which the aligner uses
+    again once nothing looks at it any more. `student_ptr` and `teacher_ptr` hold `G_b + 1` entries for row
     b: row b is `[chunk_cu[b] + b : chunk_cu[b+1] + b + 1]`.
 
     Attributes:
@@ -380,7 +380,8 @@ class Aligner:
 
         Args:
             student_ids: B rows, as `align_batch` takes them.
-            student_mask, student_cu: as for `align_batch`.
+            student_mask: as for `align_batch`.
+            student_cu: as for `align_batch`.
             stop_id: the teacher's end of turn; None takes the first of `teacher.stop_ids`, if there is one.
             threads: as for `align_batch`.
 
@@ -458,8 +459,8 @@ class _Rows(NamedTuple):
         if cu is not None:
             if mask is not None:
                 raise XTokMapError(
-                    f"{side}_mask and {side}_cu: give one of them; a mask goes with padded {name} (2-D), cu_seqlens with "
-                    "flat ones (1-D)"
+                    f"{side}_mask and {side}_cu: give one of them; a mask goes with padded {name} (2-D), cu_seqlens "
+                    "with flat ones (1-D)"
                 )
             array = _integers(ids, name)
             if array.ndim != 1:
@@ -477,8 +478,8 @@ class _Rows(NamedTuple):
         array = _integers(ids, name)
         if array.ndim != 2:
             raise XTokMapError(
-                f"{name}: expected a sequence of rows or a padded [B, T] array, got shape {array.shape}; flat ids go with "
-                f"{side}_cu"
+                f"{name}: expected a sequence of rows or a padded [B, T] array, got shape {array.shape}; flat ids go "
+                f"with {side}_cu"
             )
         if mask is None:
             rows, width = array.shape
@@ -540,7 +541,7 @@ _Made = TypeVar("_Made", Alignment, AlignmentBatch)
 
 
 def _made(cls: type[_Made], values: dict[str, Any]) -> _Made:
-    """As `cls(**values)`; a frozen dataclass sets its fields one by one, which takes as long as aligning a short row."""
+    """As `cls(**values)`, which sets the fields of a frozen dataclass one by one: as long as a short row takes."""
     made = object.__new__(cls)
     made.__dict__.update(values)
     return made
