@@ -105,7 +105,7 @@ fn equal(arena: &[u8], a: usize, b: usize, len: usize) -> bool {
         return equal_long(arena, a, b, len);
     };
     let words = |at: usize| {
-        let bytes = arena.get(at..)?.first_chunk::<PADDING>()?;
+        let bytes = arena.get(at..at + PADDING)?.first_chunk::<PADDING>()?;
         let word = |half: usize| Some(u64::from_le_bytes(*bytes[8 * half..].first_chunk()?));
         Some((word(0)?, word(1)?))
     };
@@ -146,6 +146,19 @@ struct At {
     bytes: usize,
 }
 
+/// The first tokens that are not equal.
+struct Differ {
+    a: Word,
+    b: Word,
+}
+
+/// Where a short chunk ends, if it is one.
+enum Found {
+    Chunk(At),
+    Longer,
+    Differs,
+}
+
 struct Merge<'a, 'o, S, T, K> {
     student: Side<'a, S>,
     teacher: Side<'a, T>,
@@ -156,10 +169,12 @@ struct Merge<'a, 'o, S, T, K> {
 }
 
 impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
-    /// Passes the next tokens as far as they are equal on both sides, `N` at most, and returns whether all are. What only
-    /// counts on is written for all of them at once, before it is known how many are equal: the rest is written again.
+    /// Passes the next tokens as far as they are equal on both sides, `N` at most, and returns the first two that are not.
+    /// What only counts on is written for all of them at once, before it is known how many are equal: the rest is written
+    /// again.
     #[inline(always)]
-    fn equal_tokens<const N: usize>(&mut self, at: &mut At, offsets: &[i32; N]) -> Option<bool> {
+    #[allow(clippy::option_option)]
+    fn equal_tokens<const N: usize>(&mut self, at: &mut At, offsets: &[i32; N]) -> Option<Option<Differ>> {
         let At { i, j, g, bytes } = *at;
         let out = &mut self.out;
         count(block(out.student_chunk, i)?, g, offsets);
@@ -177,59 +192,61 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
         for (((&s, &t), s_end), t_end) in student.iter().zip(teacher).zip(student_end).zip(teacher_end) {
             let (a, b) = (self.student.word_of(s)?, self.teacher.word_of(t)?);
             if a != b {
-                break;
+                *at = At { i: i + equal, j: j + equal, g: g + equal, bytes: end };
+                return Some(Some(Differ { a, b }));
             }
             end += a.len();
             (*s_end, *t_end) = (end as i32, end as i32);
             equal += 1;
         }
-        *at = At { i: i + equal, j: j + equal, g: g + equal, bytes: end };
-        Some(equal == N)
+        *at = At { i: i + N, j: j + N, g: g + N, bytes: end };
+        Some(None)
     }
 
-    /// Passes the chunk that starts with these tokens, which are not equal and have bytes.
+    /// Passes the chunk that starts with these tokens, which are not equal and have bytes, if it has at most two tokens on
+    /// either side, as most have. No branches tell how many: nothing could predict them.
     #[inline(always)]
-    fn chunk(&mut self, at: At, a: Word, b: Word) -> Option<At> {
+    fn short_chunk(&mut self, at: At, a: Word, b: Word) -> Found {
         let At { i, j, g, bytes } = at;
         let (len_a, len_b) = (a.len(), b.len());
         let (Some(next_a), Some(next_b)) = (self.student.word(i + 1), self.teacher.word(j + 1)) else {
-            return self.long_chunk(at, a, b);
+            return Found::Longer;
         };
-        // Mostly there are at most two tokens on either side: no branches that tell how many, which nothing could predict.
         let (both_a, both_b) = (len_a + next_a.len(), len_b + next_b.len());
         let (one_student, one_teacher) = (len_a == both_b, len_b == both_a);
         let two = both_a == both_b && next_a.has_bytes() && next_b.has_bytes();
-        if len_a == len_b || !(one_student || one_teacher || two) {
-            return self.long_chunk(at, a, b);
+        if len_a == len_b || !(one_student | one_teacher | two) {
+            return Found::Longer;
         }
-        let all = if two { both_a } else { len_a.max(len_b) };
         let student_shorter = len_a < len_b;
         let (short, short_len, next_short) = if student_shorter { (a, len_a, next_a) } else { (b, len_b, next_b) };
         let (long, long_len, next_long) = if student_shorter { (b, len_b, next_b) } else { (a, len_a, next_a) };
-        let overlap = long_len - short_len;
+        let (all, overlap) = (if two { both_a } else { long_len }, long_len - short_len);
         if !equal(self.arena, short.start(), long.start(), short_len)
             || !equal(self.arena, next_short.start(), long.start() + short_len, overlap)
-            || !equal(self.arena, next_short.start() + overlap, next_long.start(), all - long_len)
+            || (two && !equal(self.arena, next_short.start() + overlap, next_long.start(), all - long_len))
         {
-            return None;
+            return Found::Differs;
         }
         let out = &mut self.out;
         let ends = |len: usize| [(bytes + len) as i32, (bytes + all) as i32];
-        *block(out.student_end, i)? = ends(len_a);
-        *block(out.teacher_end, j)? = ends(len_b);
-        *block(out.student_chunk, i)? = [g as i32; 2];
-        *block(out.teacher_chunk, j)? = [g as i32; 2];
         let (pos, off) = if student_shorter { (j, len_a) } else { (j + 1, overlap) };
-        *block(out.teacher_pos, i)? = [j as i32, pos as i32];
-        *block(out.teacher_off, i)? = [0, off as i32];
+        // The second is written again where there is no second token.
+        out.student_end[i..i + 2].copy_from_slice(&ends(len_a));
+        out.teacher_end[j..j + 2].copy_from_slice(&ends(len_b));
+        out.student_chunk[i..i + 2].copy_from_slice(&[g as i32; 2]);
+        out.teacher_chunk[j..j + 2].copy_from_slice(&[g as i32; 2]);
+        out.teacher_pos[i..i + 2].copy_from_slice(&[j as i32, pos as i32]);
+        out.teacher_off[i..i + 2].copy_from_slice(&[0, off as i32]);
         out.student_ptr[g] = i as i32;
         out.teacher_ptr[g] = j as i32;
         let (students, teachers) = (2 - usize::from(one_student), 2 - usize::from(one_teacher));
         out.kind[g] = K::of(Kind::of(students, teachers));
-        Some(At { i: i + students, j: j + teachers, g: g + 1, bytes: bytes + all })
+        Found::Chunk(At { i: i + students, j: j + teachers, g: g + 1, bytes: bytes + all })
     }
 
     /// Passes a chunk of any number of tokens.
+    #[inline(never)]
     fn long_chunk(&mut self, at: At, a: Word, b: Word) -> Option<At> {
         let At { mut i, mut j, g, mut bytes } = at;
         let out = &mut self.out;
@@ -335,8 +352,9 @@ where
     K: Code,
 {
     let (m, n) = (student.ids.len(), teacher.ids.len());
-    let room = m.min(n) + 1;
-    if out.student_ptr.len() < room {
+    // As much as a block more, if there is as much: what is written behind the last chunk is the next row's.
+    let room = out.student_ptr.len().min(m.min(n) + BLOCK);
+    if room <= m.min(n) {
         return None;
     }
     let out = Out {
@@ -346,32 +364,30 @@ where
         teacher_off: out.teacher_off.get_mut(..m)?,
         teacher_end: out.teacher_end.get_mut(..n)?,
         teacher_chunk: out.teacher_chunk.get_mut(..n)?,
-        student_ptr: &mut *out.student_ptr,
-        teacher_ptr: &mut *out.teacher_ptr,
-        kind: &mut *out.kind,
+        student_ptr: out.student_ptr.get_mut(..room)?,
+        teacher_ptr: out.teacher_ptr.get_mut(..room)?,
+        kind: out.kind.get_mut(..room)?,
     };
     let mut merge = Merge { student, teacher, arena, out, end: (0, 0, 0) };
     // Opaque: the compiler would unroll known numbers into single additions and stores.
     let offsets = std::hint::black_box([0, 1, 2, 3, 4, 5, 6, 7]);
     let mut at = At::default();
     loop {
-        let blocks = (m - at.i).min(n - at.j) / BLOCK > 0 && merge.out.student_ptr.len() - at.g >= BLOCK;
-        let all = if blocks {
-            merge.equal_tokens(&mut at, &offsets)?
-        } else {
-            at.i < m && at.j < n && merge.equal_tokens(&mut at, &[0])?
-        };
-        if all {
-            continue;
-        }
-        if at.i < m && at.j < n {
-            let (a, b) = (student.word(at.i)?, teacher.word(at.j)?);
+        if m - at.i >= BLOCK && n - at.j >= BLOCK && room - at.g >= BLOCK {
+            let Some(Differ { a, b }) = merge.equal_tokens(&mut at, &offsets)? else { continue };
             if a.has_bytes() && b.has_bytes() {
-                at = merge.chunk(at, a, b)?;
+                at = match merge.short_chunk(at, a, b) {
+                    Found::Chunk(at) => at,
+                    Found::Longer => merge.long_chunk(at, a, b)?,
+                    Found::Differs => return None,
+                };
                 continue;
             }
-            if !a.is_special() && !b.is_special() {
-                return None;
+        } else if at.i < m && at.j < n {
+            let Some(Differ { a, b }) = merge.equal_tokens(&mut at, &[0])? else { continue };
+            if a.has_bytes() && b.has_bytes() {
+                at = merge.long_chunk(at, a, b)?;
+                continue;
             }
         }
         if at.g > merge.end.0 {
