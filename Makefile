@@ -58,6 +58,8 @@ fuzz: $(VENV)/built target/tools/bin/cargo-fuzz
 
 bench: $(VENV)/built
 	$(PY) benches/compare.py
+	$(PY) benches/kernel_data.py
+	cargo bench --quiet
 
 lint: $(VENV)/built
 	cargo fmt --check

@@ -214,7 +214,7 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
         };
         let (both_a, both_b) = (len_a + next_a.len(), len_b + next_b.len());
         let (one_student, one_teacher) = (len_a == both_b, len_b == both_a);
-        let two = both_a == both_b && next_a.has_bytes() && next_b.has_bytes();
+        let two = (both_a == both_b) & next_a.has_bytes() & next_b.has_bytes();
         if len_a == len_b || !(one_student | one_teacher | two) {
             return Found::Longer;
         }

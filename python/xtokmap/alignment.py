@@ -556,16 +556,16 @@ def _as_numpy(array: Any, name: str) -> npt.NDArray[Any]:
     """A numpy view of a list, an array or a torch CPU tensor."""
     if type(array) is np.ndarray:
         return array
-    device = getattr(array, "device", None)
-    if hasattr(array, "detach") and device is not None:
-        if device.type != "cpu":
-            raise XTokMapError(f"{name}: a tensor on {device}; alignment runs on the CPU, pass {name}.cpu()")
+    if hasattr(array, "detach") and hasattr(array, "is_cpu"):
+        if not array.is_cpu:
+            raise XTokMapError(f"{name}: a tensor on {array.device}; alignment runs on the CPU, pass {name}.cpu()")
         if array.requires_grad:
             raise XTokMapError(f"{name}: a tensor that requires grad cannot be token ids or a mask; pass .detach()")
         try:
-            return np.asarray(array.numpy())
+            view: npt.NDArray[Any] = array.numpy()
         except TypeError:
             raise XTokMapError(f"{name}: a tensor of {array.dtype}; pass integers, or bool for a mask") from None
+        return view
     try:
         return np.asarray(array)
     except ValueError:
