@@ -65,6 +65,8 @@ $(VENV)/benches: $(VENV)/built
 bench: $(VENV)/benches
 	$(PY) benches/compare.py
 	$(PY) benches/memory.py
+	$(PY) benches/kernel_data.py
+	cargo bench --quiet
 
 lint: $(VENV)/built
 	cargo fmt --check

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
+use crate::batch::{Code, Halt, Job, Out, Room};
 use crate::byte_table::lossy;
+use crate::clean::{Word, PADDING};
 use crate::resync::{common_prefix, Resync};
 use crate::{ByteTable, Error, Invalid, Mismatch, Side};
 
@@ -50,7 +52,16 @@ pub enum Ids<'a> {
     U32(&'a [u32]),
 }
 
-impl Ids<'_> {
+impl<'a> Ids<'a> {
+    /// Some of them.
+    fn slice(self, range: Range<usize>) -> Ids<'a> {
+        match self {
+            Ids::I32(x) => Ids::I32(&x[range]),
+            Ids::I64(x) => Ids::I64(&x[range]),
+            Ids::U32(x) => Ids::U32(&x[range]),
+        }
+    }
+
     fn len(&self) -> usize {
         match self {
             Ids::I32(x) => x.len(),
@@ -90,12 +101,17 @@ impl<'a> Rows<'a> {
     pub fn new(ids: Ids<'a>, layout: Layout<'a>) -> Result<Self, Error> {
         let len = match layout {
             Layout::Ragged(cu) => {
-                let sorted = cu.first() == Some(&0) && cu.windows(2).all(|w| w[0] <= w[1]);
-                if !sorted || cu.last() != Some(&(ids.len() as i64)) {
-                    return Err(Error::Argument(format!(
-                        "cu_seqlens must rise from 0 to the number of ids ({}), got {cu:?}",
-                        ids.len()
-                    )));
+                let total = ids.len() as i64;
+                let wrong = |found: String| {
+                    Err(Error::Argument(format!("cu_seqlens must rise from 0 to the number of ids ({total}), {found}")))
+                };
+                match (cu.first(), cu.last()) {
+                    (Some(&0), Some(&last)) if last == total => {}
+                    (Some(first), Some(last)) => return wrong(format!("not from {first} to {last}")),
+                    _ => return wrong("not be empty".to_owned()),
+                }
+                if let Some(k) = cu.windows(2).position(|w| w[0] > w[1]) {
+                    return wrong(format!("but entry {} is {} after {}", k + 1, cu[k + 1], cu[k]));
                 }
                 cu.len() - 1
             }
@@ -134,12 +150,33 @@ impl<'a> Rows<'a> {
         }
     }
 
+    /// The `len` ids of row `b`, padding left out: in one piece as they are, otherwise gathered into `scratch`.
+    pub(crate) fn given<'s>(&self, b: usize, len: usize, scratch: &'s mut Vec<i64>) -> Ids<'s>
+    where
+        'a: 's,
+    {
+        let (range, mask) = self.row(b);
+        let Some(mask) = mask else { return self.ids.slice(range) };
+        let first = mask.iter().position(|&m| m).unwrap_or(0);
+        if count(&mask[first..first + len]) == len {
+            return self.ids.slice(range.start + first..range.start + first + len);
+        }
+        scratch.clear();
+        let kept = (range.zip(mask)).filter_map(|(k, &m)| m.then_some(k));
+        match self.ids {
+            Ids::I32(x) => scratch.extend(kept.map(|k| i64::from(x[k]))),
+            Ids::I64(x) => scratch.extend(kept.map(|k| x[k])),
+            Ids::U32(x) => scratch.extend(kept.map(|k| i64::from(x[k]))),
+        }
+        Ids::I64(scratch)
+    }
+
     /// Cumulative number of tokens, padding left out.
-    fn cu(&self) -> Vec<i64> {
+    pub(crate) fn cu(&self) -> Vec<i64> {
         let mut total = 0;
         let lengths = (0..self.len).map(|b| match self.row(b) {
             (range, None) => range.len(),
-            (_, Some(mask)) => mask.iter().filter(|&&m| m).count(),
+            (_, Some(mask)) => count(mask),
         });
         std::iter::once(0)
             .chain(lengths.map(|n| {
@@ -154,13 +191,13 @@ impl<'a> Rows<'a> {
 /// lie at the same place, so that two tokens spell the same bytes if and only if their symbols are equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Symbol {
-    start: u32,
-    len: u32,
+    pub start: u32,
+    pub len: u32,
 }
 
 impl Symbol {
     const SPECIAL: Self = Self { start: 0, len: 0 };
-    const STOP: Self = Self { start: 1, len: 0 };
+    pub(crate) const STOP: Self = Self { start: 1, len: 0 };
 
     pub(crate) fn is_stop(self) -> bool {
         self == Self::STOP
@@ -316,9 +353,13 @@ pub struct Batch {
 pub struct Aligner {
     student: Arc<ByteTable>,
     teacher: Arc<ByteTable>,
-    arena: Vec<u8>,
+    /// The bytes of all symbols, and zeros (`PADDING`).
+    pub(crate) arena: Vec<u8>,
     student_symbols: Vec<Symbol>,
     teacher_symbols: Vec<Symbol>,
+    /// The same in less memory, for rows that spell the same bytes.
+    pub(crate) student_words: Vec<Word>,
+    pub(crate) teacher_words: Vec<Word>,
 }
 
 impl Aligner {
@@ -334,7 +375,9 @@ impl Aligner {
             let mut symbols = |table| intern(table, &mut arena, &mut seen);
             (symbols(&*student)?, symbols(&*teacher)?)
         };
-        Ok(Self { student, teacher, arena, student_symbols, teacher_symbols })
+        arena.extend([0; PADDING]);
+        let (student_words, teacher_words) = (Word::all(&student_symbols, 0), Word::all(&teacher_symbols, 1));
+        Ok(Self { student, teacher, arena, student_symbols, teacher_symbols, student_words, teacher_words })
     }
 
     /// The student's byte table.
@@ -364,42 +407,64 @@ impl Aligner {
     /// [`Error::TokenId`] for an id outside its vocabulary, [`Error::RowTooLong`], [`Error::ByteMismatch`] where
     /// `strict`, [`Error::Argument`] when the sides have another number of rows. The first row in order decides.
     pub fn align_batch(&self, student: Rows<'_>, teacher: Rows<'_>, strict: bool) -> Result<Batch, Error> {
-        if student.len() != teacher.len() {
-            return Err(Error::Argument(format!(
-                "student_ids has {} rows and teacher_ids {}; each student row needs its teacher row",
-                student.len(),
-                teacher.len()
-            )));
-        }
-        let (student_cu, teacher_cu) = (student.cu(), teacher.cu());
-        let (m, n) = (total(&student_cu), total(&teacher_cu));
-        let mut flat = Alignment {
-            student_chunk: vec![-1; m],
-            student_end: vec![0; m],
-            teacher_pos: vec![-1; m],
-            teacher_off: vec![-1; m],
-            teacher_chunk: vec![-1; n],
-            teacher_end: vec![0; n],
-            ..Alignment::default()
-        };
-        let outputs = split_rows(&mut flat, &student_cu, &teacher_cu);
-        let align = |scratch: &mut Scratch, (b, out)| self.align_row(b, student, teacher, strict, scratch, out);
-        let rows: Vec<Result<Chunks, Error>> = if outputs.len() == 1 {
-            let mut scratch = Scratch::default();
-            outputs.into_iter().enumerate().map(|row| align(&mut scratch, row)).collect()
-        } else {
-            outputs.into_par_iter().enumerate().map_init(Scratch::default, align).collect()
-        };
+        let mut batch = Batch::default();
+        self.align_batch_into(student, teacher, strict, &mut batch)?;
+        Ok(batch)
+    }
 
-        let mut chunk_cu = vec![0];
-        for row in rows {
-            let row = row?;
-            chunk_cu.push(chunk_cu[chunk_cu.len() - 1] + row.kind.len() as i64);
-            flat.student_ptr.extend(row.student_ptr);
-            flat.teacher_ptr.extend(row.teacher_ptr);
-            flat.kind.extend(row.kind);
-        }
-        Ok(Batch { flat, student_cu, teacher_cu, chunk_cu })
+    /// As [`Aligner::align_batch`], in the memory of an earlier batch: fresh pages cost several times the alignment.
+    ///
+    /// # Errors
+    /// As [`Aligner::align_batch`]; the batch is empty then.
+    pub fn align_batch_into(
+        &self,
+        student: Rows<'_>,
+        teacher: Rows<'_>,
+        strict: bool,
+        batch: &mut Batch,
+    ) -> Result<(), Error> {
+        let mut flat = std::mem::take(batch).flat;
+        flat.starts = None;
+        let job = Job::new(self, student, teacher, strict)?;
+        let mut room = Room::Usual;
+        let chunk_cu = loop {
+            let sizes = job.sizes(room);
+            for (array, len) in [
+                (&mut flat.student_ptr, sizes.room),
+                (&mut flat.teacher_ptr, sizes.room),
+                (&mut flat.student_chunk, sizes.students),
+                (&mut flat.teacher_chunk, sizes.teachers),
+                (&mut flat.student_end, sizes.students),
+                (&mut flat.teacher_end, sizes.teachers),
+                (&mut flat.teacher_pos, sizes.students),
+                (&mut flat.teacher_off, sizes.students),
+            ] {
+                resize(array, len, 0);
+            }
+            resize(&mut flat.kind, sizes.room, Kind::OneToOne);
+            let out = Out {
+                student_end: &mut flat.student_end,
+                teacher_end: &mut flat.teacher_end,
+                student_chunk: &mut flat.student_chunk,
+                teacher_chunk: &mut flat.teacher_chunk,
+                teacher_pos: &mut flat.teacher_pos,
+                teacher_off: &mut flat.teacher_off,
+                student_ptr: &mut flat.student_ptr,
+                teacher_ptr: &mut flat.teacher_ptr,
+                kind: &mut flat.kind,
+            };
+            match job.run(out, room, true) {
+                Ok(chunk_cu) => break chunk_cu,
+                Err(Halt::Full) => room = Room::All,
+                Err(Halt::Error(error)) => return Err(error),
+            }
+        };
+        let chunks = total(&chunk_cu);
+        flat.student_ptr.truncate(chunks + student.len());
+        flat.teacher_ptr.truncate(chunks + student.len());
+        flat.kind.truncate(chunks);
+        *batch = Batch { flat, student_cu: job.student_cu, teacher_cu: job.teacher_cu, chunk_cu };
+        Ok(())
     }
 
     /// What the decoder of `side`'s tokenizer spells before, between and after the end-of-turn tokens of every row:
@@ -424,15 +489,26 @@ impl Aligner {
         (0..rows.len()).into_par_iter().map_init(Default::default, decode).collect()
     }
 
-    fn align_row(
+    /// Aligns row `b`, whatever its bytes, and returns its number of chunks.
+    pub(crate) fn align_row<K: Code>(
         &self,
         b: usize,
         student: Rows<'_>,
         teacher: Rows<'_>,
         strict: bool,
         scratch: &mut Scratch,
-        ((student_end, teacher_end), mut out): (RowEnds<'_>, RowOut<'_>),
-    ) -> Result<Chunks, Error> {
+        row: &mut Out<'_, K>,
+    ) -> Result<usize, Halt> {
+        for unaligned in [&mut *row.student_chunk, row.teacher_chunk, row.teacher_pos, row.teacher_off] {
+            unaligned.fill(-1);
+        }
+        let (student_end, teacher_end) = (&mut *row.student_end, &mut *row.teacher_end);
+        let mut out = RowOut {
+            student_chunk: row.student_chunk,
+            teacher_pos: row.teacher_pos,
+            teacher_off: row.teacher_off,
+            teacher_chunk: row.teacher_chunk,
+        };
         let Scratch { student: s, teacher: t } = scratch;
         let (range, mask) = student.row(b);
         resolve(student.ids, range, mask, &self.student_symbols, s, student_end)
@@ -475,7 +551,7 @@ impl Aligner {
             }
         }
         merge(i..s.len(), j..t.len(), None)?;
-        Ok(chunks.close())
+        chunks.write(row)
     }
 }
 
@@ -513,12 +589,29 @@ fn intern<'a>(
     Ok(symbols)
 }
 
+/// How many flags are true.
+fn count(mask: &[bool]) -> usize {
+    // In bytes as long as they hold it: many at a time.
+    let part = |flags: &[bool]| flags.iter().fold(0u8, |n, &flag| n + u8::from(flag));
+    mask.chunks(128).map(|flags| usize::from(part(flags))).sum()
+}
+
+/// Changes the length and keeps what fits; a vector too small is replaced, not copied.
+fn resize<T: Copy>(array: &mut Vec<T>, len: usize, fresh: T) {
+    if array.capacity() < len {
+        *array = vec![fresh; len];
+    } else {
+        array.resize(len, fresh);
+    }
+}
+
 fn total(cu: &[i64]) -> usize {
     cu.last().map_or(0, |&n| n as usize)
 }
 
+/// The symbols of a row, kept from row to row.
 #[derive(Default)]
-struct Scratch {
+pub(crate) struct Scratch {
     student: Vec<Symbol>,
     teacher: Vec<Symbol>,
 }
@@ -612,32 +705,6 @@ impl RowOut<'_> {
     }
 }
 
-/// The byte ends of one row, student's and teacher's: filled first, and read while the rest is.
-type RowEnds<'a> = (&'a mut [i32], &'a mut [i32]);
-
-/// The rows of a flat array, one after the other.
-fn each_row<'a>(mut flat: &'a mut [i32], cu: &'a [i64]) -> impl Iterator<Item = &'a mut [i32]> {
-    cu.windows(2).map(move |w| {
-        let (row, rest) = std::mem::take(&mut flat).split_at_mut((w[1] - w[0]) as usize);
-        flat = rest;
-        row
-    })
-}
-
-fn split_rows<'a>(
-    flat: &'a mut Alignment,
-    student_cu: &'a [i64],
-    teacher_cu: &'a [i64],
-) -> Vec<(RowEnds<'a>, RowOut<'a>)> {
-    let ends = each_row(&mut flat.student_end, student_cu).zip(each_row(&mut flat.teacher_end, teacher_cu));
-    let chunks = each_row(&mut flat.student_chunk, student_cu).zip(each_row(&mut flat.teacher_chunk, teacher_cu));
-    let places = each_row(&mut flat.teacher_pos, student_cu).zip(each_row(&mut flat.teacher_off, student_cu));
-    let row = |(ends, ((student_chunk, teacher_chunk), (teacher_pos, teacher_off)))| {
-        (ends, RowOut { student_chunk, teacher_pos, teacher_off, teacher_chunk })
-    };
-    ends.zip(chunks.zip(places)).map(row).collect()
-}
-
 /// The chunks of one row, as they grow: where each starts, and its kind.
 #[derive(Default)]
 struct Chunks {
@@ -665,10 +732,20 @@ impl Chunks {
         self.kind.len() as i32 - 1
     }
 
-    fn close(mut self) -> Self {
+    /// Writes them where the row starts, and returns their number.
+    fn write<K: Code>(mut self, row: &mut Out<'_, K>) -> Result<usize, Halt> {
         self.student_ptr.push(self.end.0 as i32);
         self.teacher_ptr.push(self.end.1 as i32);
-        self
+        let (chunks, entries) = (self.kind.len(), self.student_ptr.len());
+        if row.student_ptr.len() < entries {
+            return Err(Halt::Full);
+        }
+        row.student_ptr[..entries].copy_from_slice(&self.student_ptr);
+        row.teacher_ptr[..entries].copy_from_slice(&self.teacher_ptr);
+        for (code, &kind) in row.kind.iter_mut().zip(&self.kind) {
+            *code = K::of(kind);
+        }
+        Ok(chunks)
     }
 }
 

@@ -31,7 +31,9 @@
 //! The laws are properties in `tests/laws.rs`, checked against a brute-force oracle.
 
 mod align;
+mod batch;
 mod byte_table;
+mod clean;
 mod cover;
 mod encoding;
 #[cfg(feature = "python")]

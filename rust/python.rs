@@ -1,6 +1,6 @@
 //! The Python module `xtokmap._core`: the only file that knows `PyO3` and numpy.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods,
@@ -8,9 +8,11 @@ use numpy::{
 use pyo3::exceptions::{PyIndexError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyList, PySlice, PyString, PyTuple};
 use pyo3::{create_exception, IntoPyObjectExt};
+use rayon::ThreadPool;
 
+use crate::batch::{Halt, Job, Out, Room, Sizes};
 use crate::scan::{self, Spelling};
 use crate::{
     Aligner, Alignment, Batch, ByteTable, Cover, Encoding, Error, Ids, Invalid, Kind, Layout, Queries, Rows, Rule, Set,
@@ -277,62 +279,138 @@ struct Held<'py> {
 
 impl<'py> Held<'py> {
     fn new(ids: &Bound<'py, PyAny>, layout: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let no_ids = |_| PyTypeError::new_err("ids: expected a 1-D numpy array of int32, int64 or uint32");
-        let no_layout = |_| PyTypeError::new_err("layout: expected int64 cu_seqlens [B+1] or a bool mask [B, T]");
-        let ids = (ids.extract().map(HeldIds::I64))
-            .or_else(|_| ids.extract().map(HeldIds::I32))
-            .or_else(|_| ids.extract().map(HeldIds::U32));
-        let layout = (layout.extract().map(HeldLayout::Ragged)).or_else(|_| layout.extract().map(HeldLayout::Padded));
-        Ok(Self { ids: ids.map_err(no_ids)?, layout: layout.map_err(no_layout)? })
+        let ids = if let Ok(x) = ids.cast::<PyArray1<i64>>() {
+            HeldIds::I64(x.try_readonly()?)
+        } else if let Ok(x) = ids.cast::<PyArray1<i32>>() {
+            HeldIds::I32(x.try_readonly()?)
+        } else if let Ok(x) = ids.cast::<PyArray1<u32>>() {
+            HeldIds::U32(x.try_readonly()?)
+        } else {
+            return Err(PyTypeError::new_err("ids: expected a 1-D numpy array of int32, int64 or uint32"));
+        };
+        let layout = if let Ok(cu) = layout.cast::<PyArray1<i64>>() {
+            HeldLayout::Ragged(cu.try_readonly()?)
+        } else if let Ok(mask) = layout.cast::<PyArray2<bool>>() {
+            HeldLayout::Padded(mask.try_readonly()?)
+        } else {
+            return Err(PyTypeError::new_err("layout: expected int64 cu_seqlens [B+1] or a bool mask [B, T]"));
+        };
+        Ok(Self { ids, layout })
     }
 
-    fn rows(&self) -> PyResult<Rows<'_>> {
+    /// The rows, and `side`'s name for what does not fit.
+    fn rows(&self, side: Side) -> PyResult<Rows<'_>> {
         let ids = match &self.ids {
             HeldIds::I32(x) => Ids::I32(x.as_slice()?),
             HeldIds::I64(x) => Ids::I64(x.as_slice()?),
             HeldIds::U32(x) => Ids::U32(x.as_slice()?),
         };
-        let layout = match &self.layout {
-            HeldLayout::Ragged(cu) => Layout::Ragged(cu.as_slice()?),
-            HeldLayout::Padded(mask) => Layout::Padded { width: mask.shape()[1], mask: mask.as_slice()? },
+        let (layout, name) = match &self.layout {
+            HeldLayout::Ragged(cu) => (Layout::Ragged(cu.as_slice()?), "cu"),
+            HeldLayout::Padded(mask) => (Layout::Padded { width: mask.shape()[1], mask: mask.as_slice()? }, "mask"),
         };
-        Ok(Rows::new(ids, layout)?)
+        Rows::new(ids, layout).map_err(|error| XTokMapError::new_err(format!("{side}_{name}: {error}")))
     }
 }
 
 /// More would be a mistake rather than a machine.
 const MAX_THREADS: i64 = 4096;
 
+/// The pool that was asked for last, with the process that has its threads: a fork has none of them.
+static POOL: Mutex<Option<(u32, usize, Arc<ThreadPool>)>> = Mutex::new(None);
+
+fn pool(threads: usize) -> Result<Arc<ThreadPool>, Error> {
+    let process = std::process::id();
+    let mut last = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*last {
+        Some((of, n, pool)) if (*of, *n) == (process, threads) => return Ok(pool.clone()),
+        // Nothing is left to stop.
+        Some((of, ..)) if *of != process => std::mem::forget(last.take()),
+        _ => {}
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    let pool = Arc::new(pool.map_err(|e| Error::Argument(format!("threads={threads}: {e}")))?);
+    *last = Some((process, threads, pool.clone()));
+    Ok(pool)
+}
+
 /// Runs `work` without the GIL, on `threads` threads (`None`: rayon's own pool, which follows `RAYON_NUM_THREADS`).
-fn in_threads<T: Send>(
+fn in_threads<T: Send, E: From<Error> + Send>(
     py: Python<'_>,
     threads: Option<i64>,
-    work: impl FnOnce() -> Result<T, Error> + Send,
-) -> PyResult<T> {
+    work: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, E> {
     py.detach(|| match threads {
         None => work(),
         Some(n) if !(1..=MAX_THREADS).contains(&n) => {
-            Err(Error::Argument(format!("threads={n}: use 1 to {MAX_THREADS}, or None for all cores")))
+            Err(Error::Argument(format!("threads={n}: use 1 to {MAX_THREADS}, or None for all cores")).into())
         }
-        Some(n) => match rayon::ThreadPoolBuilder::new().num_threads(n as usize).build() {
-            Ok(pool) => pool.install(work),
-            Err(e) => Err(Error::Argument(format!("threads={n}: {e}"))),
-        },
+        Some(n) => pool(n as usize)?.install(work),
     })
-    .map_err(PyErr::from)
+}
+
+/// The memory of a batch, which its arrays are views of.
+struct Memory {
+    numbers: Py<PyArray1<i32>>,
+    kinds: Py<PyArray1<u8>>,
+}
+
+impl Memory {
+    /// Nothing larger is kept: bytes.
+    const MAX: usize = 64 << 20;
+    /// As much is kept: while one batch is at work, the next may be made.
+    const KEPT: usize = 2;
+
+    fn new(py: Python<'_>, numbers: usize, kinds: usize) -> Self {
+        let (numbers, kinds) = (PyArray1::zeros(py, numbers, false), PyArray1::zeros(py, kinds, false));
+        Self { numbers: numbers.unbind(), kinds: kinds.unbind() }
+    }
+
+    /// Whether no array looks at it any more, and it is large enough but not much larger.
+    fn fits(&self, py: Python<'_>, numbers: usize, kinds: usize) -> bool {
+        // Views count as references to the array they look at.
+        #[allow(deprecated)]
+        let is_free = self.numbers.get_refcnt(py) == 1 && self.kinds.get_refcnt(py) == 1;
+        let (len, kinds_len) = (self.numbers.bind(py).len(), self.kinds.bind(py).len());
+        is_free && len >= numbers && kinds_len >= kinds && len / 4 <= numbers
+    }
 }
 
 #[pyclass(frozen, name = "Aligner", module = "xtokmap._core")]
-struct PyAligner(Aligner);
+struct PyAligner {
+    aligner: Aligner,
+    /// Memory of earlier batches: fresh pages cost several times the alignment.
+    memory: Mutex<Vec<Memory>>,
+}
+
+impl PyAligner {
+    fn memory(&self, py: Python<'_>, numbers: usize, kinds: usize) -> Memory {
+        let mut kept = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        match kept.iter().position(|memory| memory.fits(py, numbers, kinds)) {
+            Some(k) => kept.swap_remove(k),
+            None => Memory::new(py, numbers, kinds),
+        }
+    }
+
+    fn keep(&self, py: Python<'_>, memory: Memory) {
+        if memory.numbers.bind(py).len() * size_of::<i32>() <= Memory::MAX {
+            let mut kept = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.truncate(Memory::KEPT - 1);
+            kept.insert(0, memory);
+        }
+    }
+}
 
 #[pymethods]
 impl PyAligner {
     #[new]
     fn new(py: Python<'_>, student: &PyByteTable, teacher: &PyByteTable) -> PyResult<Self> {
         let (student, teacher) = (student.table.clone(), teacher.table.clone());
-        py.detach(|| Aligner::new(student, teacher)).map(Self).map_err(PyErr::from)
+        let aligner = py.detach(|| Aligner::new(student, teacher))?;
+        Ok(Self { aligner, memory: Mutex::default() })
     }
 
+    /// The fields of an `AlignmentBatch` in their order, up to `chunk_cu`.
     #[pyo3(signature = (student_ids, student_layout, teacher_ids, teacher_layout, strict, threads))]
     #[allow(clippy::too_many_arguments)]
     fn align_batch<'py>(
@@ -344,17 +422,51 @@ impl PyAligner {
         teacher_layout: &Bound<'py, PyAny>,
         strict: bool,
         threads: Option<i64>,
-    ) -> PyResult<Bound<'py, PyDict>> {
+    ) -> PyResult<Bound<'py, PyTuple>> {
         let (student, teacher) = (Held::new(student_ids, student_layout)?, Held::new(teacher_ids, teacher_layout)?);
-        let (student, teacher) = (student.rows()?, teacher.rows()?);
-        let batch = in_threads(py, threads, || self.0.align_batch(student, teacher, strict))?;
-        let all = fields(py, batch.flat)?;
-        for (name, values) in
-            [("student_cu", batch.student_cu), ("teacher_cu", batch.teacher_cu), ("chunk_cu", batch.chunk_cu)]
-        {
-            all.set_item(name, values.into_pyarray(py))?;
-        }
-        Ok(all)
+        let (student, teacher) = (student.rows(Side::Student)?, teacher.rows(Side::Teacher)?);
+        let job = Job::new(&self.aligner, student, teacher, strict)?;
+        let mut room = Room::Usual;
+        let (memory, sizes, chunk_cu) = loop {
+            let sizes = job.sizes(room);
+            let memory = self.memory(py, sizes.numbers(), sizes.room);
+            let done = {
+                let mut numbers = memory.numbers.bind(py).try_readwrite()?;
+                let mut kinds = memory.kinds.bind(py).try_readwrite()?;
+                let out = sizes.out(numbers.as_slice_mut()?, kinds.as_slice_mut()?);
+                match threads {
+                    Some(1) => py.detach(|| job.run(out, room, false)),
+                    _ => in_threads(py, threads, || job.run(out, room, true)),
+                }
+            };
+            match done {
+                Ok(chunk_cu) => break (memory, sizes, chunk_cu),
+                Err(Halt::Full) => room = Room::All,
+                Err(Halt::Error(error)) => return Err(error.into()),
+            }
+        };
+        let chunks = chunk_cu.last().map_or(0, |&chunks| chunks as usize);
+        let numbers = memory.numbers.bind(py);
+        let view =
+            |from: usize, len: usize| numbers.get_item(PySlice::new(py, from as isize, (from + len) as isize, 1));
+        let [s_end, t_end, s_chunk, t_chunk, pos, off, s_ptr, t_ptr] = sizes.starts();
+        let (m, n, ptr) = (sizes.students, sizes.teachers, chunks + chunk_cu.len() - 1);
+        let all = [
+            view(s_ptr, ptr)?,
+            view(t_ptr, ptr)?,
+            memory.kinds.bind(py).get_item(PySlice::new(py, 0, chunks as isize, 1))?,
+            view(s_chunk, m)?,
+            view(t_chunk, n)?,
+            view(s_end, m)?,
+            view(t_end, n)?,
+            view(pos, m)?,
+            view(off, m)?,
+            job.student_cu.into_pyarray(py).into_any(),
+            job.teacher_cu.into_pyarray(py).into_any(),
+            chunk_cu.into_pyarray(py).into_any(),
+        ];
+        self.keep(py, memory);
+        PyTuple::new(py, all)
     }
 
     fn student_texts<'py>(
@@ -365,8 +477,8 @@ impl PyAligner {
         threads: Option<i64>,
     ) -> PyResult<(Vec<String>, Vec<usize>)> {
         let held = Held::new(ids, layout)?;
-        let rows = held.rows()?;
-        let texts = in_threads(py, threads, || self.0.decode_lossy(Side::Student, rows))?;
+        let rows = held.rows(Side::Student)?;
+        let texts = in_threads(py, threads, || self.aligner.decode_lossy(Side::Student, rows))?;
         let counts = texts.iter().map(Vec::len).collect();
         Ok((texts.into_iter().flatten().collect(), counts))
     }
@@ -577,6 +689,44 @@ impl PySets {
             complement.into_pyarray(py),
         );
         arrays.into_pyobject(py)
+    }
+}
+
+/// How the arrays of a batch lie in one array of numbers.
+impl Sizes {
+    /// Of all arrays but `kind`.
+    fn numbers(&self) -> usize {
+        4 * self.students + 2 * self.teachers + 2 * self.room
+    }
+
+    /// Where each starts, in the order of [`Out`].
+    fn starts(&self) -> [usize; 8] {
+        let (m, n, room) = (self.students, self.teachers, self.room);
+        let mut start = 0;
+        [m, n, m, n, m, m, room, room].map(|len| {
+            start += len;
+            start - len
+        })
+    }
+
+    fn out<'a>(&self, mut numbers: &'a mut [i32], kind: &'a mut [u8]) -> Out<'a, u8> {
+        let mut next = |len: usize| {
+            let (taken, rest) = std::mem::take(&mut numbers).split_at_mut(len);
+            numbers = rest;
+            taken
+        };
+        let (m, n, room) = (self.students, self.teachers, self.room);
+        Out {
+            student_end: next(m),
+            teacher_end: next(n),
+            student_chunk: next(m),
+            teacher_chunk: next(n),
+            teacher_pos: next(m),
+            teacher_off: next(m),
+            student_ptr: next(room),
+            teacher_ptr: next(room),
+            kind: &mut kind[..room],
+        }
     }
 }
 

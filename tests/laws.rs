@@ -231,6 +231,139 @@ fn check_shape(a: &Alignment, student: &Tokens, teacher: &Tokens) {
     }
 }
 
+/// The merge in its readable form, for sides that spell the same bytes and end their turns at the same places: of two
+/// pointers, the one whose token ends first moves on.
+fn two_pointers(student: &Tokens, teacher: &Tokens) -> Alignment {
+    let len = |token: &Option<Vec<u8>>| if has_bytes(token) { token.as_ref().unwrap().len() } else { 0 };
+    let ends = |tokens: &Tokens| -> Vec<i32> {
+        tokens
+            .iter()
+            .scan(0, |end, token| {
+                *end += len(token) as i32;
+                Some(*end)
+            })
+            .collect()
+    };
+    let (m, n) = (student.len(), teacher.len());
+    let mut a = Alignment {
+        student_chunk: vec![-1; m],
+        teacher_chunk: vec![-1; n],
+        student_end: ends(student),
+        teacher_end: ends(teacher),
+        teacher_pos: vec![-1; m],
+        teacher_off: vec![-1; m],
+        ..Alignment::default()
+    };
+    let (mut i, mut j) = (0, 0);
+    let mut last = (0, 0);
+    while i < m || j < n {
+        let (from_i, from_j) = (i, j);
+        let run = |tokens: &Tokens, from: usize| from + tokens[from..].iter().take_while(|t| !has_bytes(t)).count();
+        (i, j) = (run(student, i), run(teacher, j));
+        if (i, j) != (from_i, from_j) {
+            let found = |tokens: &Tokens, from: usize, to: usize| (from..to).find(|&k| tokens[k] == stop());
+            if let (Some(s), Some(t)) = (found(student, from_i, i), found(teacher, from_j, j)) {
+                let g = a.kind.len() as i32;
+                (a.student_chunk[s], a.teacher_chunk[t]) = (g, g);
+                (a.teacher_pos[s], a.teacher_off[s]) = (t as i32, 0);
+                a.student_ptr.push(s as i32);
+                a.teacher_ptr.push(t as i32);
+                a.kind.push(Kind::Stop);
+                last = (s + 1, t + 1);
+            }
+            continue;
+        }
+        let g = a.kind.len() as i32;
+        a.student_ptr.push(i as i32);
+        a.teacher_ptr.push(j as i32);
+        let (mut students, mut teachers) = (0, 0);
+        loop {
+            // Tokens without bytes inside a chunk belong to no chunk.
+            (i, j) = (run(student, i), run(teacher, j));
+            let (x, y) = (a.student_end[i], a.teacher_end[j]);
+            if a.student_chunk[i] < 0 {
+                a.student_chunk[i] = g;
+                (a.teacher_pos[i], a.teacher_off[i]) =
+                    (j as i32, x - len(&student[i]) as i32 - (y - len(&teacher[j]) as i32));
+                students += 1;
+            }
+            if a.teacher_chunk[j] < 0 {
+                a.teacher_chunk[j] = g;
+                teachers += 1;
+            }
+            (i, j) = (i + usize::from(x <= y), j + usize::from(y <= x));
+            if x == y {
+                break;
+            }
+        }
+        a.kind.push(match (students, teachers) {
+            (1, 1) => Kind::OneToOne,
+            (1, _) => Kind::OneToMany,
+            (_, 1) => Kind::ManyToOne,
+            _ => Kind::ManyToMany,
+        });
+        last = (i, j);
+    }
+    a.student_ptr.push(last.0 as i32);
+    a.teacher_ptr.push(last.1 as i32);
+    a
+}
+
+/// Words of one to 600 bytes, cut into tokens on either side: long runs of equal tokens, pairs, and everything else.
+fn words() -> impl Strategy<Value = (Tokens, Tokens)> {
+    let len = prop_oneof![8 => 1usize..9, 4 => 9usize..40, 1 => prop::sample::select(vec![510usize, 511, 512, 600])];
+    let cuts = || prop::collection::vec(any::<u16>(), 0..4);
+    let word = prop_oneof![
+        6 => Just((vec![], vec![])),
+        1 => (cuts(), Just(vec![])),
+        1 => (Just(vec![]), cuts()),
+        1 => (cuts(), cuts()),
+    ];
+    let between = prop::sample::select(vec![0u8, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4]);
+    prop::collection::vec((len, any::<u8>(), word, between), 0..60).prop_map(|words| {
+        let (mut student, mut teacher): (Tokens, Tokens) = (vec![], vec![]);
+        for (len, seed, (a, b), between) in words {
+            let word: Vec<u8> = (0..len).map(|k| b'a' + (usize::from(seed) + k * k) as u8 % 7).collect();
+            let cut = |at: &[u16]| cut(&word, &at.iter().map(|&p| (p, 1)).collect::<Vec<_>>());
+            student.extend(cut(&a));
+            teacher.extend(cut(&b));
+            match between {
+                1 => student.push(None),
+                2 => teacher.push(None),
+                3 => {
+                    student.extend([stop(), None]);
+                    teacher.extend([None, stop(), stop()]);
+                }
+                4 => {
+                    student.push(stop());
+                    teacher.push(stop());
+                }
+                _ => {}
+            }
+        }
+        (student, teacher)
+    })
+}
+
+/// Ids of one type, in rows with a mask: padded on the left, on the right, or with holes.
+fn padded(ids: &[u32], cu: &[i64], how: u8) -> (Vec<i64>, Vec<bool>, usize) {
+    let rows: Vec<&[u32]> = cu.windows(2).map(|w| &ids[w[0] as usize..w[1] as usize]).collect();
+    let width = 2 * rows.iter().map(|row| row.len()).max().unwrap_or(0) + 1;
+    let (mut ids, mut mask) = (vec![0; width * rows.len()], vec![false; width * rows.len()]);
+    for (b, row) in rows.iter().enumerate() {
+        for (k, &id) in row.iter().enumerate() {
+            let at = b * width
+                + match how {
+                    0 => k,
+                    1 => width - row.len() + k,
+                    _ => 2 * k,
+                };
+            (ids[at], mask[at]) = (i64::from(id), true);
+        }
+    }
+    (ids, mask, width)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -351,6 +484,66 @@ proptest! {
             prop_assert_eq!(&flat.teacher_chunk[n.clone()], &alone.teacher_chunk[..]);
             prop_assert_eq!(&flat.teacher_end[n], &alone.teacher_end[..]);
         }
+    }
+
+    #[test]
+    fn the_merge_is_two_pointers_whatever_holds_the_ids(
+        rows in prop::collection::vec(words(), 1..4), how in 0u8..3, parallel in any::<bool>(),
+    ) {
+        let all = |side: fn(&(Tokens, Tokens)) -> &Tokens| table(&rows.iter().flat_map(side).cloned().collect());
+        let ((s, student), (t, teacher)) = (all(|r| &r.0), all(|r| &r.1));
+        let cu = |side: fn(&(Tokens, Tokens)) -> &Tokens| {
+            let ends = rows.iter().scan(0, |n, r| { *n += side(r).len() as i64; Some(*n) });
+            std::iter::once(0).chain(ends).collect::<Vec<i64>>()
+        };
+        let (student_cu, teacher_cu) = (cu(|r| &r.0), cu(|r| &r.1));
+        let aligner = Aligner::new(s, t).unwrap();
+
+        let mut want = xtokmap::Batch { chunk_cu: vec![0], student_cu, teacher_cu, ..xtokmap::Batch::default() };
+        for (student, teacher) in &rows {
+            let row = two_pointers(student, teacher);
+            want.chunk_cu.push(want.chunk_cu[want.chunk_cu.len() - 1] + row.kind.len() as i64);
+            let flat = &mut want.flat;
+            flat.kind.extend(row.kind);
+            for (all, row) in [
+                (&mut flat.student_ptr, row.student_ptr), (&mut flat.teacher_ptr, row.teacher_ptr),
+                (&mut flat.student_chunk, row.student_chunk), (&mut flat.teacher_chunk, row.teacher_chunk),
+                (&mut flat.student_end, row.student_end), (&mut flat.teacher_end, row.teacher_end),
+                (&mut flat.teacher_pos, row.teacher_pos), (&mut flat.teacher_off, row.teacher_off),
+            ] {
+                all.extend(row);
+            }
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1 + usize::from(parallel)).build().unwrap();
+        // All in the same memory, which holds another batch in between.
+        let mut batch = xtokmap::Batch::default();
+        let (student_cu, teacher_cu) = (&want.student_cu, &want.teacher_cu);
+        let (s_pad, s_mask, s_width) = padded(&student, student_cu, how);
+        let (t_pad, t_mask, t_width) = padded(&teacher, teacher_cu, 2 - how);
+        macro_rules! check {
+            ($s:ident $s_type:ty, $t:ident $t_type:ty) => {
+                let (a, b): (Vec<$s_type>, Vec<$t_type>) =
+                    (student.iter().map(|&id| id.try_into().unwrap()).collect(), teacher.iter().map(|&id| id.try_into().unwrap()).collect());
+                let ragged = |ids, cu| Rows::new(ids, Layout::Ragged(cu)).unwrap();
+                let (x, y) = (ragged(Ids::$s(&a), student_cu), ragged(Ids::$t(&b), teacher_cu));
+                let turned = Aligner::new(aligner.teacher().clone(), aligner.student().clone()).unwrap();
+                pool.install(|| turned.align_batch_into(y, x, true, &mut batch)).unwrap();
+                pool.install(|| aligner.align_batch_into(x, y, true, &mut batch)).unwrap();
+                prop_assert_eq!(&batch, &want);
+                let (a, b): (Vec<$s_type>, Vec<$t_type>) =
+                    (s_pad.iter().map(|&id| id.try_into().unwrap()).collect(), t_pad.iter().map(|&id| id.try_into().unwrap()).collect());
+                let x = Rows::new(Ids::$s(&a), Layout::Padded { width: s_width, mask: &s_mask }).unwrap();
+                let y = Rows::new(Ids::$t(&b), Layout::Padded { width: t_width, mask: &t_mask }).unwrap();
+                pool.install(|| aligner.align_batch_into(x, y, true, &mut batch)).unwrap();
+                prop_assert_eq!(&batch, &want);
+            };
+        }
+        check!(I32 i32, I32 i32);
+        check!(I32 i32, I64 i64);
+        check!(I64 i64, U32 u32);
+        check!(U32 u32, I32 i32);
+        check!(I64 i64, I64 i64);
+        check!(U32 u32, U32 u32);
     }
 
     #[test]
@@ -504,6 +697,52 @@ fn an_invalid_byte_counts_as_its_decoder_counts_it() {
         let rewritten = alignment.kind.iter().filter(|&&k| k == Kind::Rewritten).count();
         assert_eq!(rewritten, text.matches('\u{fffd}').count());
         assert!(alignment.student_chunk.iter().all(|&g| g >= 0), "{alignment:?}");
+    }
+}
+
+#[test]
+fn a_row_may_have_more_chunks_than_tokens_on_either_side() {
+    // Every token is on one side only, but for the first: more chunks than the usual room.
+    let said = |texts: &[&str]| texts.iter().map(|t| Some(t.as_bytes().to_vec())).collect::<Tokens>();
+    let (student, teacher) = (said(&["a", "b", "c"]), said(&["▁", "a", "b", "c"]));
+    let alignment = align(&student, &teacher);
+    check_shape(&alignment, &student, &teacher);
+    assert_eq!(alignment.kind, [Kind::Rewritten, Kind::OneToOne, Kind::OneToOne, Kind::OneToOne]);
+    assert_eq!(unplaced(alignment), swapped(&align(&teacher, &student)));
+}
+
+#[test]
+fn many_rows_are_split_over_threads() {
+    let said = |texts: &[&str]| texts.iter().map(|t| Some(t.as_bytes().to_vec())).collect::<Tokens>();
+    let ((s, a), (t, b)) = (table(&said(&["ab", "c", "d"])), table(&said(&["a", "bc", "D"])));
+    let aligner = Aligner::new(s, t).unwrap();
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let cu = |row: usize| (0..=4000).map(|b| b * row as i64).collect::<Vec<i64>>();
+    let (ids, others) = (a.repeat(4000), b.repeat(4000));
+    let (cu_s, cu_t) = (cu(a.len()), cu(b.len()));
+    let rows = |ids, cu| Rows::new(Ids::U32(ids), Layout::Ragged(cu)).unwrap();
+    let of = |threads| {
+        pool(threads).install(|| aligner.align_batch(rows(&ids, &cu_s), rows(&others, &cu_t), false).unwrap())
+    };
+    let one = of(1);
+    assert_eq!(one.chunk_cu.last(), Some(&8000));
+    assert_eq!(one, of(3));
+    let wrong = [&others[..], &[99]].concat();
+    let wrong_cu = [&cu_t[..4000], &[wrong.len() as i64]].concat();
+    let error = pool(3).install(|| aligner.align_batch(rows(&ids, &cu_s), rows(&wrong, &wrong_cu), false)).unwrap_err();
+    assert!(matches!(error, Error::TokenId { row: 3999, position: 3, .. }), "{error}");
+}
+
+#[test]
+fn rows_that_do_not_fit_their_ids() {
+    for (cu, found) in [
+        (&[0, 2][..], "not from 0 to 2"),
+        (&[1, 3], "not from 1 to 3"),
+        (&[], "not be empty"),
+        (&[0, 3, 1, 3], "but entry 2 is 1 after 3"),
+    ] {
+        let error = Rows::new(Ids::U32(&[0, 1, 2]), Layout::Ragged(cu)).unwrap_err();
+        assert_eq!(error.to_string(), format!("cu_seqlens must rise from 0 to the number of ids (3), {found}"));
     }
 }
 

@@ -31,6 +31,7 @@ from xtokmap import (
     UnsupportedTokenizerError,
     XTokMapError,
 )
+from xtokmap.alignment import _Rows
 
 tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch")
@@ -433,6 +434,108 @@ def test_a_batch_is_its_rows(rows: list, dtype: type, threads: int | None, right
     same(al.align_batch(student, torch.tensor(other_ids), None, torch.tensor(other_mask, dtype=torch.int64)), batch)
 
 
+def flat(rows: list[list[int]], dtype: type = np.int64, cu_dtype: type = np.int32) -> tuple[np.ndarray, np.ndarray]:
+    """Rows end to end, and where each starts and ends."""
+    return np.asarray([i for row in rows for i in row], dtype), np.cumsum([0, *map(len, rows)], dtype=cu_dtype)
+
+
+@settings(law, max_examples=100)
+@given(
+    rows_of_tokens,
+    st.sampled_from([np.int32, np.int64, np.uint32]),
+    st.sampled_from([np.int32, np.int64]),
+    st.sampled_from([1, 2, None]),
+    st.booleans(),
+)
+def test_ragged_padded_and_flat_rows_are_the_same(
+    rows: list, dtype: type, cu_dtype: type, threads: int | None, right: bool
+) -> None:
+    sides = [oracle.uneven(cut(text, a), cut(text, b)) for text, a, b in rows]
+    (s, student), (t, teacher) = (table(*side) for side in (zip(*sides, strict=True) if sides else ((), ())))
+    al = Aligner(s, t)
+    batch = al.align_batch(student, teacher)
+    for b, (student_tokens, teacher_tokens) in enumerate(sides):
+        check(batch[b], student_tokens, teacher_tokens)
+    (ids, cu), (other, other_cu) = flat(student, dtype, cu_dtype), flat(teacher)
+    same(al.align_batch(ids, other, student_cu=cu, teacher_cu=other_cu, threads=threads), batch)
+    same(
+        al.align_batch(torch.tensor(ids.tolist()), teacher, student_cu=torch.tensor(cu.tolist()), threads=threads),
+        batch,
+    )
+    grid, mask = padded(student, right, dtype)
+    mixed = al.align_batch(grid, other, mask, teacher_cu=other_cu.tolist(), threads=threads)
+    same(mixed, batch)
+    assert [list(row) for row in mixed] == [list(row) for row in batch]
+
+
+@pytest.mark.parametrize(
+    ("ids", "layout", "message"),
+    [
+        ([[2, 3]], {"student_cu": [0, 2]}, "student_cu goes with flat student_ids (1-D), got shape (1, 2)"),
+        (
+            [2, 3],
+            {"student_cu": [0, 1]},
+            "student_cu: cu_seqlens must rise from 0 to the number of ids (2), not from 0 to 1",
+        ),
+        (
+            [2, 3],
+            {"student_cu": [1, 2]},
+            "student_cu: cu_seqlens must rise from 0 to the number of ids (2), not from 1 to 2",
+        ),
+        (
+            [2, 3],
+            {"student_cu": [0, 3, 1, 2]},
+            "student_cu: cu_seqlens must rise from 0 to the number of ids (2), but entry 2",
+        ),
+        ([2, 3], {"student_cu": []}, "student_cu: cu_seqlens must rise from 0 to the number of ids (2), not be empty"),
+        ([2, 3], {"student_cu": 2}, "student_cu: expected cu_seqlens of shape [B+1], got shape ()"),
+        ([2, 3], {"student_cu": [[0, 2]]}, "student_cu: expected cu_seqlens of shape [B+1], got shape (1, 2)"),
+        ([2, 3], {"student_cu": [0.0, 2.0]}, "student_cu: cu_seqlens must be integers, got float64"),
+        ([2, 3], {"student_cu": [0, 2], "student_mask": [True, True]}, "student_mask and student_cu: give one of them"),
+        ([2, 3], {"student_cu": [0, 1, 2]}, "student_ids has 2 rows and teacher_ids 1; each student row needs"),
+        ([2.5], {"student_cu": [0, 1]}, "student_ids: token ids must be integers, got float64 [2.5]"),
+    ],
+)
+def test_cu_seqlens_that_do_not_fit(ab: Aligner, ids: list, layout: dict, message: str) -> None:
+    with pytest.raises(XTokMapError, match=re.escape(message)):
+        ab.align_batch(ids, [2, 3], teacher_cu=[0, 2], **layout)
+
+
+def test_arrays_and_tensors_are_not_copied() -> None:
+    ids, mask = np.zeros((4, 8), np.int32), np.ones((4, 8), bool)
+    cu = np.asarray([0, 8, 32])
+    for taken, whole in (
+        (_Rows.of_batch(ids, mask, None, "student"), (ids, mask)),
+        (_Rows.of_batch(torch.from_numpy(ids), torch.from_numpy(mask), None, "student"), (ids, mask)),
+        (_Rows.of_batch(ids.reshape(-1), None, cu, "student"), (ids, cu)),
+        (_Rows.of_one(torch.from_numpy(ids[0]), "student_ids"), (ids,)),
+    ):
+        for part, array in zip(taken, whole, strict=False):
+            assert np.shares_memory(part, array)
+
+
+def test_memory_is_used_again_only_when_nothing_looks_at_it() -> None:
+    bt = ByteTable.from_bytes([b"a", b"b", b"ab"])
+    al = Aligner(bt, bt)
+    first = al.align([0, 1, 2], [2, 2])
+    kept = first.student_chunk.copy()
+    chunk = first.student_chunk
+    where = first.student_end.ctypes.data
+    del first
+    # One array is left of the first alignment, and of each of the next ones.
+    others = [al.align([2, 2, 2], [0, 1, 2, 2]).kind for _ in range(4)]
+    np.testing.assert_array_equal(chunk, kept)
+    assert [kind.tolist() for kind in others] == [[1, 0, 0]] * 4
+    del chunk, others
+    found = {al.align([0, 1, 2], [2, 2]).student_end.ctypes.data for _ in range(4)}
+    assert len(found) <= 2, (found, where)
+    # A result that is kept is no other result's, whatever its size.
+    results = [al.align([0, 1] * k, [2] * k) for k in (3, 1000, 5, 10, 1000, 2)]
+    assert [a.student_chunk.tolist() for a in results] == [
+        [g for g in range(k) for _ in "ab"] for k in (3, 1000, 5, 10, 1000, 2)
+    ]
+
+
 def arrays_of(rows: list[list[int]]) -> list:
     """Rows as lists, arrays and tensors by turns."""
     forms = (list, lambda row: np.asarray(row, np.uint32), lambda row: torch.tensor(row, dtype=torch.int64))
@@ -763,6 +866,11 @@ def test_retokenize_follows_any_ids(crossed: tuple, data: st.DataObject) -> None
     again, masked = al.retokenize(*padded(student, right=data.draw(st.booleans())))
     assert [row.tolist() for row in again] == [row.tolist() for row in teacher]
     same(masked, batch)
+    ids, cu = flat(student)
+    again, end_to_end = al.retokenize(ids, student_cu=cu)
+    assert [row.tolist() for row in again] == [row.tolist() for row in teacher]
+    assert [row.tolist() for row in al.teacher_ids(ids, student_cu=cu)] == [row.tolist() for row in teacher]
+    same(end_to_end, batch)
 
 
 def test_retokenize_counts_lost_bytes_as_the_students_decoder(crossed: tuple) -> None:

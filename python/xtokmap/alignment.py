@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple, TypeAlias
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +89,7 @@ class InteriorQueries:
 
 
 class _Bytes(NamedTuple):
-    """What it takes to spell the tokens of an alignment."""
+    """What it takes to spell the tokens of an alignment; the ids of a batch are as they were given, padding and all."""
 
     student: ByteTable
     student_ids: npt.NDArray[Any]
@@ -232,7 +234,8 @@ def get_alignments(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> tuple[li
 class AlignmentBatch:
     """The alignments of B rows, flat: row after row, values local to the row.
 
-    The fields are those of `Alignment`, concatenated. `student_ptr` and `teacher_ptr` hold `G_b + 1` entries for row
+    The fields are those of `Alignment`, concatenated; they are views of one piece of memory, which the aligner uses
+    again once nothing looks at it any more. `student_ptr` and `teacher_ptr` hold `G_b + 1` entries for row
     b: row b is `[chunk_cu[b] + b : chunk_cu[b+1] + b + 1]`.
 
     Attributes:
@@ -272,7 +275,8 @@ class AlignmentBatch:
         student = slice(self.student_cu[row], self.student_cu[row + 1])
         teacher = slice(self.teacher_cu[row], self.teacher_cu[row + 1])
         spelled = self._bytes and self._bytes._replace(
-            student_ids=self._bytes.student_ids[student], teacher_ids=self._bytes.teacher_ids[teacher]
+            student_ids=_row(self._bytes.student_ids, self.student_mask, row, student),
+            teacher_ids=_row(self._bytes.teacher_ids, self.teacher_mask, row, teacher),
         )
         return Alignment(
             student_ptr=self.student_ptr[ptr],
@@ -312,6 +316,13 @@ class AlignmentBatch:
     def coverage_by_kind(self) -> dict[Kind, float]:
         """Share of all student tokens in chunks of each kind. What is missing to 1 is unaligned."""
         return _by_kind(self._global("student"), self.kind)
+
+    def _flat_ids(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+        """Both sides' ids without padding."""
+        assert self._bytes is not None
+        sides = ((self._bytes.student_ids, self.student_mask), (self._bytes.teacher_ids, self.teacher_mask))
+        student, teacher = (ids if mask is None else ids.reshape(mask.shape)[mask] for ids, mask in sides)
+        return np.ascontiguousarray(student, np.uint32), np.ascontiguousarray(teacher, np.uint32)
 
     def _global(self, side: str) -> Int64:
         """The chunk of every token of one side, counted over the whole batch; -1 where unaligned."""
@@ -353,7 +364,9 @@ class Aligner:
         """
         student = _Rows.of_one(student_ids, "student_ids")
         teacher = _Rows.of_one(teacher_ids, "teacher_ids")
-        return self._align(student, teacher, strict=strict, threads=None)[0]
+        arrays = self._core.align_batch(student.ids, student.layout, teacher.ids, teacher.layout, strict, 1)
+        spelled = _Bytes(self.student, student.ids, self.teacher, teacher.ids)
+        return _made(Alignment, dict(zip(_FIELDS[:9], arrays, strict=False), _bytes=spelled))
 
     def align_batch(
         self,
@@ -362,29 +375,41 @@ class Aligner:
         student_mask: Any = None,
         teacher_mask: Any = None,
         *,
+        student_cu: Any = None,
+        teacher_cu: Any = None,
         strict: bool = False,
         threads: int | None = None,
     ) -> AlignmentBatch:
         """Align B rows, over all cores and without the GIL.
 
         Args:
-            student_ids: a sequence of B rows as `align` takes them, or a padded `[B, Ts]` array or CPU tensor.
+            student_ids: a sequence of B rows as `align` takes them, a padded `[B, Ts]` array or CPU tensor, or, with
+                `student_cu`, the tokens of all rows in one flat row. Arrays and tensors are not copied.
             teacher_ids: likewise; the sides need not have the same form.
             student_mask: `[B, Ts]` bool or 0/1, for padded ids: which of them are tokens. None: all.
             teacher_mask: `[B, Tt]`, likewise.
+            student_cu: `[B+1]` int32 or int64, for flat ids: row b is `student_ids[student_cu[b] : student_cu[b+1]]`
+                (`cu_seqlens` of flash-attention).
+            teacher_cu: `[B+1]`, likewise.
             strict: raise where the bytes differ.
             threads: number of threads; None follows `RAYON_NUM_THREADS`, or takes every core.
 
         Raises:
-            TokenIdError, ByteMismatchError, XTokMapError: as `align`, naming the row; also for a mask that does not
-                fit, and for sides with different numbers of rows.
+            TokenIdError, ByteMismatchError, XTokMapError: as `align`, naming the row; also for a mask or `cu` that does
+                not fit, for both of them, and for sides with different numbers of rows.
         """
-        student = _Rows.of_batch(student_ids, student_mask, "student")
-        teacher = _Rows.of_batch(teacher_ids, teacher_mask, "teacher")
+        student = _Rows.of_batch(student_ids, student_mask, student_cu, "student")
+        teacher = _Rows.of_batch(teacher_ids, teacher_mask, teacher_cu, "teacher")
         return self._align(student, teacher, strict=strict, threads=threads)
 
     def retokenize(
-        self, student_ids: Any, student_mask: Any = None, *, stop_id: int | None = None, threads: int | None = None
+        self,
+        student_ids: Any,
+        student_mask: Any = None,
+        *,
+        student_cu: Any = None,
+        stop_id: int | None = None,
+        threads: int | None = None,
     ) -> tuple[list[Int64], AlignmentBatch]:
         """Student completions -> what the teacher is given for them, and the alignment of the two, in bulk.
 
@@ -396,6 +421,7 @@ class Aligner:
         Args:
             student_ids: B rows, as `align_batch` takes them.
             student_mask: as for `align_batch`.
+            student_cu: as for `align_batch`.
             stop_id: the teacher's end of turn; None takes the first of `teacher.stop_ids`, if there is one.
             threads: as for `align_batch`.
 
@@ -406,16 +432,22 @@ class Aligner:
             UnsupportedTokenizerError: the teacher was given as something that cannot encode (a `ByteTable`).
             XTokMapError: a `stop_id` that is none of the teacher's stop ids.
         """
-        student = _Rows.of_batch(student_ids, student_mask, "student")
+        student = _Rows.of_batch(student_ids, student_mask, student_cu, "student")
         teacher = self._encode(student, stop_id, threads)
         batch = self._align(student, teacher, strict=False, threads=threads)
         return teacher.split(), batch
 
     def teacher_ids(
-        self, student_ids: Any, student_mask: Any = None, *, stop_id: int | None = None, threads: int | None = None
+        self,
+        student_ids: Any,
+        student_mask: Any = None,
+        *,
+        student_cu: Any = None,
+        stop_id: int | None = None,
+        threads: int | None = None,
     ) -> list[Int64]:
         """The first half of `retokenize`: what the teacher is given, without the alignment."""
-        student = _Rows.of_batch(student_ids, student_mask, "student")
+        student = _Rows.of_batch(student_ids, student_mask, student_cu, "student")
         return self._encode(student, stop_id, threads).split()
 
     @property
@@ -452,8 +484,7 @@ class Aligner:
             )
         if isinstance(batch, Alignment):
             batch = batch._as_batch()
-        assert batch._bytes is not None
-        return self._transfer.queries(batch, batch._bytes.student_ids, batch._bytes.teacher_ids, threads)
+        return self._transfer.queries(batch, *batch._flat_ids(), threads)
 
     def interior_queries(self, batch: AlignmentBatch, *, width: int | None = None) -> InteriorQueries:
         """What can follow inside the teacher tokens of a batch, for `losses.byte_kl`.
@@ -467,8 +498,7 @@ class Aligner:
         """
         if batch._bytes is None or (batch._bytes.student, batch._bytes.teacher) != (self.student, self.teacher):
             raise XTokMapError("interior_queries needs a batch that this aligner made: align the ids with it")
-        ids = (np.ascontiguousarray(x, np.uint32) for x in (batch._bytes.student_ids, batch._bytes.teacher_ids))
-        student, teacher, ranges, sets = self._transfer.core.interior(batch, *ids)
+        student, teacher, ranges, sets = self._transfer.core.interior(batch, *batch._flat_ids())
         indptr, teacher_ids, following, _, _ = sets.arrays()
         places = (
             padded_places(batch.student_cu, batch.student_mask, width)[student],
@@ -497,28 +527,18 @@ class Aligner:
         return _Rows(ids, cu[first])
 
     def _align(self, student: _Rows, teacher: _Rows, *, strict: bool, threads: int | None) -> AlignmentBatch:
-        arrays: dict[str, Any] = self._core.align_batch(
-            student.ids, student.layout, teacher.ids, teacher.layout, strict, threads
-        )
-        return AlignmentBatch(
-            **arrays,
-            student_mask=student.mask,
-            teacher_mask=teacher.mask,
-            _bytes=_Bytes(self.student, student.tokens, self.teacher, teacher.tokens),
-        )
+        arrays = self._core.align_batch(student.ids, student.layout, teacher.ids, teacher.layout, strict, threads)
+        spelled = _Bytes(self.student, student.ids, self.teacher, teacher.ids)
+        masks = {"student_mask": student.mask, "teacher_mask": teacher.mask}
+        return _made(AlignmentBatch, dict(zip(_FIELDS, arrays, strict=False), **masks, _bytes=spelled))
 
 
-@dataclass(frozen=True)
-class _Rows:
+class _Rows(NamedTuple):
     """Ids as the core takes them: flat, with `cu_seqlens` or with a mask."""
 
     ids: npt.NDArray[Any]
     layout: npt.NDArray[Any]
     mask: Bool | None = None
-
-    @property
-    def tokens(self) -> npt.NDArray[Any]:
-        return self.ids if self.mask is None else self.ids[self.mask.reshape(-1)]
 
     def split(self) -> list[npt.NDArray[Any]]:
         """The rows of ragged ids, one array each."""
@@ -534,8 +554,21 @@ class _Rows:
         return cls(array, np.asarray([0, len(array)], dtype=np.int64))
 
     @classmethod
-    def of_batch(cls, ids: Any, mask: Any, side: str) -> _Rows:
+    def of_batch(cls, ids: Any, mask: Any, cu: Any, side: str) -> _Rows:
         name = f"{side}_ids"
+        if cu is not None:
+            if mask is not None:
+                raise XTokMapError(
+                    f"{side}_mask and {side}_cu: give one of them; a mask goes with padded {name} (2-D), cu_seqlens "
+                    "with flat ones (1-D)"
+                )
+            array = _integers(ids, name)
+            if array.ndim != 1:
+                raise XTokMapError(f"{side}_cu goes with flat {name} (1-D), got shape {array.shape}")
+            ends = _integers(cu, f"{side}_cu", "cu_seqlens")
+            if ends.ndim != 1:
+                raise XTokMapError(f"{side}_cu: expected cu_seqlens of shape [B+1], got shape {ends.shape}")
+            return cls(array, ends.astype(np.int64, copy=False))
         if isinstance(ids, (list, tuple)):
             if mask is not None:
                 raise XTokMapError(
@@ -544,7 +577,10 @@ class _Rows:
             return cls._of_ragged(ids, name)
         array = _integers(ids, name)
         if array.ndim != 2:
-            raise XTokMapError(f"{name}: expected a sequence of rows or a padded [B, T] array, got shape {array.shape}")
+            raise XTokMapError(
+                f"{name}: expected a sequence of rows or a padded [B, T] array, got shape {array.shape}; flat ids go "
+                f"with {side}_cu"
+            )
         if mask is None:
             rows, width = array.shape
             return cls(array.reshape(-1), np.arange(rows + 1, dtype=np.int64) * width)
@@ -564,40 +600,72 @@ class _Rows:
 
     @classmethod
     def _of_ragged(cls, rows: Sequence[Any], name: str) -> _Rows:
-        if all(isinstance(row, (list, tuple)) for row in rows):
-            lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        kinds = set(map(type, rows))
+        ids: Any = None
+        if kinds <= {list, tuple}:
             try:
                 ids = _integers(list(chain.from_iterable(rows)), name)
-                if ids.ndim != 1:
-                    raise XTokMapError(f"{name}: rows must be 1-D")
             except XTokMapError:
                 # Say which row it is.
                 for b, row in enumerate(rows):
                     cls.of_one(row, f"{name}[{b}]")
                 raise
-        else:
+        elif len(kinds) == 1:
+            ids = _joined(rows)
+        if ids is None or ids.ndim != 1:
             arrays = [cls.of_one(row, f"{name}[{b}]").ids for b, row in enumerate(rows)]
-            lengths = np.asarray([len(row) for row in arrays], dtype=np.int64)
-            ids = np.concatenate(arrays)
-            ids = ids if ids.dtype in _ID_DTYPES else ids.astype(np.int64)
-        return cls(ids, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+            rows, ids = arrays, np.concatenate(arrays)
+        cu = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)), out=cu[1:])
+        return cls(_integers(ids, name), cu)
+
+
+def _joined(rows: Sequence[Any]) -> Any:
+    """Arrays or tensors of one type and dtype end to end; None where they must be looked at one by one."""
+    torch = sys.modules.get("torch")
+    try:
+        if len(set(map(attrgetter("dtype"), rows))) > 1:
+            return None
+        joined = np.concatenate(rows) if isinstance(rows[0], np.ndarray) else torch and torch.cat(list(rows)).numpy()
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+    return joined if joined is not None and joined.dtype.kind in "iu" else None
 
 
 _ID_DTYPES = (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.uint32))
 
 
+#: What the core returns, in this order.
+_FIELDS = tuple(f.name for f in fields(AlignmentBatch))[:12]
+_Made = TypeVar("_Made", Alignment, AlignmentBatch)
+
+
+def _made(cls: type[_Made], values: dict[str, Any]) -> _Made:
+    """As `cls(**values)`, which sets the fields of a frozen dataclass one by one: as long as a short row takes."""
+    made = object.__new__(cls)
+    made.__dict__.update(values)
+    return made
+
+
+def _row(ids: npt.NDArray[Any], mask: Bool | None, row: int, tokens: slice) -> npt.NDArray[Any]:
+    """The ids of one row of a batch, without padding."""
+    return ids[tokens] if mask is None else ids.reshape(mask.shape)[row][mask[row]]
+
+
 def _as_numpy(array: Any, name: str) -> npt.NDArray[Any]:
     """A numpy view of a list, an array or a torch CPU tensor."""
-    device = getattr(array, "device", None)
-    if hasattr(array, "detach") and device is not None:
-        if device.type != "cpu":
-            raise XTokMapError(f"{name}: a tensor on {device}; alignment runs on the CPU, pass {name}.cpu()")
+    if type(array) is np.ndarray:
+        return array
+    if hasattr(array, "detach") and hasattr(array, "is_cpu"):
+        if not array.is_cpu:
+            raise XTokMapError(f"{name}: a tensor on {array.device}; alignment runs on the CPU, pass {name}.cpu()")
         if array.requires_grad:
             raise XTokMapError(f"{name}: a tensor that requires grad cannot be token ids or a mask; pass .detach()")
         try:
-            return np.asarray(array.numpy())
+            view: npt.NDArray[Any] = array.numpy()
         except TypeError:
             raise XTokMapError(f"{name}: a tensor of {array.dtype}; pass integers, or bool for a mask") from None
+        return view
     try:
         return np.asarray(array)
     except ValueError:
@@ -610,6 +678,8 @@ def _as_numpy(array: Any, name: str) -> npt.NDArray[Any]:
 def _integers(numbers: Any, name: str, what: str = "token ids") -> npt.NDArray[Any]:
     """`numbers` as a contiguous int32, int64 or uint32 array in the machine's byte order."""
     array = _as_numpy(numbers, name)
+    if array.dtype in _ID_DTYPES and array.flags.c_contiguous and array.flags.aligned:
+        return array
     if array.size == 0 and array.dtype.kind in "fO":
         array = array.astype(np.int64)  # an empty list
     if array.dtype.kind not in "iu":
@@ -624,7 +694,8 @@ def _integers(numbers: Any, name: str, what: str = "token ids") -> npt.NDArray[A
         if native == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
             raise XTokMapError(f"{name}: id {array.max()} is larger than any vocabulary")
         native = np.dtype(np.int64)
-    return np.asarray(array, dtype=native, order="C")
+    array = np.asarray(array, dtype=native, order="C")
+    return array if array.flags.aligned else array.copy()
 
 
 def _offsets(spans: Any, name: str) -> Int64:

@@ -260,9 +260,10 @@ class Transfer:
             _names=None if names[0] is None or names[1] is None else (names[0], names[1]),
         )
 
-    def queries(self, batch: Any, student_ids: Any, teacher_ids: Any, threads: int | None) -> CoverQueries:
+    def queries(
+        self, batch: Any, students: npt.NDArray[np.uint32], teachers: npt.NDArray[np.uint32], threads: int | None
+    ) -> CoverQueries:
         """The queries of an `AlignmentBatch` whose flat ids are given."""
-        students, teachers = (np.ascontiguousarray(ids, np.uint32) for ids in (student_ids, teacher_ids))
         self.rule.learn(students)
         found = self.core.queries(batch, students, teachers, threads)
         return CoverQueries(
