@@ -487,6 +487,7 @@ def draw(curves: dict[str, list[float]], lengths: Sequence[int], target: Path) -
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    axes.set_prop_cycle(color=[*pyplot.colormaps["tab10"].colors, "black"])
     for line, values in curves.items():
         own = line.startswith("xtokmap")
         axes.plot(lengths[: len(values)], values, "o-" if own else "s--", lw=2 if own else 1, ms=4, label=line)

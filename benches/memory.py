@@ -6,7 +6,7 @@ in a process of its own. Memory is the peak resident set, less what was resident
 index and the chunk losses of a whole batch, without logits. Writes benches/results/memory.md.
 
 `ULDLoss` writes its groups into a tensor one by one, and the backward pass copies all of it for each: minutes for 512
-tokens, a quarter of an hour for 2,048, which is why it goes through those only with `--full`.
+tokens, more than a quarter of an hour for 2,048, which is why it goes through those only with `--full`.
 """
 
 from __future__ import annotations
