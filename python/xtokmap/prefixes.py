@@ -283,10 +283,8 @@ def _spans(
     bounds = torch.where(spans[..., None], bounds, 0)
 
     def mass(z: Tensor, bounds: Tensor) -> Tensor:
-        # In float64: the mass is a difference of two sums that are near 1.
-        sums = torch.softmax(z, -1)[:, maps.teacher_order].double().cumsum(1)
-        sums = torch.nn.functional.pad(sums, (1, 0))
-        return (sums.gather(1, bounds[:, 1:]) - sums.gather(1, bounds[:, :1]))[:, 0].clamp(min=0).to(z.dtype)
+        everyone = torch.arange(len(z), device=z.device)
+        return _range_mass(torch.softmax(z, -1)[:, maps.teacher_order], everyone, bounds).clamp(min=0).to(z.dtype)
 
     with torch.no_grad():
         (tails,) = map_rows(
@@ -458,10 +456,8 @@ def completion(
         row, groups, bounds = entries
         q = torch.softmax(z.to(x.dtype), -1)
         mass = q.new_zeros(len(q), maps.num_groups + 1).index_add_(1, group, q)[row, groups]
-        # In float64: a sum over a range is a difference of two sums that are near 1.
-        p = torch.log_softmax(x, -1)[:, maps.student_order].double().exp().cumsum(1)
-        p = torch.nn.functional.pad(p, (1, 0))
-        log_p = (p[row, bounds[:, 1]] - p[row, bounds[:, 0]]).clamp(min=1e-15).log().to(x.dtype)
+        p = _range_mass(torch.softmax(x, -1)[:, maps.student_order], row, bounds)
+        log_p = p.clamp(min=1e-15).log().to(x.dtype)
         zero = x.new_zeros(len(x))
         # A rounded sum may be a little above 1.
         return zero.index_add(0, row, -mass * log_p.clamp(max=0)), zero.index_add(0, row, mass)
@@ -509,6 +505,16 @@ class _Ragged:
         """The row of the slice and the columns of every entry."""
         first, last = (int(self._start[i]) for i in np.searchsorted(self._place, [a, b]))
         return self._row[first:last] - a, *(c[first:last] for c in self._columns)
+
+
+def _range_mass(p: Tensor, row: Tensor, bounds: Tensor) -> Tensor:
+    """Sums of p[row, lo:hi] for rows of `p` `[n, V]` and bounds `[k, 2]`: float64 `[k]`.
+
+    In float64: it is a difference of two sums that may be near 1.
+    """
+    sums = p.cumsum(1, dtype=torch.float64)
+    hi, lo = (torch.where(at > 0, sums[row, (at - 1).clamp(min=0)], 0) for at in (bounds[:, 1], bounds[:, 0]))
+    return hi - lo
 
 
 def _padded(ids: Tensor, size: int) -> Tensor:
