@@ -9,6 +9,7 @@ use std::sync::{Arc, RwLock};
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 
+use crate::encoding::Bits;
 use crate::{Alignment, Batch, Encoding, Error, Kind, VocabMap};
 
 /// Teacher tokens of one row that count together.
@@ -70,6 +71,18 @@ pub struct Interior {
 struct Node {
     bytes: Vec<u8>,
     range: [usize; 2],
+    /// The teacher tokens of the range by ids, once they are needed.
+    rests: Option<Vec<Rest>>,
+}
+
+/// A teacher token and what is left of it behind consumed bytes.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    id: i32,
+    /// The student token with which the encoding of the rest begins; -1: none, or nothing is left.
+    next: i32,
+    whole: bool,
+    nothing: bool,
 }
 
 const ROOT: u32 = u32::MAX - 1;
@@ -81,18 +94,38 @@ const LONGEST: u32 = u32::MAX - 1;
 /// In the place of consumed bytes: the row after them.
 const AFTER: u32 = u32::MAX;
 const FULL: u32 = u32::MAX;
+/// In the place of a set: one without elements.
+const NOTHING: u32 = u32::MAX;
+const UNKNOWN: u32 = u32::MAX - 1;
 
 /// (student token or NEVER, node or AFTER, whether the consumed bytes as a token count too)
 type SetKey = (u32, u32, bool);
+
+/// What a teacher token in which a student token ends adds to its terms.
+#[derive(Clone, Copy, Debug)]
+struct Own {
+    /// The set of tokens that begin like it, or `NOTHING`.
+    set: u32,
+    /// The token itself is not in the set, and has to be.
+    forced: bool,
+}
 
 #[derive(Debug, Default)]
 struct Store {
     nodes: Vec<Node>,
     steps: FxHashMap<(u32, u32, u32), u32>,
+    /// The node of every whole teacher token, or `UNKNOWN`.
+    whole: Vec<u32>,
     sets: Vec<Arc<Set>>,
+    /// A place in `sets`, or `NOTHING`.
     set_of: FxHashMap<SetKey, u32>,
+    /// The same of the row after every student token, and of the one after `NEVER`; or `UNKNOWN`.
+    after: Vec<u32>,
+    own: FxHashMap<(u32, u32, u32), Own>,
     joined: FxHashMap<(u32, u32), bool>,
     elements: usize,
+    /// How often the store was emptied: what was numbered before means nothing after.
+    resets: u64,
 }
 
 /// Elements that the store keeps between batches: about 600 MB.
@@ -108,16 +141,20 @@ pub struct Cover {
     by_first: (Vec<u32>, Vec<u32>),
     /// One tokenizer on both sides: nothing has to be transferred.
     same: bool,
+    limit: usize,
     store: RwLock<Store>,
 }
 
 /// What a walk over a row needs to know, from the store or to be found out.
 trait Known {
     fn step(&mut self, node: u32, token: u32, offset: u32) -> Option<u32>;
-    fn set(&mut self, key: SetKey) -> Option<u32>;
+    /// The node of a whole token.
+    fn whole(&mut self, token: u32) -> Option<u32>;
+    fn set(&mut self, s: u32, node: u32) -> Option<u32>;
+    fn after(&mut self, s: u32) -> Option<u32>;
+    fn own(&mut self, s: u32, token: u32, offset: u32) -> Option<Own>;
     fn joined(&mut self, s: u32, next: u32) -> Option<bool>;
     fn has(&self, set: u32, id: u32) -> bool;
-    fn is_empty(&self, set: u32) -> bool;
 }
 
 struct Stored<'a>(&'a Store);
@@ -127,8 +164,21 @@ impl Known for Stored<'_> {
         self.0.steps.get(&(node, token, offset)).copied()
     }
 
-    fn set(&mut self, key: SetKey) -> Option<u32> {
-        self.0.set_of.get(&key).copied()
+    fn whole(&mut self, token: u32) -> Option<u32> {
+        self.0.whole.get(token as usize).copied().filter(|&node| node != UNKNOWN)
+    }
+
+    fn set(&mut self, s: u32, node: u32) -> Option<u32> {
+        self.0.set_of.get(&(s, node, false)).copied()
+    }
+
+    fn after(&mut self, s: u32) -> Option<u32> {
+        let last = self.0.after.len().wrapping_sub(1);
+        self.0.after.get(last.min(s as usize)).copied().filter(|&set| set != UNKNOWN)
+    }
+
+    fn own(&mut self, s: u32, token: u32, offset: u32) -> Option<Own> {
+        self.0.own.get(&(s, token, offset)).copied()
     }
 
     fn joined(&mut self, s: u32, next: u32) -> Option<bool> {
@@ -136,12 +186,7 @@ impl Known for Stored<'_> {
     }
 
     fn has(&self, set: u32, id: u32) -> bool {
-        self.0.sets[set as usize].ids.binary_search(&(id as i32)).is_ok()
-    }
-
-    fn is_empty(&self, set: u32) -> bool {
-        let set = &self.0.sets[set as usize];
-        set.ids.is_empty() && !set.complement
+        self.0.sets.get(set as usize).is_some_and(|set| set.ids.binary_search(&(id as i32)).is_ok())
     }
 }
 
@@ -150,6 +195,16 @@ struct Discovery<'a> {
     cover: &'a Cover,
     store: &'a mut Store,
     missing: Vec<SetKey>,
+}
+
+impl Discovery<'_> {
+    fn set_of(&mut self, key: SetKey) -> Option<u32> {
+        let known = self.store.set_of.get(&key).copied();
+        if known.is_none() {
+            self.missing.push(key);
+        }
+        known
+    }
 }
 
 impl Known for Discovery<'_> {
@@ -168,7 +223,7 @@ impl Known for Discovery<'_> {
         // The longer ones are sorted behind those that are equal.
         let longer = order.last().is_some_and(|&id| table.bytes(id as u32).len() > bytes.len());
         let to = if longer {
-            self.store.nodes.push(Node { bytes, range });
+            self.store.nodes.push(Node { bytes, range, rests: None });
             self.store.nodes.len() as u32 - 1
         } else {
             DEAD
@@ -177,12 +232,37 @@ impl Known for Discovery<'_> {
         Some(to)
     }
 
-    fn set(&mut self, key: SetKey) -> Option<u32> {
-        let known = self.store.set_of.get(&key).copied();
-        if known.is_none() {
-            self.missing.push(key);
+    fn whole(&mut self, token: u32) -> Option<u32> {
+        let node = self.step(ROOT, token, FULL)?;
+        self.store.whole[token as usize] = node;
+        Some(node)
+    }
+
+    fn set(&mut self, s: u32, node: u32) -> Option<u32> {
+        self.set_of((s, node, false))
+    }
+
+    fn after(&mut self, s: u32) -> Option<u32> {
+        let set = self.set_of((s, AFTER, false))?;
+        let last = self.store.after.len() - 1;
+        self.store.after[last.min(s as usize)] = set;
+        Some(set)
+    }
+
+    fn own(&mut self, s: u32, token: u32, offset: u32) -> Option<Own> {
+        let key = (s, token, offset);
+        if let Some(&own) = self.store.own.get(&key) {
+            return Some(own);
         }
-        known
+        let node = self.step(ROOT, token, offset)?;
+        let own = if node == DEAD {
+            Own { set: NOTHING, forced: false }
+        } else {
+            let set = self.set_of((s, node, offset != FULL))?;
+            Own { set, forced: offset != FULL && !self.has(set, token) }
+        };
+        self.store.own.insert(key, own);
+        Some(own)
     }
 
     fn joined(&mut self, s: u32, next: u32) -> Option<bool> {
@@ -191,10 +271,6 @@ impl Known for Discovery<'_> {
 
     fn has(&self, set: u32, id: u32) -> bool {
         Stored(self.store).has(set, id)
-    }
-
-    fn is_empty(&self, set: u32) -> bool {
-        Stored(self.store).is_empty(set)
     }
 }
 
@@ -210,6 +286,41 @@ struct RowQueries {
     set: Vec<i32>,
     base: Vec<i32>,
     flags: Vec<u8>,
+}
+
+/// A batch as far as its queries need it.
+#[derive(Clone, Copy)]
+pub(crate) struct Fields<'a> {
+    pub kind: &'a [Kind],
+    pub student_chunk: &'a [i32],
+    pub teacher_chunk: &'a [i32],
+    pub student_end: &'a [i32],
+    pub teacher_end: &'a [i32],
+    pub teacher_pos: &'a [i32],
+    pub teacher_off: &'a [i32],
+    pub student_cu: &'a [i64],
+    pub teacher_cu: &'a [i64],
+    pub chunk_cu: &'a [i64],
+}
+
+impl<'a> From<&'a Batch> for Fields<'a> {
+    fn from(batch: &'a Batch) -> Self {
+        let Alignment {
+            kind, student_chunk, teacher_chunk, student_end, teacher_end, teacher_pos, teacher_off, ..
+        } = &batch.flat;
+        Self {
+            kind,
+            student_chunk,
+            teacher_chunk,
+            student_end,
+            teacher_end,
+            teacher_pos,
+            teacher_off,
+            student_cu: &batch.student_cu,
+            teacher_cu: &batch.teacher_cu,
+            chunk_cu: &batch.chunk_cu,
+        }
+    }
 }
 
 /// One row of a batch, as slices.
@@ -251,26 +362,36 @@ struct Walk<'a, K> {
 }
 
 impl<K: Known> Walk<'_, K> {
+    /// What was found, or something in its place where it is missing.
+    fn or<T>(&mut self, found: Option<T>, instead: T) -> T {
+        self.complete &= found.is_some();
+        found.unwrap_or(instead)
+    }
+
     fn step(&mut self, node: u32, token: u32, offset: u32) -> u32 {
         let to = self.known.step(node, token, offset);
-        self.complete &= to.is_some();
-        to.unwrap_or(DEAD)
+        self.or(to, DEAD)
     }
 
     fn joined(&mut self, s: u32, next: u32) -> bool {
         let joined = self.known.joined(s, next);
-        self.complete &= joined.is_some();
-        joined.unwrap_or(false)
+        self.or(joined, false)
     }
 
-    fn set(&mut self, key: SetKey) -> Option<u32> {
-        let set = self.known.set(key);
-        self.complete &= set.is_some();
-        set
+    fn after(&mut self, s: u32) -> u32 {
+        let set = self.known.after(s);
+        self.or(set, NOTHING)
+    }
+
+    /// The term of tokens that go on behind a node.
+    fn beyond(&mut self, k: usize, s: u32, node: u32) {
+        let set = self.known.set(s, node);
+        let set = self.or(set, NOTHING);
+        self.term(k, set);
     }
 
     fn term(&mut self, k: usize, set: u32) {
-        if !self.known.is_empty(set) {
+        if set != NOTHING {
             self.out.row.push(k as i32);
             self.out.set.push(set as i32);
         }
@@ -301,14 +422,25 @@ impl Row<'_> {
     }
 }
 
-/// Goes past the next teacher token: every open place takes it whole, and so does its own.
-fn pass<K: Known>(token: u32, stretch: &mut Stretch, walk: &mut Walk<'_, K>) {
-    stretch.open.push((stretch.j, ROOT));
-    stretch.open.retain_mut(|(_, node)| {
-        *node = walk.step(*node, token, FULL);
-        *node != DEAD
-    });
-    stretch.j += 1;
+impl Stretch {
+    /// Goes past the next teacher token: every open place takes it whole, and so does its own.
+    fn pass<K: Known>(&mut self, token: u32, walk: &mut Walk<'_, K>) {
+        self.open.retain_mut(|(_, node)| {
+            *node = walk.step(*node, token, FULL);
+            *node != DEAD
+        });
+        self.next(token, walk);
+    }
+
+    /// The place of the next teacher token is open from now on.
+    fn next<K: Known>(&mut self, token: u32, walk: &mut Walk<'_, K>) {
+        let node = walk.known.whole(token);
+        let node = walk.or(node, DEAD);
+        if node != DEAD {
+            self.open.push((self.j, node));
+        }
+        self.j += 1;
+    }
 }
 
 impl Cover {
@@ -328,7 +460,14 @@ impl Cover {
             at[u as usize] += 1;
         }
         let same = student.same_as(&teacher);
-        Self { student, teacher, map, by_first: (ptr, ids), same, store: RwLock::default() }
+        Self { student, teacher, map, by_first: (ptr, ids), same, limit: STORE_LIMIT, store: RwLock::default() }
+    }
+
+    /// The same, keeping no more than about this many elements of sets between batches.
+    #[must_use]
+    pub fn with_limit(mut self, elements: usize) -> Self {
+        self.limit = elements;
+        self
     }
 
     /// Whether both sides are one tokenizer, so that the teacher's own logprobs are the answer.
@@ -357,57 +496,73 @@ impl Cover {
     /// # Errors
     /// [`Error::Argument`] where the batch does not fit the ids or the vocabularies.
     pub fn queries(&self, batch: &Batch, students: &[u32], teachers: &[u32]) -> Result<Queries, Error> {
+        self.queries_of(batch.into(), students, teachers)
+    }
+
+    pub(crate) fn queries_of(&self, batch: Fields<'_>, students: &[u32], teachers: &[u32]) -> Result<Queries, Error> {
         let rows = self.rows(batch, students, teachers)?;
-        if self.store.read().map_err(|_| poisoned())?.elements > STORE_LIMIT {
-            *self.store.write().map_err(|_| poisoned())? = Store::default();
-        }
+        // Rows that are not worth a task of their own are done together.
+        let at_once = 2048 * rows.len() / (students.len() + 1) + 1;
+        let mut resets = self.make_room()?;
         let mut done: Vec<Option<RowQueries>> = vec![];
         done.resize_with(rows.len(), || None);
         loop {
-            {
-                let store = self.store.read().map_err(|_| poisoned())?;
-                done.par_iter_mut().zip(&rows).for_each(|(done, row)| {
-                    if done.is_none() {
-                        *done = self.walk(*row, &mut Stored(&store));
-                    }
-                });
+            let store = self.store.read().map_err(|_| poisoned())?;
+            if store.resets != resets {
+                resets = store.resets;
+                done.fill_with(|| None);
             }
-            let left: Vec<Row<'_>> = rows.iter().zip(&done).filter(|(_, d)| d.is_none()).map(|(&row, _)| row).collect();
-            if left.is_empty() {
-                break;
+            let known = |done: &mut Option<RowQueries>, row: &Row<'_>| {
+                if done.is_none() {
+                    *done = self.walk(*row, &mut Stored(&store));
+                }
+            };
+            if at_once >= rows.len() {
+                done.iter_mut().zip(&rows).for_each(|(done, row)| known(done, row));
+            } else {
+                done.par_iter_mut().zip(&rows).with_min_len(at_once).for_each(|(done, row)| known(done, row));
             }
+            if done.iter().all(Option::is_some) {
+                return Ok(gather(done.into_iter().flatten(), &store, students.len()));
+            }
+            drop(store);
             let mut store = self.store.write().map_err(|_| poisoned())?;
             let mut discovery = Discovery { cover: self, store: &mut store, missing: vec![] };
-            for row in left {
-                self.walk(row, &mut discovery);
+            for (row, _) in rows.iter().zip(&done).filter(|(_, done)| done.is_none()) {
+                self.walk(*row, &mut discovery);
             }
             let mut missing = discovery.missing;
             self.fill(&mut missing, &mut store);
-        }
-        let store = self.store.read().map_err(|_| poisoned())?;
-        let mut all = Queries { indptr: vec![0], ..Queries::default() };
-        let mut number: FxHashMap<i32, i32> = FxHashMap::default();
-        let mut terms = 0;
-        for row in done.into_iter().flatten() {
-            for count in row.counts {
-                terms += i64::from(count);
-                all.indptr.push(terms);
+            // With all sets there, what is made of them.
+            let mut discovery = Discovery { cover: self, store: &mut store, missing: vec![] };
+            for (row, done) in rows.iter().zip(&mut done).filter(|(_, done)| done.is_none()) {
+                *done = self.walk(*row, &mut discovery);
             }
-            all.row.extend(row.row);
-            for set in row.set {
-                all.set.push(if set < 0 {
-                    set
-                } else {
-                    *number.entry(set).or_insert_with(|| {
-                        all.sets.push(store.sets[set as usize].clone());
-                        all.sets.len() as i32 - 1
-                    })
-                });
+            if resets != store.resets {
+                resets = store.resets;
+                done.fill_with(|| None);
             }
-            all.base.extend(row.base);
-            all.flags.extend(row.flags);
         }
-        Ok(all)
+    }
+
+    /// Empties a store that has grown too large; how often that happened.
+    fn make_room(&self) -> Result<u64, Error> {
+        {
+            let store = self.store.read().map_err(|_| poisoned())?;
+            if store.elements <= self.limit && !store.after.is_empty() {
+                return Ok(store.resets);
+            }
+        }
+        let mut store = self.store.write().map_err(|_| poisoned())?;
+        if store.elements > self.limit || store.after.is_empty() {
+            *store = Store {
+                whole: vec![UNKNOWN; self.teacher.table().len()],
+                after: vec![UNKNOWN; self.student.table().len() + 1],
+                resets: store.resets + 1,
+                ..Store::default()
+            };
+        }
+        Ok(store.resets)
     }
 
     /// For every student token that starts inside a teacher token, which teacher tokens go on behind the bytes before it.
@@ -415,7 +570,12 @@ impl Cover {
     /// # Errors
     /// [`Error::Argument`] where the batch does not fit the ids or the vocabularies.
     pub fn interior(&self, batch: &Batch, students: &[u32], teachers: &[u32]) -> Result<Interior, Error> {
+        self.interior_of(batch.into(), students, teachers)
+    }
+
+    pub(crate) fn interior_of(&self, batch: Fields<'_>, students: &[u32], teachers: &[u32]) -> Result<Interior, Error> {
         let rows = self.rows(batch, students, teachers)?;
+        self.make_room()?;
         let mut store = self.store.write().map_err(|_| poisoned())?;
         let mut found = Interior::default();
         let mut keys = vec![];
@@ -435,7 +595,9 @@ impl Cover {
         }
         let mut missing: Vec<SetKey> = keys.iter().filter(|key| !store.set_of.contains_key(key)).copied().collect();
         self.fill(&mut missing, &mut store);
-        found.sets = keys.iter().map(|key| store.sets[store.set_of[key] as usize].clone()).collect();
+        let empty = Arc::new(Set::default());
+        let set = |key| store.sets.get(store.set_of[key] as usize).unwrap_or(&empty).clone();
+        found.sets = keys.iter().map(set).collect();
         Ok(found)
     }
 
@@ -443,28 +605,42 @@ impl Cover {
     fn fill(&self, missing: &mut Vec<SetKey>, store: &mut Store) {
         missing.sort_unstable();
         missing.dedup();
-        let sets: Vec<Set> = missing.par_iter().map(|&key| self.set(key, &store.nodes)).collect();
-        for (&key, set) in missing.iter().zip(sets) {
-            let id = store.sets.len() as u32;
-            store.elements += set.ids.len();
-            store.sets.push(Arc::new(set));
+        let mut nodes: Vec<u32> = missing.iter().filter(|key| key.0 != LONGEST).map(|key| key.1).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        nodes.retain(|&node| store.nodes.get(node as usize).is_some_and(|node| node.rests.is_none()));
+        let rests: Vec<Vec<Rest>> =
+            nodes.par_iter().map(|&node| self.rests(&store.nodes[node as usize], false)).collect();
+        for (&node, rests) in nodes.iter().zip(rests) {
+            store.elements += rests.len();
+            store.nodes[node as usize].rests = Some(rests);
+        }
+        // The sets of one student token share what merges with it.
+        let by_token: Vec<&[SetKey]> = missing.chunk_by(|a, b| a.0 == b.0).collect();
+        let sets: Vec<Vec<Set>> = by_token.par_iter().map(|keys| self.sets(keys, &store.nodes)).collect();
+        for (&key, set) in missing.iter().zip(sets.into_iter().flatten()) {
+            let mut id = NOTHING;
+            if set.complement || !set.ids.is_empty() {
+                id = store.sets.len() as u32;
+                store.elements += set.ids.len();
+                store.sets.push(Arc::new(set));
+            }
             store.set_of.insert(key, id);
         }
     }
 
-    fn rows<'a>(&self, batch: &'a Batch, students: &'a [u32], teachers: &'a [u32]) -> Result<Vec<Row<'a>>, Error> {
-        let Alignment {
-            kind, student_chunk, teacher_chunk, student_end, teacher_end, teacher_pos, teacher_off, ..
-        } = &batch.flat;
+    fn rows<'a>(&self, batch: Fields<'a>, students: &'a [u32], teachers: &'a [u32]) -> Result<Vec<Row<'a>>, Error> {
+        let Fields { kind, student_chunk, teacher_chunk, student_end, teacher_end, teacher_pos, teacher_off, .. } =
+            batch;
         let (m, n) = (students.len(), teachers.len());
         let bounds = |cu: &[i64], total: usize| {
             cu.first() == Some(&0) && cu.windows(2).all(|w| w[0] <= w[1]) && cu.last() == Some(&(total as i64))
         };
         let fits = [student_chunk.len(), student_end.len(), teacher_pos.len(), teacher_off.len()] == [m; 4]
             && [teacher_chunk.len(), teacher_end.len()] == [n; 2]
-            && bounds(&batch.student_cu, m)
-            && bounds(&batch.teacher_cu, n)
-            && bounds(&batch.chunk_cu, kind.len())
+            && bounds(batch.student_cu, m)
+            && bounds(batch.teacher_cu, n)
+            && bounds(batch.chunk_cu, kind.len())
             && batch.student_cu.len() == batch.teacher_cu.len()
             && batch.student_cu.len() == batch.chunk_cu.len()
             && students.iter().all(|&id| (id as usize) < self.student.table().len())
@@ -475,11 +651,11 @@ impl Cover {
         let range = |cu: &[i64], b: usize| cu[b] as usize..cu[b + 1] as usize;
         Ok((0..batch.student_cu.len() - 1)
             .map(|b| {
-                let (s, t) = (range(&batch.student_cu, b), range(&batch.teacher_cu, b));
+                let (s, t) = (range(batch.student_cu, b), range(batch.teacher_cu, b));
                 Row {
                     students: &students[s.clone()],
                     teachers: &teachers[t.clone()],
-                    kind: &kind[range(&batch.chunk_cu, b)],
+                    kind: &kind[range(batch.chunk_cu, b)],
                     student_chunk: &student_chunk[s.clone()],
                     teacher_chunk: &teacher_chunk[t.clone()],
                     student_end: &student_end[s.clone()],
@@ -495,7 +671,12 @@ impl Cover {
     fn walk(&self, row: Row<'_>, known: &mut impl Known) -> Option<RowQueries> {
         let m = row.students.len();
         let mut walk = Walk { known, complete: true, out: RowQueries::default() };
+        for numbers in [&mut walk.out.row, &mut walk.out.set] {
+            numbers.reserve(2 * m);
+        }
+        walk.out.base.reserve(m);
         walk.out.counts.reserve(m);
+        walk.out.flags.reserve(m);
         let mut stretch: Option<Stretch> = None;
         for i in 0..m {
             let before = walk.out.set.len();
@@ -546,7 +727,7 @@ impl Cover {
     ) -> Option<u8> {
         let end = i64::from(row.student_end[i]) + stretch.ahead;
         while *row.teacher_chunk.get(stretch.j)? >= 0 && i64::from(row.teacher_end[stretch.j]) < end {
-            pass(row.teachers[stretch.j], stretch, walk);
+            stretch.pass(row.teachers[stretch.j], walk);
         }
         let j = stretch.j;
         if *row.teacher_chunk.get(j)? < 0 {
@@ -555,10 +736,9 @@ impl Cover {
         let token = row.teachers[j];
         let exact = i64::from(row.teacher_end[j]) == end;
         if self.same && row.kind(i) == Some(Kind::OneToOne) {
-            if let Some(all) = walk.set((NEVER, AFTER, false)) {
-                walk.term(j + 1, all);
-            }
-            pass(token, stretch, walk);
+            let all = walk.after(NEVER);
+            walk.term(j + 1, all);
+            stretch.pass(token, walk);
             return Some(0);
         }
         let offset = if exact { FULL } else { (end - row.teacher_start(j)) as u32 };
@@ -568,87 +748,122 @@ impl Cover {
             s = NEVER;
             flags |= Queries::NOT_CANONICAL;
         }
-        for &(k, node) in &stretch.open {
-            let node = walk.step(node, token, offset);
-            if node != DEAD {
-                if let Some(set) = walk.set((s, node, false)) {
-                    walk.term(k, set);
+        if exact {
+            stretch.open.retain_mut(|(k, node)| {
+                *node = walk.step(*node, token, FULL);
+                if *node != DEAD {
+                    walk.beyond(*k, s, *node);
+                }
+                *node != DEAD
+            });
+        } else {
+            for &(k, node) in &stretch.open {
+                let node = walk.step(node, token, offset);
+                if node != DEAD {
+                    walk.beyond(k, s, node);
                 }
             }
         }
-        let node = walk.step(ROOT, token, offset);
-        if node != DEAD {
-            if let Some(set) = walk.set((s, node, !exact)) {
-                walk.term(j, set);
-                if !exact && !walk.known.has(set, token) {
-                    walk.one(j, token);
-                    flags |= Queries::FORCED;
-                }
-            }
+        let own = walk.known.own(s, token, offset);
+        let own = walk.or(own, Own { set: NOTHING, forced: false });
+        walk.term(j, own.set);
+        if own.forced {
+            walk.one(j, token);
+            flags |= Queries::FORCED;
         }
         if exact {
-            if let Some(set) = walk.set((s, AFTER, false)) {
-                walk.term(j + 1, set);
-                let next = row.teachers.get(j + 1).filter(|_| goes_on && row.teacher_pos[i + 1] == j as i32 + 1);
-                if let Some(&next) = next.filter(|&&next| walk.known.has(set, next)) {
-                    walk.one(j + 1, next);
-                    flags |= Queries::FORCED;
-                }
+            let set = walk.after(s);
+            walk.term(j + 1, set);
+            let next = row.teachers.get(j + 1).filter(|_| goes_on && row.teacher_pos[i + 1] == j as i32 + 1);
+            if let Some(&next) = next.filter(|&&next| {
+                // A rule that looks at the next token alone has just been asked about it.
+                let known = self.student.is_bpe() && self.map.canonical[next as usize] == row.students[i + 1] as i32;
+                !known && walk.known.has(set, next)
+            }) {
+                walk.one(j + 1, next);
+                flags |= Queries::FORCED;
             }
-            pass(token, stretch, walk);
+            stretch.next(token, walk);
         }
         Some(flags)
     }
 
-    fn set(&self, (s, node, with_self): SetKey, nodes: &[Node]) -> Set {
-        if node == AFTER {
-            let mut ids = if s == NEVER { vec![] } else { self.merging_row(s) };
-            ids.sort_unstable();
-            ids.dedup();
-            return Set { ids, complement: true, ..Set::default() };
-        }
-        let Some(Node { bytes: consumed, range }) = nodes.get(node as usize) else { return Set::default() };
+    /// The teacher tokens that begin with the bytes of a node, by ids; `longest`: the longest student token comes next.
+    fn rests(&self, Node { bytes: consumed, range, .. }: &Node, longest: bool) -> Vec<Rest> {
         let table = self.teacher.table();
-        let mut all: Vec<(i32, i32, bool)> = vec![];
-        for &id in &self.map.teacher.order[range[0]..range[1]] {
+        let rest = |&id: &i32| {
             let z = &table.bytes(id as u32)[consumed.len()..];
             if z.is_empty() {
-                if with_self {
-                    all.push((id, -1, false));
-                }
-                continue;
+                return Rest { id, next: -1, whole: false, nothing: true };
             }
             let next = match self.teacher.id(z) {
-                _ if s == LONGEST => self.student.longest_prefix(z).map_or(-1, |u| u as i32),
+                _ if longest => self.student.longest_prefix(z).map_or(-1, |u| u as i32),
                 Some(token) => self.map.canonical[token as usize],
                 None => self.student.first(z).map_or(-1, |u| u as i32),
             };
-            if s < LONGEST && self.student.merges(s, z, u32::try_from(next).ok()) {
-                continue;
-            }
             let whole = u32::try_from(next).is_ok_and(|u| self.student.table().bytes(u).len() == z.len());
-            all.push((id, next, whole));
-        }
-        all.sort_unstable();
-        Set {
-            ids: all.iter().map(|e| e.0).collect(),
-            next: all.iter().map(|e| e.1).collect(),
-            whole: all.iter().map(|e| e.2).collect(),
-            complement: false,
-        }
+            Rest { id, next, whole, nothing: false }
+        };
+        let mut all: Vec<Rest> = self.map.teacher.order[range[0]..range[1]].iter().map(rest).collect();
+        all.sort_unstable_by_key(|rest| rest.id);
+        all
     }
 
-    /// The teacher tokens that would have merged with `s`, had they come after it.
+    /// Sets of one student token.
+    fn sets(&self, keys: &[SetKey], nodes: &[Node]) -> Vec<Set> {
+        let joined = keys.first().filter(|key| key.0 < LONGEST).and_then(|key| self.student.all_joined(key.0));
+        keys.iter().map(|&key| self.set(key, joined.as_ref(), nodes)).collect()
+    }
+
+    fn set(&self, (s, node, with_self): SetKey, joined: Option<&Bits>, nodes: &[Node]) -> Set {
+        if node == AFTER {
+            let ids = match joined {
+                _ if s == NEVER => vec![],
+                Some(joined) => self.begins_with(joined),
+                None => self.merging_row(s),
+            };
+            return Set { ids, complement: true, ..Set::default() };
+        }
+        let Some(node) = nodes.get(node as usize) else { return Set::default() };
+        let longest;
+        let rests = match &node.rests {
+            Some(rests) if s != LONGEST => rests,
+            _ => {
+                longest = self.rests(node, s == LONGEST);
+                &longest
+            }
+        };
+        let table = self.teacher.table();
+        let merges = |rest: &Rest| match (joined, u32::try_from(rest.next)) {
+            _ if s >= LONGEST => false,
+            (Some(joined), Ok(next)) => joined.contains(next),
+            (Some(_), Err(_)) => false,
+            (None, next) => self.student.merges(s, &table.bytes(rest.id as u32)[node.bytes.len()..], next.ok()),
+        };
+        let mut set = Set::default();
+        for rest in rests.iter().filter(|rest| if rest.nothing { with_self } else { !merges(rest) }) {
+            set.ids.push(rest.id);
+            set.next.push(rest.next);
+            set.whole.push(rest.whole);
+        }
+        set
+    }
+
+    /// The teacher tokens whose encoding begins with one of these student tokens.
+    fn begins_with(&self, firsts: &Bits) -> Vec<i32> {
+        let (ptr, ids) = &self.by_first;
+        let mut all = Bits::new(self.teacher.table().len());
+        for u in firsts.iter() {
+            for &v in &ids[ptr[u as usize] as usize..ptr[u as usize + 1] as usize] {
+                all.insert(v);
+            }
+        }
+        all.iter().map(|v| v as i32).collect()
+    }
+
+    /// The teacher tokens that would have merged with `s`, had they come after it, where that depends on their bytes.
     fn merging_row(&self, s: u32) -> Vec<i32> {
         let (students, teachers) = (self.student.table(), self.teacher.table());
-        if let Some(joined) = self.student.all_joined(s) {
-            let (ptr, ids) = &self.by_first;
-            return joined
-                .into_iter()
-                .flat_map(|u| &ids[ptr[u as usize] as usize..ptr[u as usize + 1] as usize])
-                .map(|&v| v as i32)
-                .collect();
-        }
         let own = students.bytes(s);
         // Something must reach across the boundary: a student token that begins with an end of `s`.
         let starts = if self.student.is_longest_match() { 0..1 } else { 0..own.len() };
@@ -676,4 +891,30 @@ impl Cover {
         });
         candidates
     }
+}
+
+/// The queries of all rows, with the sets that they use.
+fn gather(rows: impl Iterator<Item = RowQueries>, store: &Store, tokens: usize) -> Queries {
+    let mut all = Queries { indptr: Vec::with_capacity(tokens + 1), ..Queries::default() };
+    all.indptr.push(0);
+    let mut number = vec![-1; store.sets.len()];
+    let mut terms = 0;
+    for row in rows {
+        for count in row.counts {
+            terms += i64::from(count);
+            all.indptr.push(terms);
+        }
+        all.row.extend(row.row);
+        all.set.extend(row.set.into_iter().map(|set| {
+            let Ok(place) = usize::try_from(set) else { return set };
+            if number[place] < 0 {
+                number[place] = all.sets.len() as i32;
+                all.sets.push(store.sets[place].clone());
+            }
+            number[place]
+        }));
+        all.base.extend(row.base);
+        all.flags.extend(row.flags);
+    }
+    all
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHasher};
 
-use crate::{ByteTable, Error};
+use crate::{ByteTable, Error, Sorted};
 
 /// How a tokenizer chooses among the ways to cut a text into its tokens.
 #[derive(Clone, Debug)]
@@ -71,18 +71,64 @@ struct Bpe {
     merges: Merges,
     characters: bool,
     whole: bool,
+    /// Added tokens by their bytes.
     added: Vec<u32>,
     is_added: Vec<bool>,
     /// First bytes of added tokens.
     added_start: Vec<bool>,
     /// `None` for a first symbol, and for a token that the rule never makes.
     made: Vec<Option<Made>>,
-    /// Whether the token's own bytes are encoded as this token.
+    /// Whether merges alone make this token of its bytes.
     reachable: Vec<bool>,
+    /// Whether the token never stands anywhere: an added token is found inside, or another has its bytes.
+    broken: Vec<bool>,
     /// For every id the merges (rank, right, merged) in which it is on the left.
     by_left: Vec<Vec<(u32, u32, u32)>>,
-    /// For every id the tokens that were made with it on the left: (rank, made).
+    /// For every id the tokens that were made with it on the left: (rank, made), in order of rank.
     children: Vec<Vec<(u32, u32)>>,
+    /// All ids, each followed by those that have it on their left edge, in order of rank.
+    order: Vec<u32>,
+    /// For every id its place in `order`, and the place at which those that have it on their left edge end.
+    span: Vec<[u32; 2]>,
+}
+
+/// A set of ids.
+#[derive(Clone, Debug)]
+pub(crate) struct Bits(Vec<u64>);
+
+impl Bits {
+    pub(crate) fn new(size: usize) -> Self {
+        Self(vec![0; size.div_ceil(64)])
+    }
+
+    fn full(size: usize) -> Self {
+        let mut all = Self(vec![u64::MAX; size.div_ceil(64)]);
+        if let Some(last) = all.0.last_mut().filter(|_| size % 64 > 0) {
+            *last = (1 << (size % 64)) - 1;
+        }
+        all
+    }
+
+    pub(crate) fn insert(&mut self, id: u32) {
+        self.0[id as usize / 64] |= 1 << (id % 64);
+    }
+
+    fn remove(&mut self, id: u32) {
+        self.0[id as usize / 64] &= !(1 << (id % 64));
+    }
+
+    pub(crate) fn contains(&self, id: u32) -> bool {
+        self.0[id as usize / 64] >> (id % 64) & 1 == 1
+    }
+
+    /// Rising.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        self.0.iter().enumerate().flat_map(|(k, &word)| {
+            let left = |word: u64| (word > 0).then_some(word);
+            std::iter::successors(left(word), move |word| left(word & (word - 1)))
+                .map(move |word| k as u32 * 64 + word.trailing_zeros())
+        })
+    }
 }
 
 /// One tokenizer's vocabulary and rule.
@@ -93,6 +139,9 @@ pub struct Encoding {
     longest: usize,
     rule: Inner,
     splits: Option<Splits>,
+    /// For every class after a boundary the ids that are in it.
+    in_class: Vec<Vec<u32>>,
+    sorted: OnceLock<Sorted>,
 }
 
 #[derive(Clone, Debug)]
@@ -189,6 +238,9 @@ impl Encoding {
                     Some(merges) => listed(&table, &merges)?,
                     None => implied(&table, &ids, ranks.as_deref())?,
                 };
+                let mut added = added;
+                added.retain(|&id| is_added[id as usize]);
+                added.sort_unstable_by_key(|&id| table.bytes(id));
                 let bpe = Bpe {
                     merges,
                     characters,
@@ -198,13 +250,23 @@ impl Encoding {
                     added_start,
                     made: vec![],
                     reachable: vec![],
+                    broken: vec![],
                     by_left: vec![],
                     children: vec![],
+                    order: vec![],
+                    span: vec![],
                 };
                 (ids, Inner::Bpe(Box::new(bpe)))
             }
         };
-        let mut all = Self { table, ids, longest, rule, splits };
+        let mut in_class = vec![];
+        if let Some(s) = &splits {
+            in_class.resize_with(s.width, Vec::new);
+            for (id, &class) in s.after.iter().enumerate() {
+                in_class[class as usize].push(id as u32);
+            }
+        }
+        let mut all = Self { table, ids, longest, rule, splits, in_class, sorted: OnceLock::new() };
         all.grow_trees();
         Ok(all)
     }
@@ -227,6 +289,11 @@ impl Encoding {
     /// The vocabulary.
     pub fn table(&self) -> &Arc<ByteTable> {
         &self.table
+    }
+
+    /// The vocabulary in the order of its bytes.
+    pub fn sorted(&self) -> &Sorted {
+        self.sorted.get_or_init(|| Sorted::new(&self.table))
     }
 
     /// The token that these bytes are, if there is one: of several the one that the rule makes.
@@ -302,10 +369,12 @@ impl Encoding {
     fn rest_of_added<'a>(&'a self, bpe: &'a Bpe, s: u32) -> impl Iterator<Item = &'a [u8]> {
         let own = self.table.bytes(s);
         // One that is there itself is found first, so only a longer one can take its place.
-        let shortest = if bpe.is_added[s as usize] { own.len() } else { 1 };
-        bpe.added.iter().flat_map(move |&id| {
-            let bytes = self.table.bytes(id);
-            (shortest..bytes.len().min(own.len() + 1)).filter(|&n| own.ends_with(&bytes[..n])).map(|n| &bytes[n..])
+        let starts = if bpe.is_added[s as usize] { 1 } else { own.len() };
+        (0..starts.min(own.len())).flat_map(move |from| {
+            let tail = &own[from..];
+            let lo = bpe.added.partition_point(|&id| self.table.bytes(id) < tail);
+            let rests = bpe.added[lo..].iter().map_while(move |&id| self.table.bytes(id).strip_prefix(tail));
+            rests.filter(|rest| !rest.is_empty())
         })
     }
 
@@ -387,6 +456,14 @@ impl Encoding {
     fn grow_trees(&mut self) {
         let Inner::Bpe(bpe) = &self.rule else { return };
         let v = self.table.len();
+        let broken = (0..v as u32)
+            .into_par_iter()
+            .map(|id| {
+                let bytes = self.table.bytes(id);
+                let added = || (0..bytes.len()).any(|at| self.added_at(bpe, &bytes[at..]).is_some());
+                !bpe.is_added[id as usize] && (self.id(bytes) != Some(id) || added())
+            })
+            .collect();
         let made: Vec<(bool, Option<Made>)> = (0..v as u32)
             .into_par_iter()
             .map(|id| {
@@ -408,10 +485,25 @@ impl Encoding {
         for (&(left, right), &(rank, merged)) in &bpe.merges {
             by_left[left as usize].push((rank, right, merged));
         }
-        for list in &mut by_left {
-            list.sort_unstable();
+        by_left.par_iter_mut().for_each(|list| list.sort_unstable());
+        children.par_iter_mut().for_each(|list| list.sort_unstable());
+        let (mut order, mut span) = (Vec::with_capacity(v), vec![[0; 2]; v]);
+        for root in (0..v as u32).filter(|&id| made[id as usize].1.is_none()) {
+            // Tokens to enter, and tokens to leave again.
+            let mut open = vec![(root, false)];
+            while let Some((id, done)) = open.pop() {
+                if done {
+                    span[id as usize][1] = order.len() as u32;
+                } else {
+                    span[id as usize][0] = order.len() as u32;
+                    order.push(id);
+                    open.push((id, true));
+                    open.extend(children[id as usize].iter().rev().map(|child| (child.1, false)));
+                }
+            }
         }
         let Inner::Bpe(bpe) = &mut self.rule else { return };
+        (bpe.broken, bpe.order, bpe.span) = (broken, order, span);
         bpe.reachable = made.iter().map(|m| m.0).collect();
         bpe.made = made.into_iter().map(|m| m.1).collect();
         bpe.children = children;
@@ -461,12 +553,15 @@ impl Encoding {
             if self.rest_of_added(bpe, s).any(|rest| self.table.bytes(next).starts_with(rest)) {
                 return true;
             }
-            if bpe.is_added[s as usize] || bpe.is_added[next as usize] {
+            if bpe.is_added[s as usize] {
                 return false;
             }
         }
-        if !bpe.reachable[s as usize] && !(bpe.whole) {
+        if bpe.never(s) {
             return true;
+        }
+        if bpe.is_added[next as usize] {
+            return false;
         }
         match self.reach(s, next) {
             Some(0) => false,
@@ -500,52 +595,73 @@ impl Encoding {
 
     /// The tokens `next` of this vocabulary for which `merges` is true, whatever `z` they begin; `None` where the rule
     /// does not depend on `next` alone.
-    pub(crate) fn all_joined(&self, s: u32) -> Option<Vec<u32>> {
+    pub(crate) fn all_joined(&self, s: u32) -> Option<Bits> {
         let Inner::Bpe(bpe) = &self.rule else { return None };
-        let ids = 0..self.table.len() as u32;
-        let rests: Vec<&[u8]> = self.rest_of_added(bpe, s).collect();
-        let found = |u: u32| rests.iter().any(|rest| self.table.bytes(u).starts_with(rest));
-        let mut across: Vec<u32> = if rests.is_empty() { vec![] } else { ids.clone().filter(|&u| found(u)).collect() };
-        if bpe.is_added[s as usize] {
-            return Some(across);
+        let v = self.table.len();
+        if bpe.never(s) && !bpe.is_added[s as usize] {
+            return Some(Bits::full(v));
         }
-        if !bpe.reachable[s as usize] && !bpe.whole {
-            across.extend(ids.filter(|&u| !bpe.is_added[u as usize]));
-            return Some(across);
+        let mut all = Bits::new(v);
+        if !bpe.is_added[s as usize] {
+            self.join_merging(bpe, s, &mut all);
         }
-        let mut all = vec![];
-        bpe.crossing(s, &mut all);
-        if bpe.whole {
-            let own = self.table.bytes(s);
-            // Any continuation by which the piece becomes a token.
-            all.extend(ids.clone().filter(|&u| {
-                let mut text = own.to_vec();
-                text.extend_from_slice(self.table.bytes(u));
-                text.len() > own.len() && self.id(&text).is_some()
-            }));
+        let sorted = |range: [usize; 2]| self.sorted().order[range[0]..range[1]].iter().map(|&id| id as u32);
+        for rest in self.rest_of_added(bpe, s) {
+            for u in sorted(self.sorted().prefix_range(&self.table, rest)) {
+                all.insert(u);
+            }
         }
-        let row = |splits: &'_ Splits| splits.reach[splits.before[s as usize] as usize].get().cloned();
-        if let Some((splits, reach)) = self.splits.as_ref().and_then(|splits| Some((splits, row(splits)?))) {
-            all.retain(|&u| matches!(reach[splits.after[u as usize] as usize], Splits::ALL));
-            if reach.iter().any(|&r| r != 0 && r != Splits::ALL) {
-                for u in ids {
-                    match reach[splits.after[u as usize] as usize] {
-                        0 | Splits::ALL => {}
-                        Splits::INSIDE => all.push(u),
-                        _ => {
-                            if self.pair_merges(bpe, s, u) {
-                                all.push(u);
-                            }
-                        }
+        Some(all)
+    }
+
+    /// Of [`Encoding::all_joined`] those with which the rule itself merges, for a token that is none of the added.
+    fn join_merging(&self, bpe: &Bpe, s: u32, all: &mut Bits) {
+        let splits = self.splits.as_ref().and_then(|splits| {
+            let reach = splits.reach[splits.before[s as usize] as usize].get()?;
+            Some((&splits.after, reach))
+        });
+        let within = |u: u32| splits.is_none_or(|(after, reach)| reach[after[u as usize] as usize] == Splits::ALL);
+        if bpe.reachable[s as usize] {
+            for [lo, hi] in bpe.crossing(s) {
+                for &u in bpe.order[lo as usize..hi as usize].iter().filter(|&&u| within(u)) {
+                    all.insert(u);
+                }
+            }
+            if bpe.whole {
+                for u in self.completing(s).filter(|&u| within(u)) {
+                    all.insert(u);
+                }
+            }
+        } else {
+            // It was a whole piece; nothing else can be in it.
+            for u in (0..self.table.len() as u32).filter(|&u| within(u)) {
+                all.insert(u);
+            }
+        }
+        for (class, &reach) in splits.map_or(&[][..], |(_, reach)| reach).iter().enumerate() {
+            if reach != 0 && reach != Splits::ALL {
+                for &u in &self.in_class[class] {
+                    if reach == Splits::INSIDE || self.pair_merges(bpe, s, u) {
+                        all.insert(u);
                     }
                 }
             }
         }
-        all.retain(|&u| !bpe.is_added[u as usize]);
-        all.append(&mut across);
-        all.sort_unstable();
-        all.dedup();
-        Some(all)
+        for &id in &bpe.added {
+            all.remove(id);
+        }
+    }
+
+    /// The tokens that make a longer token of `s` when they come after it.
+    fn completing(&self, s: u32) -> impl Iterator<Item = u32> + '_ {
+        let own = self.table.bytes(s);
+        let Sorted { order, range } = self.sorted();
+        let [lo, hi] = self.sorted().prefix_range(&self.table, own);
+        order[lo..hi].iter().flat_map(move |&longer| {
+            let rest = &self.table.bytes(longer as u32)[own.len()..];
+            let from = self.id(rest).map_or(order.len(), |id| range[id as usize][0] as usize);
+            order[from..].iter().map(|&u| u as u32).take_while(move |&u| self.table.bytes(u) == rest)
+        })
     }
 
     /// Whether both encode every text alike: the same tokens, ids apart from specials too, under the same rule.
@@ -561,6 +677,11 @@ impl Encoding {
         let splits = |e: &Self| e.splits.as_ref().map(|s| (s.reach.len(), s.width));
         let size = self.table.len().max(other.table.len()) as u32;
         rules && (0..size).all(|id| self.table.bytes(id) == other.table.bytes(id)) && splits(self) == splits(other)
+    }
+
+    /// Whether a list or a ranking of merges decides.
+    pub(crate) fn is_bpe(&self) -> bool {
+        matches!(self.rule, Inner::Bpe(_))
     }
 
     /// Whether the longest-match rule decides.
@@ -656,18 +777,33 @@ impl Bpe {
         })
     }
 
-    /// Every token for which `crosses` is true.
-    fn crossing(&self, s: u32, out: &mut Vec<u32>) {
+    /// Every token for which `crosses` is true: disjoint ranges of `order`.
+    fn crossing(&self, s: u32) -> Vec<[u32; 2]> {
+        let mut ranges = vec![];
         for (x, x_limit) in self.right_edge(s) {
             for &(rank, y, _) in self.by_left[x as usize].iter().take_while(|merge| merge.0 < x_limit) {
-                out.push(y);
-                let mut open: Vec<u32> =
-                    self.children[y as usize].iter().filter(|child| rank <= child.0).map(|child| child.1).collect();
-                while let Some(u) = open.pop() {
-                    out.push(u);
-                    open.extend(self.children[u as usize].iter().map(|child| child.1));
+                let [at, end] = self.span[y as usize];
+                ranges.push([at, at + 1]);
+                let children = &self.children[y as usize];
+                // What uses `y` up before this merge comes first, and the rest in one stretch.
+                if let Some(child) = children.get(children.partition_point(|child| child.0 < rank)) {
+                    ranges.push([self.span[child.1 as usize][0], end]);
                 }
             }
         }
+        ranges.sort_unstable();
+        ranges.dedup_by(|next, last| {
+            let meets = next[0] <= last[1];
+            if meets {
+                last[1] = last[1].max(next[1]);
+            }
+            meets
+        });
+        ranges
+    }
+
+    /// Whether no encoding has this token where another follows in its piece.
+    fn never(&self, s: u32) -> bool {
+        self.broken[s as usize] || !(self.reachable[s as usize] || self.whole)
     }
 }

@@ -15,8 +15,8 @@ use rayon::ThreadPool;
 use crate::batch::{Halt, Job, Out, Room, Sizes};
 use crate::scan::{self, Spelling};
 use crate::{
-    Aligner, Alignment, Batch, ByteTable, Cover, Encoding, Error, Ids, Invalid, Kind, Layout, Queries, Rows, Rule, Set,
-    Side, Sorted, SpanMode, Splits, VocabMap,
+    Aligner, Alignment, ByteTable, Cover, Encoding, Error, Ids, Invalid, Kind, Layout, Queries, Rows, Rule, Set, Side,
+    Sorted, SpanMode, Splits, VocabMap,
 };
 
 create_exception!(xtokmap, XTokMapError, PyValueError, "Base of every error that xtokmap raises.");
@@ -619,9 +619,10 @@ impl PyCover {
         teacher_ids: Array<'py, u32>,
         threads: Option<i64>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let batch = batch.batch()?;
+        let kinds = batch.kinds()?;
+        let batch = batch.with(&kinds)?;
         let (students, teachers) = (student_ids.as_slice()?, teacher_ids.as_slice()?);
-        let found = in_threads(py, threads, || self.cover.queries(&batch, students, teachers))?;
+        let found = in_threads(py, threads, || self.cover.queries_of(batch, students, teachers))?;
         let all = PyDict::new(py);
         let Queries { indptr, row, set, base, flags, sets } = found;
         all.set_item("indptr", indptr.into_pyarray(py))?;
@@ -642,9 +643,10 @@ impl PyCover {
         student_ids: Array<'py, u32>,
         teacher_ids: Array<'py, u32>,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        let batch = batch.batch()?;
+        let kinds = batch.kinds()?;
+        let batch = batch.with(&kinds)?;
         let (students, teachers) = (student_ids.as_slice()?, teacher_ids.as_slice()?);
-        let found = py.detach(|| self.cover.interior(&batch, students, teachers))?;
+        let found = py.detach(|| self.cover.interior_of(batch, students, teachers))?;
         let n = found.range.len();
         let range = found.range.into_flattened().into_pyarray(py).reshape([n, 2])?;
         (found.student.into_pyarray(py), found.teacher.into_pyarray(py), range, PySets(found.sets)).into_pyobject(py)
@@ -808,22 +810,22 @@ struct BatchFields<'py> {
 }
 
 impl BatchFields<'_> {
-    fn batch(&self) -> PyResult<Batch> {
-        let flat = Alignment {
-            kind: kinds_of(&self.kind)?,
-            student_chunk: values(&self.student_chunk)?,
-            teacher_chunk: values(&self.teacher_chunk)?,
-            student_end: values(&self.student_end)?,
-            teacher_end: values(&self.teacher_end)?,
-            teacher_pos: values(&self.teacher_pos)?,
-            teacher_off: values(&self.teacher_off)?,
-            ..Alignment::default()
-        };
-        Ok(Batch {
-            flat,
-            student_cu: values(&self.student_cu)?,
-            teacher_cu: values(&self.teacher_cu)?,
-            chunk_cu: values(&self.chunk_cu)?,
+    fn kinds(&self) -> PyResult<Vec<Kind>> {
+        kinds_of(&self.kind)
+    }
+
+    fn with<'a>(&'a self, kind: &'a [Kind]) -> PyResult<crate::cover::Fields<'a>> {
+        Ok(crate::cover::Fields {
+            kind,
+            student_chunk: self.student_chunk.as_slice()?,
+            teacher_chunk: self.teacher_chunk.as_slice()?,
+            student_end: self.student_end.as_slice()?,
+            teacher_end: self.teacher_end.as_slice()?,
+            teacher_pos: self.teacher_pos.as_slice()?,
+            teacher_off: self.teacher_off.as_slice()?,
+            student_cu: self.student_cu.as_slice()?,
+            teacher_cu: self.teacher_cu.as_slice()?,
+            chunk_cu: self.chunk_cu.as_slice()?,
         })
     }
 }

@@ -81,7 +81,7 @@ impl VocabMap {
     pub fn new(student: &Encoding, teacher: &Encoding, pieces: &[u32]) -> Self {
         let (s, t) = (student.table(), teacher.table());
         let ((sorted_s, sorted_t), (canonical, teacher_first)) = rayon::join(
-            || rayon::join(|| Sorted::new(s), || Sorted::new(t)),
+            || rayon::join(|| student.sorted().clone(), || teacher.sorted().clone()),
             || rayon::join(|| student.first_of_all(t, pieces), || teacher.first_of_all(s, &[])),
         );
         let exact = |from: &ByteTable, to: &Encoding| -> Vec<i32> {

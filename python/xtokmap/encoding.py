@@ -53,11 +53,11 @@ class EncodingRule:
 
     def __init__(self, tokenizer: Any, table: ByteTable) -> None:
         self.name, arguments, self._cuts = _rule(tokenizer, table)
-        self._known: set[int] = set()
         splits = None
         if self._cuts is not None:
             self._before, after, self._examples = _classes(table)
             splits = (self._before, after, *map(len, self._examples))
+            self._known = np.zeros(len(self._examples[0]), np.bool_)
         self.core = Encoding(table, self.name, splits=splits, **arguments)
 
     def learn(self, ids: npt.NDArray[Any]) -> None:
@@ -65,13 +65,14 @@ class EncodingRule:
         if self._cuts is None:
             return
         before, after = self._examples
-        for c in set(np.unique(self._before[ids]).tolist()) - self._known:
+        classes = self._before[ids]
+        for c in np.unique(classes[~self._known[classes]]).tolist():
             row = np.full(len(after), _ALL, np.uint8)
             for k, text in enumerate(after):
                 if before[c] and text:
                     row[k] = _reach(self._cuts(before[c] + text), len(before[c]), len(text))
             self.core.learn(c, row)
-            self._known.add(c)
+            self._known[c] = True
 
     def pieces(self, table: ByteTable) -> UInt32 | None:
         """For every token of a table how many of its bytes the pre-tokenizer puts in its first piece."""
