@@ -208,9 +208,10 @@ def main() -> None:
 {HIDDEN}.
 
 Forward and backward pass of one text, with both output heads inside: CPU seconds, and memory above the inputs and
-the gradients. Slices are 64 MiB of logits. The last column gives the same function all rows' logits at once, which is
-why it has fewer tokens: its memory grows with them, that of slices does not. Slices are worked on twice, once for the
-gradient. `alm` sees sampled logprobs only.
+the gradients. Slices are 64 MiB of logits, and several tensors of that size are alive at a time. The last column gives
+the same function all rows' logits at once, which is why it has fewer tokens: its memory grows with them. That of slices
+should not: compare the first two columns. Slices are worked on twice,
+once for the gradient. `alm` sees sampled logprobs only.
 
 {found}
 """
