@@ -182,9 +182,9 @@ def transfer(
 def boundary_leak(teacher: Logits, teacher_ids: Tensor, vocab_map: VocabMap, *, size: int | None = None) -> Tensor:
     """What a teacher token's end says about what comes next: log pi(t) - log q(t), in nats, of every token.
 
-    pi(t) is the mass of all teacher tokens that begin with the bytes of t. A credit that takes log q(t) for the teacher's
-    opinion of the text is off by this much where nothing else has ended there. (The sum that byte-level sampling
-    from tokens makes, arXiv 2410.09303.)
+    pi(t) is the mass of all teacher tokens that begin with the bytes of t. A credit that takes log q(t) for the
+    teacher's opinion of the text is off by this much where nothing else has ended there. (The sum that byte-level
+    sampling from tokens makes, arXiv 2410.09303.)
 
     Args:
         teacher: flat rows `[N]`, each the one that predicts its token.
