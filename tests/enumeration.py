@@ -125,7 +125,7 @@ class Model:
 
     @cached_property
     def exact(self) -> Floats:
-        """Gradient of the sum over nodes of reach KL(p || q*), reach held: by the logits of every node, `[nodes, V]`."""
+        """Gradient of sum over nodes of reach KL(p || q*), reach held, by the logits of every node: `[nodes, V]`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             gap = np.where(self.p > 0, np.log(self.p) - np.log(self.q_star), 0)
         return self.reach[:, None] * self.p * (gap - (self.p * gap).sum(1, keepdims=True))

@@ -478,6 +478,47 @@ class Paths:
         return mass / mass.sum(1, keepdims=True)
 
 
+def mass_of_start(paths: tuple[Paths, Paths], texts: tuple[int, int], rows: Floats) -> list[float]:
+    """Phi as the rows of one text show it: for every student token but the end the mass of what could stand there.
+
+    These are the teacher tokens at each of the text's places that go on past the student's boundary and leave the
+    student its token; for the token in which the boundary lies also the one that ends there, if there is one.
+
+    Args:
+        paths: the student's and the teacher's.
+        texts: the place of the text in each.
+        rows: teacher probabilities before each of its tokens.
+    """
+    (student, teacher), (at, own) = paths, texts
+    text, ids, teacher_ids = student.texts[at], student.ids[at][:-1], teacher.ids[own]
+    spelled_teacher = [*teacher.side.tokens, b""]  # the end of a text spells nothing
+    starts = [len(b"".join(spelled_teacher[t] for t in teacher_ids[:k])) for k in range(len(teacher_ids))]
+    masses, end = [], 0
+    for i, token in enumerate(ids):
+        own_bytes = student.side.tokens[token]
+        end += len(own_bytes)
+        inside = max(k for k, start in enumerate(starts) if start < end)
+        mass = 0.0
+        for k in range(len(starts)):
+            if starts[k] > end:
+                break
+            before = float(np.prod([rows[n][teacher_ids[n]] for n in range(k)]))
+            consumed = text[starts[k] : end]
+            for v, candidate in enumerate(spelled_teacher):
+                if not candidate.startswith(consumed):
+                    continue
+                rest = candidate[len(consumed) :]
+                goes_on = bool(rest) or not consumed
+                leaves_it = student.side.encode(own_bytes + rest)[0] == token
+                # The token that really stands there counts, whatever two neighbours alone would do.
+                really = v == teacher_ids[k] and (k == inside or (not consumed and i + 1 < len(ids)))
+                ends_here = k == inside and end < starts[k + 1]
+                if (leaves_it or really) if goes_on else ends_here:
+                    mass += before * rows[k][v]
+        masses.append(mass)
+    return masses
+
+
 def prefix_closed(tokens: Iterable[bytes]) -> tuple[bytes, ...]:
     """With all starts of tokens, so that one byte more decides whether a longest match goes on."""
     return tuple(sorted({token[:n] for token in tokens for n in range(1, len(token) + 1)}, key=lambda t: (len(t), t)))
