@@ -23,7 +23,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import enumeration
 import xtokmap
 from enumeration import Model, Pair, cosine
 from oracle import Floats, Side, prefix_closed
@@ -33,16 +32,16 @@ RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 
 LEGEND = """\
 The texts are all strings of a and b to five bytes, closed by an end of text on both sides, in each tokenizer's own
-encoding. Teachers and students are next-token tables, every row of them drawn uniformly from all distributions over what
-can stand there, {models} pairs of them for each column. `drawn`: every pair has vocabularies of its own ({drawn}).
+encoding. Teachers and students are next-token tables, every row of them drawn uniformly from all distributions over
+what can stand there, {models} pairs of them for each column. `drawn`: every pair has vocabularies of its own ({drawn}).
 
 The exact gradient is that of sum over starts h of a text of P_S(h) KL(p(.|h) || q*(.|h)) by the student's logits at
 every h, P_S(h) held; q*(u|h) is the mass of all texts whose student encoding goes on from h with u, over that of those
 with h. A loss's expected gradient is the mean of what it gives for every text, weighted by the probability that the
 student writes it. Cosine: 1 is right, 0 is no use, below 0 is away from the teacher. A forward KL is another objective,
-whose gradient points elsewhere also where both tokenizers are the same. Credits have no clamp; `byte_kl` is as published
-(with spanning tokens), forward and reverse; `transfer_kl` has its defaults and the sampled tokens' log q*, but for
-`alone` (without those) and `floor 1e-30` (nothing but a floor keeps log 0 finite; no clamp)."""
+whose gradient points elsewhere also where both tokenizers are the same. Credits have no clamp; `byte_kl` is as
+published (with spanning tokens), forward and reverse; `transfer_kl` has its defaults and the sampled tokens' log q*,
+but for `alone` (without those) and `floor 1e-30` (nothing but a floor keeps log 0 finite; no clamp)."""
 
 #: The vocabularies; the student's first.
 LONGEST_MATCH = {
@@ -311,7 +310,7 @@ def main() -> None:
     head = [
         "# The boundary bias, and what each loss makes of it",
         "",
-        f"Command: `{command}`; {seconds:.0f} s on one thread of this machine; Python {platform.python_version()}, {named}, "
+        f"Command: `{command}`; {seconds:.0f} s on one thread; Python {platform.python_version()}, {named}, "
         f"xtokmap {xtokmap.__version__}.",
         "",
     ]
