@@ -13,7 +13,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ with h. A loss's expected gradient is the mean of what it gives for every text, 
 student writes it. Cosine: 1 is right, 0 is no use, below 0 is away from the teacher. A forward KL is another objective,
 whose gradient points elsewhere also where both tokenizers are the same. Credits have no clamp; `byte_kl` is as
 published (with spanning tokens), forward and reverse; `transfer_kl` has its defaults and the sampled tokens' log q*,
-but for `alone` (without those) and `floor 1e-30` (nothing but a floor keeps log 0 finite; no clamp)."""
+but for `alone` (without those), `floor 1e-2`, and `floor 1e-30` (so low that log 0 counts in full; no clamp)."""
 
 #: The vocabularies; the student's first.
 LONGEST_MATCH = {
@@ -74,7 +74,13 @@ LOSSES: dict[str, Gradients] = {
     "`byte_kl`, reverse": lambda m: m.loss_gradients("byte_kl", 1.0),
     "`transfer_kl`": lambda m: m.loss_gradients("transfer_kl", **m.sampled()),
     "`transfer_kl`, alone": lambda m: m.loss_gradients("transfer_kl"),
+    "`transfer_kl`, floor 1e-2": lambda m: m.loss_gradients("transfer_kl", **m.sampled(), floor=1e-2),
     "`transfer_kl`, floor 1e-30": lambda m: m.loss_gradients("transfer_kl", **m.sampled(), clamp=1e9, floor=1e-30),
+}
+#: Against the gradient of the forward KL; what is known of several tokens together stays so.
+FORWARD: dict[str, Gradients] = {
+    "`byte_kl`, forward": LOSSES["`byte_kl`, forward"],
+    "`transfer_kl`, forward, alone": lambda m: m.loss_gradients("transfer_kl", 0.0),
 }
 SHOWN = ("`prior`", "`full`", "`cover`", "`byte_kl`, forward", "`byte_kl`, reverse", "`transfer_kl`")
 
@@ -120,20 +126,28 @@ def pairs(kind: str, models: int, seed: int) -> Iterator[tuple[str, Pair]]:
         yield "drawn", Pair(draw(rng), draw(rng))
 
 
-def study(kind: str, models: int, seed: int, losses: Sequence[str] = tuple(LOSSES), leak: float = 0.0) -> Study:
+def study(
+    kind: str,
+    models: int,
+    seed: int,
+    losses: dict[str, Gradients] = LOSSES,
+    *,
+    leak: float = 0.0,
+    exact: Gradients = lambda m: m.exact,
+) -> Study:
     found: Study = {}
     rng, last = np.random.default_rng(seed), ""
     for name, pair in pairs(kind, models, seed):
         if name != last:
             rng, last = np.random.default_rng(seed), name
         model = pair.model(rng, leak=leak)
-        size = (model.exact**2).sum()
-        for loss in losses:
-            gradients = LOSSES[loss](model)
+        right = exact(model)
+        size = (right**2).sum()
+        for loss, gradients_of in losses.items():
+            gradients = gradients_of(model)
             mean = model.expected(gradients)
-            figures = Figures(
-                cosine(mean, model.exact), ((mean**2).sum() / size) ** 0.5, model.variance(gradients) / size
-            )
+            norm = ((mean**2).sum() / size) ** 0.5
+            figures = Figures(cosine(mean, right), norm, model.variance(gradients) / size)
             found.setdefault(name, {}).setdefault(loss, []).append(figures)
     return found
 
@@ -191,15 +205,19 @@ def report(models: int, seed: int) -> tuple[list[str], dict[str, Study]]:
             "",
             *table(columns, variances),
         ]
-    whole = [loss for loss in LOSSES if "kl`" in loss]
     lines += ["", "## A teacher that is less sure", ""]
     lines += [
-        "Above, a teacher gives exactly nothing to tokens that cannot stand in its encoding; a model leaves them a "
+        "Above, a teacher gives exactly nothing to tokens that cannot stand in its encoding; a model leaves them a",
         "little. The same with a ten-thousandth on each of them: cosine, mean and worst.",
     ]
+    whole = {name: gradients for name, gradients in LOSSES.items() if "kl`" in name}
     for kind in drawn:
-        found[f"{kind}, leak"] = study(kind, models, seed, whole, leak=1e-4)
-        lines += ["", f"{kind}:", "", *table(found[f"{kind}, leak"], cosines)]
+        lines += ["", f"{kind}:", "", *table(study(kind, models, seed, whole, leak=1e-4), cosines)]
+    lines += ["", "## Forward KL", ""]
+    lines += ["Cosine to the gradient of sum over h of P_S(h) KL(q*(.|h) || p(.|h)), mean and worst."]
+    for kind in drawn:
+        found_forward = study(kind, models, seed, FORWARD, exact=lambda m: m.exact_forward)
+        lines += ["", f"{kind}:", "", *table(found_forward, cosines)]
     return lines, found
 
 

@@ -130,6 +130,11 @@ class Model:
             gap = np.where(self.p > 0, np.log(self.p) - np.log(self.q_star), 0)
         return self.reach[:, None] * self.p * (gap - (self.p * gap).sum(1, keepdims=True))
 
+    @property
+    def exact_forward(self) -> Floats:
+        """The same of KL(q* || p)."""
+        return self.reach[:, None] * (self.p - self.q_star)
+
     def score_gradients(self, credit: str) -> Floats:
         """A_i grad log p(s_i | s_<i) at every token of every text, turned to a descent: `[texts, Ts, V]`."""
         pair = self.pair
