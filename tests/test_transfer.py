@@ -316,6 +316,21 @@ def test_the_target_is_q_star_but_for_what_it_calls_undetermined(pair):
         torch.testing.assert_close(target[known], q_star[known])
 
 
+INEXACT = [pair for pair in ALL.values() if pair not in EXACT.values()]
+
+
+@pytest.mark.parametrize("pair", INEXACT, ids=[name for name in ALL if name not in EXACT])
+def test_elsewhere_the_target_is_off_by_little_more(pair):
+    """In the mean over what the student writes: the mass in the wrong place, beyond what is undetermined."""
+    excess = []
+    for model in models(pair, 5):
+        target, rest, undetermined, q_star = whole(model)
+        off = ((target - q_star).abs().sum(1) + rest) / 2
+        times = torch.from_numpy(model.drawn).repeat_interleave(pair.is_token.sum(1))
+        excess.append(((times * (off - undetermined).clamp(min=0)).sum() / times.sum()).item())
+    assert np.mean(excess) < 0.03
+
+
 def gradient(model: Model, **options) -> np.ndarray:
     return model.expected(model.loss_gradients("transfer_kl", **options))
 
@@ -448,7 +463,7 @@ def test_rows_that_do_not_fit_are_refused():
         transfer(Logits(rows.rows[1:]), MIXED.flat_ids, MIXED.queries)
     values, target = evaluated(MIXED, rows)
     x = MIXED.student_logits(0)
-    with pytest.raises(xtokmap.XTokMapError, match="the queries have"):
+    with pytest.raises(xtokmap.XTokMapError, match="the queries"):
         transfer_kl(Logits(x[:, 1:]), target, MIXED.index)
     with pytest.raises(xtokmap.XTokMapError, match="needs student_ids"):
         transfer_kl(Logits(x), target, MIXED.index, transferred=MIXED.padded(values.transferred))
