@@ -33,7 +33,11 @@ RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 LEGEND = """\
 The texts are all strings of a and b to five bytes, closed by an end of text on both sides, in each tokenizer's own
 encoding. Teachers and students are next-token tables, every row of them drawn uniformly from all distributions over
-what can stand there, {models} pairs of them for each column. `drawn`: every pair has vocabularies of its own ({drawn}).
+what can stand there{sparse}, {models} pairs of them for each column. `drawn`: every pair has vocabularies of its own
+({drawn}).
+
+The other columns' vocabularies were picked by hand, the easier one of two of a kind (the other is called "deep") after
+a look at how `cover` does: `drawn` says what to expect.
 
 The exact gradient is that of sum over starts h of a text of P_S(h) KL(p(.|h) || q*(.|h)) by the student's logits at
 every h, P_S(h) held; q*(u|h) is the mass of all texts whose student encoding goes on from h with u, over that of those
@@ -58,6 +62,8 @@ LONGEST_MATCH = {
 BPE = {
     "student = bytes": ((), ("a b", "ab a")),
     "teacher = bytes": (("a b", "ab a"), ()),
+    "student = bytes, deep": ((), ("a b", "a a", "ab a", "b b")),
+    "teacher = bytes, deep": (("a b", "a a", "ab a", "b b"), ()),
     "overlapping": (("a b", "ab a"), ("a b", "b b", "a bb")),
     "crossing, hostile": (("a b", "b b", "bb a"), ("b a", "a a", "aa b")),
     "nested": (("a b", "a a"), ("a b", "a a", "ab a", "aa b")),
@@ -132,6 +138,7 @@ def study(
     seed: int,
     losses: dict[str, Gradients] = LOSSES,
     *,
+    concentration: float = 1.0,
     leak: float = 0.0,
     exact: Gradients = lambda m: m.exact,
 ) -> Study:
@@ -140,7 +147,7 @@ def study(
     for name, pair in pairs(kind, models, seed):
         if name != last:
             rng, last = np.random.default_rng(seed), name
-        model = pair.model(rng, leak=leak)
+        model = pair.model(rng, concentration, leak)
         right = exact(model)
         size = (right**2).sum()
         for loss, gradients_of in losses.items():
@@ -177,14 +184,16 @@ def variances(figures: list[Figures]) -> str:
     return f"{np.median([f.variance for f in figures]):.3g}"
 
 
-def report(models: int, seed: int) -> tuple[list[str], dict[str, Study]]:
+def report(models: int, seed: int, concentration: float) -> tuple[list[str], dict[str, Study]]:
     drawn = {
         "longest match": "closed under prefixes, two tokens of two or three bytes and what begins them",
         "BPE": "three merges to at most three bytes",
     }
-    found = {kind: study(kind, models, seed) for kind in drawn}
+    same = {"concentration": concentration}
+    found = {kind: study(kind, models, seed, **same) for kind in drawn}
+    sparse = "" if concentration == 1 else f" (a Dirichlet of concentration {concentration:g})"
     both = "; ".join(f"{kind}: {what}" for kind, what in drawn.items())
-    lines = [LEGEND.format(models=models, drawn=both)]
+    lines = [LEGEND.format(models=models, drawn=both, sparse=sparse)]
     for kind, columns in found.items():
         vocabularies = LONGEST_MATCH if kind == "longest match" else BPE
         lines += ["", f"## {kind.capitalize() if kind != 'BPE' else kind} on both sides", ""]
@@ -212,11 +221,11 @@ def report(models: int, seed: int) -> tuple[list[str], dict[str, Study]]:
     ]
     whole = {name: gradients for name, gradients in LOSSES.items() if "kl`" in name}
     for kind in drawn:
-        lines += ["", f"{kind}:", "", *table(study(kind, models, seed, whole, leak=1e-4), cosines)]
+        lines += ["", f"{kind}:", "", *table(study(kind, models, seed, whole, leak=1e-4, **same), cosines)]
     lines += ["", "## Forward KL", ""]
     lines += ["Cosine to the gradient of sum over h of P_S(h) KL(q*(.|h) || p(.|h)), mean and worst."]
     for kind in drawn:
-        found_forward = study(kind, models, seed, FORWARD, exact=lambda m: m.exact_forward)
+        found_forward = study(kind, models, seed, FORWARD, exact=lambda m: m.exact_forward, **same)
         lines += ["", f"{kind}:", "", *table(found_forward, cosines)]
     return lines, found
 
@@ -317,10 +326,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=int, default=20, help="of each arrangement")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--concentration", type=float, default=1.0, help="of the rows; below 1: most mass on few tokens"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    lines, found = report(args.models, args.seed)
+    lines, found = report(args.models, args.seed, args.concentration)
     seconds = time.perf_counter() - start
     versions = {"numpy": np.__version__, "torch": torch.__version__, "tokenizers": tokenizers.__version__}
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -334,6 +346,8 @@ def main() -> None:
     ]
     text = "\n".join([*head, *lines, "", "![cosine and variance of each loss](bias.png)"])
     print(text)
+    if len(sys.argv) > 1:  # what is kept is the plain command's
+        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "bias.md").write_text(text + "\n", encoding="utf-8")
     plot(found, RESULTS / "bias.png")
