@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+import tokenizers
 from hypothesis import strategies as st
 
 import xtokmap
@@ -22,6 +25,7 @@ STOP = "stop"
 
 Token: TypeAlias = bytes | str | None
 Tokens: TypeAlias = list[Token]
+Floats: TypeAlias = npt.NDArray[np.float64]
 #: A text on both sides, in pieces that correspond: equal ones, and ones that are spelled differently.
 Pieces: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -370,6 +374,154 @@ def interior_queries(vm: VocabMap, index: Any, teacher_ids: Any) -> xtokmap.alig
         np.asarray(firsts, np.int32),
         np.asarray(ranges, np.int64).reshape(-1, 2),
     )
+
+
+# ---- every text up to a length -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """A tokenizer of few tokens, followed to the letter. The end of a text is one more id, behind those of the tokens.
+
+    Attributes:
+        tokens: their bytes; an id is the place in this list.
+        merges: pairs in order of rank (BPE), or None: the longest token that fits, from the left.
+    """
+
+    tokens: tuple[bytes, ...]
+    merges: tuple[tuple[bytes, bytes], ...] | None = None
+
+    @classmethod
+    def bpe(cls, *merges: str, alphabet: str = "ab") -> Side:
+        """The tokenizer of merges such as "a b"; without any, one token for each byte of the alphabet."""
+        pairs = [tuple(part.encode() for part in merge.split()) for merge in merges]
+        single = [bytes([byte]) for byte in alphabet.encode()]
+        return cls(tuple(dict.fromkeys([*single, *map(b"".join, pairs)])), tuple(pairs))
+
+    @property
+    def end(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, text: bytes) -> tuple[int, ...]:
+        return tuple(map(self.tokens.index, self._cut(text)))
+
+    def _cut(self, text: bytes) -> list[bytes]:
+        if self.merges is None:
+            parts: list[bytes] = []
+            while text:
+                parts.append(max((t for t in self.tokens if text.startswith(t)), key=len))
+                text = text[len(parts[-1]) :]
+            return parts
+        parts = [text[k : k + 1] for k in range(len(text))]
+        while True:
+            found = [(self.merges.index(pair), k) for k, pair in enumerate(pairwise(parts)) if pair in self.merges]
+            if not found:
+                return parts
+            k = min(found)[1]
+            parts[k : k + 2] = [parts[k] + parts[k + 1]]
+
+    def tokenizer(self) -> Any:
+        """What `Aligner` takes, so that it follows the same rule."""
+        if self.merges is None:  # of a bare table longest match is assumed
+            return xtokmap.ByteTable.from_bytes([*self.tokens, None], stop_ids=[self.end])
+        vocabulary = {token.decode(): i for i, token in enumerate(self.tokens)}
+        merges = [(left.decode(), right.decode()) for left, right in self.merges]
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer.add_special_tokens(["</s>"])
+        return tokenizer
+
+
+class Paths:
+    """Every text up to a length as one side's tokens, closed by the end of a text.
+
+    Attributes:
+        texts: shortest first; the empty one is one of them.
+        ids: the tokens of every text.
+        prefixes: all starts of these, the end of a text left out; the place in this list is called a node.
+        nodes: the node before every token of every text.
+        allowed: bool `[nodes, V]`; whether a token goes on from a node to another start of a text, or ends one.
+    """
+
+    def __init__(self, side: Side, length: int, alphabet: bytes = b"ab") -> None:
+        self.side = side
+        self.texts = [bytes(text) for n in range(length + 1) for text in product(alphabet, repeat=n)]
+        self.ids = [(*side.encode(text), side.end) for text in self.texts]
+        self.prefixes = sorted({ids[:k] for ids in self.ids for k in range(len(ids))}, key=lambda h: (len(h), h))
+        self.node = {prefix: k for k, prefix in enumerate(self.prefixes)}
+        self.nodes = [[self.node[ids[:k]] for k in range(len(ids))] for ids in self.ids]
+        self.allowed = np.zeros((len(self.prefixes), side.end + 1), np.bool_)
+        for nodes, ids in zip(self.nodes, self.ids, strict=True):
+            self.allowed[nodes, ids] = True
+
+    def random_rows(self, rng: np.random.Generator, concentration: float = 0.5) -> Floats:
+        """Next-token probabilities at every node: float64 `[nodes, V]`."""
+        rows = np.where(self.allowed, rng.gamma(concentration, size=self.allowed.shape) + 1e-6, 0)
+        return rows / rows.sum(1, keepdims=True)
+
+    def probabilities(self, rows: Floats) -> Floats:
+        """Of every text: `[texts]`."""
+        return np.array([rows[nodes, ids].prod() for nodes, ids in zip(self.nodes, self.ids, strict=True)])
+
+    def visited(self, probabilities: Floats) -> Floats:
+        """How likely every node is to be come to: the mass of all texts whose encoding starts with it."""
+        mass = np.zeros(len(self.prefixes))
+        for nodes, p in zip(self.nodes, probabilities, strict=True):
+            mass[nodes] += p
+        return mass
+
+    def conditionals(self, probabilities: Floats) -> Floats:
+        """Next-token probabilities that these texts have in this side's encoding: `[nodes, V]`; q* for a teacher's."""
+        mass = np.zeros(self.allowed.shape)
+        for nodes, ids, p in zip(self.nodes, self.ids, probabilities, strict=True):
+            mass[nodes, ids] += p
+        return mass / mass.sum(1, keepdims=True)
+
+
+def mass_of_start(paths: tuple[Paths, Paths], texts: tuple[int, int], rows: Floats) -> list[float]:
+    """Phi as the rows of one text show it: for every student token but the end the mass of what could stand there.
+
+    These are the teacher tokens at each of the text's places that go on past the student's boundary and leave the
+    student its token; for the token in which the boundary lies also the one that ends there, if there is one.
+
+    Args:
+        paths: the student's and the teacher's.
+        texts: the place of the text in each.
+        rows: teacher probabilities before each of its tokens.
+    """
+    (student, teacher), (at, own) = paths, texts
+    text, ids, teacher_ids = student.texts[at], student.ids[at][:-1], teacher.ids[own]
+    spelled_teacher = [*teacher.side.tokens, b""]  # the end of a text spells nothing
+    starts = [len(b"".join(spelled_teacher[t] for t in teacher_ids[:k])) for k in range(len(teacher_ids))]
+    masses, end = [], 0
+    for i, token in enumerate(ids):
+        own_bytes = student.side.tokens[token]
+        end += len(own_bytes)
+        inside = max(k for k, start in enumerate(starts) if start < end)
+        mass = 0.0
+        for k in range(len(starts)):
+            if starts[k] > end:
+                break
+            before = float(np.prod([rows[n][teacher_ids[n]] for n in range(k)]))
+            consumed = text[starts[k] : end]
+            for v, candidate in enumerate(spelled_teacher):
+                if not candidate.startswith(consumed):
+                    continue
+                rest = candidate[len(consumed) :]
+                goes_on = bool(rest) or not consumed
+                leaves_it = student.side.encode(own_bytes + rest)[0] == token
+                # The token that really stands there counts, whatever two neighbours alone would do.
+                really = v == teacher_ids[k] and (k == inside or (not consumed and i + 1 < len(ids)))
+                ends_here = k == inside and end < starts[k + 1]
+                if (leaves_it or really) if goes_on else ends_here:
+                    mass += before * rows[k][v]
+        masses.append(mass)
+    return masses
+
+
+def prefix_closed(tokens: Iterable[bytes]) -> tuple[bytes, ...]:
+    """With all starts of tokens, so that one byte more decides whether a longest match goes on."""
+    return tuple(sorted({token[:n] for token in tokens for n in range(1, len(token) + 1)}, key=lambda t: (len(t), t)))
 
 
 # ---- vocabularies ------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def chunk_credit(
 
     | credit | rule | property |
     |---|---|---|
-    | `strict` | ONE_TO_ONE and STOP chunks only, A = D | unbiased where it speaks |
+    | `strict` | ONE_TO_ONE and STOP chunks only, A = D | as `full`, where it speaks |
     | `prior` | log q_i = (L_T / L_S) log p_i; `shift` where abs(L_S) < eps | the paper's (arXiv 2606.09456) |
     | `shift` | log q_i = log p_i + D / m | `full` / m |
     | `uniform` | log q_i = L_T / m | does not vanish at the optimum |

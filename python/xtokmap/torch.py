@@ -482,7 +482,7 @@ def _parts(others: list[Any], tensors: Sequence[Tensor], a: int, b: int) -> list
     """Rows a to b of all that `fn` is given beside the student; None in `others` stands for the next tensor."""
     left = iter(tensors)
     with torch.no_grad():
-        parts = [other and other.slice(a, b) for other in others]
+        parts = [None if other is None else other.slice(a, b) for other in others]  # one of no rows is falsy
     return [next(left) if part is None else part for part in parts]
 
 

@@ -527,8 +527,10 @@ def transfer_kl(
         p = torch.zeros_like(log_p).scatter_add(1, into, log_p.exp())
         q = torch.zeros_like(log_p).scatter_add(1, into, q)
         there = q > 0
-        p_bins = _log(torch.cat([torch.where(there, p, 0), torch.where(there, 0, p).sum(-1, keepdim=True)], 1))
-        q_bins = _log(torch.cat([q, rest.clamp(min=floor)[:, None]], 1))
+        p_rest = torch.where(there, 0, p).sum(-1, keepdim=True)
+        # What the student cannot say at all is no bin: it would make a forward KL infinite, and has no gradient.
+        q_rest = torch.where(p_rest > 0, rest.clamp(min=floor)[:, None], 0)
+        p_bins, q_bins = _log(torch.cat([torch.where(there, p, 0), p_rest], 1)), _log(torch.cat([q, q_rest], 1))
         value = divergence(p_bins, q_bins, beta)
         own = ids[:, None]
         bin_of = torch.where(there.gather(1, event[own]), event[own], q.shape[1])
