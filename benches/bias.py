@@ -45,7 +45,7 @@ with h. A loss's expected gradient is the mean of what it gives for every text, 
 student writes it. Cosine: 1 is right, 0 is no use, below 0 is away from the teacher. A forward KL is another objective,
 whose gradient points elsewhere also where both tokenizers are the same. Credits have no clamp; `byte_kl` is as
 published (with spanning tokens), forward and reverse; `transfer_kl` has its defaults and the sampled tokens' log q*,
-but for `alone` (without those), `floor 1e-2`, and `floor 1e-30` (so low that log 0 counts in full; no clamp)."""
+but for `alone` (without those), `floor 1e-5`, and `floor 1e-30` (so low that log 0 counts in full; no clamp)."""
 
 #: The vocabularies; the student's first.
 LONGEST_MATCH = {
@@ -80,7 +80,7 @@ LOSSES: dict[str, Gradients] = {
     "`byte_kl`, reverse": lambda m: m.loss_gradients("byte_kl", 1.0),
     "`transfer_kl`": lambda m: m.loss_gradients("transfer_kl", **m.sampled()),
     "`transfer_kl`, alone": lambda m: m.loss_gradients("transfer_kl"),
-    "`transfer_kl`, floor 1e-2": lambda m: m.loss_gradients("transfer_kl", **m.sampled(), floor=1e-2),
+    "`transfer_kl`, floor 1e-5": lambda m: m.loss_gradients("transfer_kl", **m.sampled(), floor=1e-5),
     "`transfer_kl`, floor 1e-30": lambda m: m.loss_gradients("transfer_kl", **m.sampled(), clamp=1e9, floor=1e-30),
 }
 #: Against the gradient of the forward KL; what is known of several tokens together stays so.

@@ -461,7 +461,7 @@ def transfer_kl(
     beta: float = 1.0,
     clamp: float = 10.0,
     stops: bool = True,
-    floor: float = 1e-5,
+    floor: float = 1e-2,
     mask: Tensor | None = None,
     size: int | None = None,
     denominator: Tensor | float | None = None,
