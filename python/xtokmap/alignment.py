@@ -441,7 +441,9 @@ class Aligner:
             )
         if isinstance(batch, Alignment):
             counts = {"student_cu": len(batch.student_chunk), "teacher_cu": len(batch.teacher_chunk)}
-            cu = {name: np.asarray([0, n], np.int64) for name, n in {**counts, "chunk_cu": len(batch)}.items()}
+            cu: dict[str, Any] = {
+                name: np.asarray([0, n], np.int64) for name, n in {**counts, "chunk_cu": len(batch)}.items()
+            }
             own = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "_starts"}
             batch = AlignmentBatch(**own, **cu)
         assert batch._bytes is not None

@@ -135,7 +135,8 @@ class CoverQueries:
             log q* = Phi(i) - (teacher logprobs before `base`). -1 inside a stretch, -2 for tokens without a query:
             REWRITTEN chunks, unaligned tokens, and what is left of a chunk that a special token cuts.
         flags: uint8 `[M]`; bit 1: the student's tokenizer would not have put this token beside the next one, so nothing
-            is taken to merge there; bit 2: the teacher token that was really there would have been left out, and counts.
+            is taken to merge there; bit 2: the teacher token that was really there would have been left out, and
+            counts.
         student_ids: uint32 `[M]`, flat.
         student_cu: int64 `[B+1]`.
         teacher_cu: int64 `[B+1]`.
@@ -237,7 +238,8 @@ def padded_places(cu: Int64, mask: Bool | None, width: int | None = None) -> Int
         return np.flatnonzero(mask)
     lengths = np.diff(cu)
     row = np.repeat(np.arange(len(lengths)), lengths)
-    return row * int(width or lengths.max(initial=0)) + np.arange(len(row)) - cu[:-1][row]
+    places: Int64 = row * int(width or lengths.max(initial=0)) + np.arange(len(row)) - cu[:-1][row]
+    return places
 
 
 class Transfer:

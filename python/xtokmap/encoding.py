@@ -42,8 +42,8 @@ class EncodingRule:
     """How a tokenizer cuts bytes into tokens.
 
     BPE (merges, or the ranks of tiktoken, tekken and SentencePiece), Unigram's best path and longest match (WordPiece)
-    are followed on the bytes of two neighbours; what the pre-tokenizer does between them is found by asking it, once for
-    each pair of classes of tokens (kinds of characters at their edges) that occurs. A bare vocabulary (`*.tiktoken`,
+    are followed on the bytes of two neighbours; what the pre-tokenizer does between them is found by asking it, once
+    for each pair of classes of tokens (kinds of characters at their edges) that occurs. A bare vocabulary (`*.tiktoken`,
     GGUF) has no pre-tokenizer here, and a `ByteTable` no rule: longest match is taken.
 
     Attributes:
