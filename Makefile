@@ -58,6 +58,7 @@ fuzz: $(VENV)/built target/tools/bin/cargo-fuzz
 
 bench: $(VENV)/built
 	$(PY) benches/compare.py
+	$(PY) benches/queries.py
 
 lint: $(VENV)/built
 	cargo fmt --check

@@ -203,7 +203,7 @@ fn hash(bytes: &[u8]) -> u64 {
 }
 
 impl ByBytes {
-    /// Of ids with the same bytes `better(new, old)` chooses.
+    /// Of ids with the same bytes, in rising order, `better(new, old)` chooses.
     fn new(table: &ByteTable, better: impl Fn(u32, u32) -> bool) -> Self {
         let size = (table.len() * 2 + 1).next_power_of_two();
         let mut all = Self { slots: vec![EMPTY; size] };
@@ -250,9 +250,8 @@ impl Encoding {
             }
         }
         let longest = table.iter().map(<[u8]>::len).max().unwrap_or(0);
-        let lowest = ByBytes::new(&table, |new, old| new < old);
         let (ids, rule) = match rule {
-            Rule::LongestMatch => (lowest, Inner::LongestMatch),
+            Rule::LongestMatch => (ByBytes::new(&table, |_, _| false), Inner::LongestMatch),
             Rule::Unigram(scores) => {
                 if scores.len() != v {
                     return Err(Error::Argument(format!("{} scores for a byte table of {v} ids", scores.len())));
@@ -269,8 +268,16 @@ impl Encoding {
                     is_added[id as usize] = true;
                     added_start[table.bytes(id)[0] as usize] = true;
                 }
-                // A byte piece has the bytes of a character: the character, listed after it, is what is made.
-                let ids = if characters { ByBytes::new(&table, |_, _| true) } else { lowest };
+                // A byte piece has the bytes of a character: the character, listed after it, is what is made. What is
+                // added is found before either.
+                let ids = ByBytes::new(&table, |new, old| {
+                    let [new, old] = [new, old].map(|id| is_added[id as usize]);
+                    if characters {
+                        new || !old
+                    } else {
+                        new && !old
+                    }
+                });
                 let merges = match merges {
                     Some(merges) => listed(&table, &merges)?,
                     None => implied(&table, &ids, ranks.as_deref())?,

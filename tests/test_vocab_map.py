@@ -90,7 +90,7 @@ def test_real_summaries(pair):
     vm = pair.vocab_map
     student, teacher = tokens_of(pair.student), tokens_of(pair.teacher)
     summary = vm.summary()
-    shared = sum(token in set(student) for token in set(teacher) - {b""})
+    shared = len(set(student) & set(teacher) - {b""})
     copies = sum(map(bool, teacher)) - len(set(teacher) - {b""})
     assert shared <= summary["shared_bytes"] <= shared + copies
     assert summary["student"] == sum(map(bool, student))
@@ -99,14 +99,14 @@ def test_real_summaries(pair):
     assert str(vm).startswith(f"VocabMap(student={summary['student']}, teacher={summary['teacher']}, ")
 
 
-def test_strings_find_fewer_shared_tokens_than_bytes(tmp_path):
-    """Between Gemma 3 and Qwen3: 95,968 tokens as bytes, 24,520 as strings. Qwen's file here has ranks, no strings."""
+def test_shared_bytes_of_a_vocabulary_without_strings(tmp_path):
+    """Gemma 3 and Qwen share more than a third of their tokens. Qwen's file here has ranks and no strings."""
     pytest.importorskip("gguf")
     pytest.importorskip("tokenizers")
     gemma = real.gemma_header(tmp_path)
     summary = Aligner(source("qwen"), gemma).vocab_map.summary()
     assert summary["shared_strings"] is None
-    assert 95_900 < summary["shared_bytes"] < 96_100
+    assert summary["shared_bytes"] == 96_078
 
 
 def test_shared_strings_of_two_tokenizers_that_have_them():

@@ -35,14 +35,10 @@ impl Bpe {
     }
 
     fn id(&self, bytes: &[u8]) -> Option<u32> {
-        let mut equal =
-            (0..self.tokens.len() as u32).filter(|&id| !bytes.is_empty() && self.tokens[id as usize] == bytes);
-        // A character that is listed after the byte piece with the same bytes is what is made.
-        if self.characters {
-            equal.last()
-        } else {
-            equal.next()
-        }
+        let equal = (0..self.tokens.len() as u32).filter(|&id| !bytes.is_empty() && self.tokens[id as usize] == bytes);
+        // An added token is found first. A character that is listed after the byte piece with the same bytes is what
+        // is made.
+        equal.max_by_key(|id| (self.added.contains(id), if self.characters { i64::from(*id) } else { -i64::from(*id) }))
     }
 
     fn symbols(&self, bytes: &[u8]) -> Vec<u32> {
@@ -213,10 +209,8 @@ fn any_bpe() -> impl Strategy<Value = Bpe> {
         bpe.added = added.iter().map(|&k| 1 + u32::from(k) % (bpe.tokens.len() as u32 - 1)).collect();
         // Text is added, not half a character.
         bpe.added.retain(|&id| is_text(&bpe.tokens[id as usize]));
-        if bpe.characters {
-            // Of a byte piece and a character the tokenizer adds the character.
-            bpe.added = bpe.added.iter().map(|&id| bpe.id(&bpe.tokens[id as usize]).unwrap()).collect();
-        }
+        bpe.added.sort_unstable_by_key(|&id| &bpe.tokens[id as usize]);
+        bpe.added.dedup_by_key(|id| &bpe.tokens[*id as usize]);
         if implied > 0 {
             bpe.merges = None;
         }
