@@ -56,7 +56,7 @@ class EncodingRule:
         splits = None
         if self._cuts is not None:
             self._before, after, self._examples = _classes(table)
-            splits = (self._before, after, *map(len, self._examples))
+            splits = (self._before, after, len(self._examples[0]), len(self._examples[1]))
             self._known = np.zeros(len(self._examples[0]), np.bool_)
         self.core = Encoding(table, self.name, splits=splits, **arguments)
 
