@@ -65,6 +65,7 @@ $(VENV)/benches: $(VENV)/built
 bench: $(VENV)/benches
 	$(PY) benches/compare.py
 	$(PY) benches/memory.py
+	$(PY) benches/queries.py
 	$(PY) benches/kernel_data.py
 	cargo bench --quiet
 

@@ -113,6 +113,8 @@ struct Own {
 #[derive(Debug, Default)]
 struct Store {
     nodes: Vec<Node>,
+    /// By the first place of their range and the number of their bytes.
+    node_of: FxHashMap<(usize, usize), u32>,
     steps: FxHashMap<(u32, u32, u32), u32>,
     /// The node of every whole teacher token, or `UNKNOWN`.
     whole: Vec<u32>,
@@ -223,8 +225,11 @@ impl Known for Discovery<'_> {
         // The longer ones are sorted behind those that are equal.
         let longer = order.last().is_some_and(|&id| table.bytes(id as u32).len() > bytes.len());
         let to = if longer {
-            self.store.nodes.push(Node { bytes, range, rests: None });
-            self.store.nodes.len() as u32 - 1
+            let nodes = &mut self.store.nodes;
+            *self.store.node_of.entry((range[0], bytes.len())).or_insert_with(|| {
+                nodes.push(Node { bytes, range, rests: None });
+                nodes.len() as u32 - 1
+            })
         } else {
             DEAD
         };

@@ -1,7 +1,7 @@
 //! How one tokenizer cuts bytes into its tokens: the rule itself, on short byte strings.
 
 use std::hash::Hasher;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, RwLock};
 
 use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHasher};
@@ -141,6 +141,8 @@ pub struct Encoding {
     splits: Option<Splits>,
     /// For every class after a boundary the ids that are in it.
     in_class: Vec<Vec<u32>>,
+    /// For such a class, and a number of characters: of every id in it the first token of that many characters.
+    cut: Arc<RwLock<FxHashMap<(usize, u8), Cut>>>,
     sorted: OnceLock<Sorted>,
 }
 
@@ -150,6 +152,9 @@ enum Inner {
     Bpe(Box<Bpe>),
     Unigram(Vec<f32>),
 }
+
+/// (token, first token of its first characters)
+type Cut = Arc<Vec<(u32, Option<u32>)>>;
 
 /// Ids by their bytes: open addressing over the table's own bytes.
 #[derive(Clone, Debug)]
@@ -166,7 +171,7 @@ fn hash(bytes: &[u8]) -> u64 {
 }
 
 impl ByBytes {
-    /// Of ids with the same bytes `better(new, old)` chooses.
+    /// Of ids with the same bytes, in rising order, `better(new, old)` chooses.
     fn new(table: &ByteTable, better: impl Fn(u32, u32) -> bool) -> Self {
         let size = (table.len() * 2 + 1).next_power_of_two();
         let mut all = Self { slots: vec![EMPTY; size] };
@@ -213,9 +218,8 @@ impl Encoding {
             }
         }
         let longest = table.iter().map(<[u8]>::len).max().unwrap_or(0);
-        let lowest = ByBytes::new(&table, |new, old| new < old);
         let (ids, rule) = match rule {
-            Rule::LongestMatch => (lowest, Inner::LongestMatch),
+            Rule::LongestMatch => (ByBytes::new(&table, |_, _| false), Inner::LongestMatch),
             Rule::Unigram(scores) => {
                 if scores.len() != v {
                     return Err(Error::Argument(format!("{} scores for a byte table of {v} ids", scores.len())));
@@ -232,8 +236,16 @@ impl Encoding {
                     is_added[id as usize] = true;
                     added_start[table.bytes(id)[0] as usize] = true;
                 }
-                // A byte piece has the bytes of a character: the character, listed after it, is what is made.
-                let ids = if characters { ByBytes::new(&table, |_, _| true) } else { lowest };
+                // A byte piece has the bytes of a character: the character, listed after it, is what is made. What is
+                // added is found before either.
+                let ids = ByBytes::new(&table, |new, old| {
+                    let [new, old] = [new, old].map(|id| is_added[id as usize]);
+                    if characters {
+                        new || !old
+                    } else {
+                        new && !old
+                    }
+                });
                 let merges = match merges {
                     Some(merges) => listed(&table, &merges)?,
                     None => implied(&table, &ids, ranks.as_deref())?,
@@ -266,7 +278,8 @@ impl Encoding {
                 in_class[class as usize].push(id as u32);
             }
         }
-        let mut all = Self { table, ids, longest, rule, splits, in_class, sorted: OnceLock::new() };
+        let mut all =
+            Self { table, ids, longest, rule, splits, in_class, cut: Arc::default(), sorted: OnceLock::new() };
         all.grow_trees();
         Ok(all)
     }
@@ -567,16 +580,35 @@ impl Encoding {
             Some(0) => false,
             Some(Splits::INSIDE) => true,
             None | Some(Splits::ALL) => self.crosses(bpe, s, next),
-            Some(characters) => {
-                let bytes = self.table.bytes(next);
-                let end = std::str::from_utf8(bytes)
-                    .ok()
-                    .and_then(|text| text.char_indices().nth(characters as usize))
-                    .map_or(bytes.len(), |(at, _)| at);
-                let cut = if end == bytes.len() { Some(next) } else { self.first(&bytes[..end]) };
-                cut.is_some_and(|cut| self.crosses(bpe, s, cut))
-            }
+            Some(characters) => self.cut(next, characters).is_some_and(|cut| self.crosses(bpe, s, cut)),
         }
+    }
+
+    /// The first token of the first characters of a token.
+    fn cut(&self, id: u32, characters: u8) -> Option<u32> {
+        let bytes = self.table.bytes(id);
+        let end = std::str::from_utf8(bytes)
+            .ok()
+            .and_then(|text| text.char_indices().nth(characters as usize))
+            .map_or(bytes.len(), |(at, _)| at);
+        if end == bytes.len() {
+            Some(id)
+        } else {
+            self.first(&bytes[..end])
+        }
+    }
+
+    /// [`Encoding::cut`] of all tokens of a class.
+    fn cuts(&self, class: usize, characters: u8) -> Cut {
+        let known = |all: &FxHashMap<(usize, u8), Cut>| all.get(&(class, characters)).cloned();
+        if let Some(cuts) = self.cut.read().ok().and_then(|all| known(&all)) {
+            return cuts;
+        }
+        let cuts: Cut = Arc::new(self.in_class[class].iter().map(|&id| (id, self.cut(id, characters))).collect());
+        if let Ok(mut all) = self.cut.write() {
+            all.insert((class, characters), cuts.clone());
+        }
+        cuts
     }
 
     fn crosses(&self, bpe: &Bpe, s: u32, next: u32) -> bool {
@@ -620,29 +652,39 @@ impl Encoding {
             let reach = splits.reach[splits.before[s as usize] as usize].get()?;
             Some((&splits.after, reach))
         });
-        let within = |u: u32| splits.is_none_or(|(after, reach)| reach[after[u as usize] as usize] == Splits::ALL);
+        // What merges in one piece.
+        let mut across;
         if bpe.reachable[s as usize] {
+            across = Bits::new(self.table.len());
             for [lo, hi] in bpe.crossing(s) {
-                for &u in bpe.order[lo as usize..hi as usize].iter().filter(|&&u| within(u)) {
-                    all.insert(u);
+                for &u in &bpe.order[lo as usize..hi as usize] {
+                    across.insert(u);
                 }
             }
             if bpe.whole {
-                for u in self.completing(s).filter(|&u| within(u)) {
-                    all.insert(u);
+                for u in self.completing(s) {
+                    across.insert(u);
                 }
             }
         } else {
             // It was a whole piece; nothing else can be in it.
-            for u in (0..self.table.len() as u32).filter(|&u| within(u)) {
-                all.insert(u);
-            }
+            across = Bits::full(self.table.len());
         }
-        for (class, &reach) in splits.map_or(&[][..], |(_, reach)| reach).iter().enumerate() {
-            if reach != 0 && reach != Splits::ALL {
-                for &u in &self.in_class[class] {
-                    if reach == Splits::INSIDE || self.pair_merges(bpe, s, u) {
-                        all.insert(u);
+        match splits {
+            None => *all = across,
+            Some((after, reach)) => {
+                for u in across.iter().filter(|&u| reach[after[u as usize] as usize] == Splits::ALL) {
+                    all.insert(u);
+                }
+                for (class, &reach) in reach.iter().enumerate() {
+                    match reach {
+                        0 | Splits::ALL => {}
+                        Splits::INSIDE => self.in_class[class].iter().for_each(|&u| all.insert(u)),
+                        characters => {
+                            let cuts = self.cuts(class, characters);
+                            let crossing = |cut: &Option<u32>| cut.is_some_and(|cut| across.contains(cut));
+                            cuts.iter().filter(|(_, cut)| crossing(cut)).for_each(|&(u, _)| all.insert(u));
+                        }
                     }
                 }
             }

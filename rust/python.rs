@@ -541,9 +541,10 @@ impl PyEncoding {
         self.0.encode(bytes)
     }
 
+    #[pyo3(signature = (class_, reach))]
     #[allow(clippy::needless_pass_by_value)]
-    fn learn(&self, class: usize, reach: Array<'_, u8>) -> PyResult<()> {
-        Ok(self.0.learn(class, values(&reach)?)?)
+    fn learn(&self, class_: usize, reach: Array<'_, u8>) -> PyResult<()> {
+        Ok(self.0.learn(class_, values(&reach)?)?)
     }
 
     fn joined(&self, token: u32, next: u32) -> PyResult<bool> {

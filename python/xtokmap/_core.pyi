@@ -4,16 +4,19 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 
-from xtokmap.alignment import Alignment
+from xtokmap.alignment import Alignment, AlignmentBatch
 
 __all__ = [
     "KINDS",
     "Aligner",
     "ByteMismatchError",
     "ByteTable",
+    "Cover",
+    "Encoding",
     "TokenIdError",
     "UnsupportedTokenizerError",
     "XTokMapError",
+    "_Sets",
     "__version__",
     "_rebuild_byte_table",
     "align_offsets",
@@ -87,6 +90,55 @@ class Aligner:
     def student_texts(
         self, ids: npt.NDArray[Any], layout: npt.NDArray[Any], threads: int | None
     ) -> tuple[list[str], list[int]]: ...
+
+@final
+class Encoding:
+    def __new__(
+        cls,
+        table: ByteTable,
+        rule: str = "longest match",
+        *,
+        merges: npt.NDArray[np.uint32] | None = None,
+        ranks: npt.NDArray[np.uint32] | None = None,
+        scores: npt.NDArray[np.float32] | None = None,
+        characters: bool = False,
+        whole: bool = False,
+        added: npt.NDArray[np.uint32] | None = None,
+        splits: tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], int, int] | None = None,
+    ) -> Encoding: ...
+    def encode(self, bytes: bytes) -> list[int]: ...
+    def learn(self, class_: int, reach: npt.NDArray[np.uint8]) -> None: ...
+    def joined(self, token: int, next: int) -> bool: ...
+
+@final
+class Cover:
+    def __new__(cls, student: Encoding, teacher: Encoding, pieces: npt.NDArray[np.uint32] | None = None) -> Cover: ...
+    @property
+    def same(self) -> bool: ...
+    def vocab_map(self) -> dict[str, Any]: ...
+    def queries(
+        self,
+        batch: AlignmentBatch,
+        student_ids: npt.NDArray[np.uint32],
+        teacher_ids: npt.NDArray[np.uint32],
+        threads: int | None = None,
+    ) -> dict[str, Any]: ...
+    def interior(
+        self, batch: AlignmentBatch, student_ids: npt.NDArray[np.uint32], teacher_ids: npt.NDArray[np.uint32]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], _Sets]: ...
+
+@final
+class _Sets:
+    def __len__(self) -> int: ...
+    def arrays(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int32],
+        npt.NDArray[np.int32],
+        npt.NDArray[np.bool_],
+        npt.NDArray[np.bool_],
+    ]: ...
 
 def _rebuild_byte_table(tokens: Iterable[bytes | None], stop_ids: Sequence[int], invalid: str) -> ByteTable: ...
 def overlaps(

@@ -463,10 +463,10 @@ class Aligner:
     def cover_queries(self, batch: AlignmentBatch | Alignment, *, threads: int | None = None) -> CoverQueries:
         """For every student token, which teacher mass makes log q* of it: the teacher's view of the student's encoding.
 
-        A teacher scores its own encoding of the finished text, whose boundaries say what did not come next; every credit
-        that takes its logprobs as they are inherits that (tokenization bias, arXiv 2406.16829). What these queries name
-        is the repair: the mass of all teacher tokens that could have stood there and leave the student its token.
-        `LocalTeacher.score` evaluates them.
+        A teacher scores its own encoding of the finished text, whose boundaries say what did not come next; every
+        credit that takes its logprobs as they are inherits that (tokenization bias, arXiv 2406.16829). What these
+        queries name is the repair: the mass of all teacher tokens that could have stood there and leave the student
+        its token. `LocalTeacher.score` evaluates them.
 
         The rule by which the student's tokenizer cuts is followed on the bytes of two neighbours (`EncodingRule`); what
         repeats is kept, so that known tokens cost about as much as their alignment.

@@ -1,4 +1,4 @@
-"""VocabMap and CoverQueries: what two vocabularies are to each other, and the teacher mass behind a student token end."""
+"""VocabMap and CoverQueries: what two vocabularies are to each other, and the teacher mass behind a token end."""
 
 from __future__ import annotations
 
@@ -126,19 +126,20 @@ class CoverQueries:
     """For every student token of a batch, which teacher mass makes Phi (the teacher's view of the student's encoding).
 
     Phi(i) = log of the probability, under the teacher, that the text goes on as the student's tokens up to and with i
-    say, in the student's own encoding: the sum over `terms` of the probability of the teacher tokens before `row`, times
-    the mass of `set` in that row. log q*(s_i | s_<i) = Phi(i) - Phi(i - 1).
+    say, in the student's own encoding: the sum over `terms` of the probability of the teacher tokens before `row`,
+    times the mass of `set` in that row. log q*(s_i | s_<i) = Phi(i) - Phi(i - 1).
 
     Attributes:
         indptr: int64 `[M+1]`; the terms of student token i of the flat batch are `indptr[i]:indptr[i+1]`.
-        row: int32 `[N]`; the teacher row of every term, counted in its batch row: row k predicts teacher token k, and row
-            n is the one after the last token.
+        row: int32 `[N]`; the teacher row of every term, counted in its batch row: row k predicts teacher token k, and
+            row n is the one after the last token.
         set: int32 `[N]`; the place in `sets`, or `-1 - id` for a single teacher token.
-        base: int32 `[M]`; where an unbroken stretch begins, the teacher token it begins with: its first student token has
-            log q* = Phi(i) - (teacher logprobs before `base`). -1 inside a stretch, -2 for tokens without a query:
+        base: int32 `[M]`; where an unbroken stretch begins, the teacher token it begins with: its first student token
+            has log q* = Phi(i) - (teacher logprobs before `base`). -1 inside a stretch, -2 for tokens without a query:
             REWRITTEN chunks, unaligned tokens, and what is left of a chunk that a special token cuts.
         flags: uint8 `[M]`; bit 1: the student's tokenizer would not have put this token beside the next one, so nothing
-            is taken to merge there; bit 2: the teacher token that was really there would have been left out, and counts.
+            is taken to merge there; bit 2: the teacher token that was really there would have been left out, and
+            counts.
         student_ids: uint32 `[M]`, flat.
         student_cu: int64 `[B+1]`.
         teacher_cu: int64 `[B+1]`.
@@ -240,7 +241,8 @@ def padded_places(cu: Int64, mask: Bool | None, width: int | None = None) -> Int
         return np.flatnonzero(mask)
     lengths = np.diff(cu)
     row = np.repeat(np.arange(len(lengths)), lengths)
-    return row * int(width or lengths.max(initial=0)) + np.arange(len(row)) - cu[:-1][row]
+    places: Int64 = row * int(width or lengths.max(initial=0)) + np.arange(len(row)) - cu[:-1][row]
+    return places
 
 
 class Transfer:

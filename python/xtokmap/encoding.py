@@ -42,9 +42,9 @@ class EncodingRule:
     """How a tokenizer cuts bytes into tokens.
 
     BPE (merges, or the ranks of tiktoken, tekken and SentencePiece), Unigram's best path and longest match (WordPiece)
-    are followed on the bytes of two neighbours; what the pre-tokenizer does between them is found by asking it, once for
-    each pair of classes of tokens (kinds of characters at their edges) that occurs. A bare vocabulary (`*.tiktoken`,
-    GGUF) has no pre-tokenizer here, and a `ByteTable` no rule: longest match is taken.
+    are followed on the bytes of two neighbours; what the pre-tokenizer does between them is found by asking it, once
+    for each pair of classes of tokens (kinds of characters at their edges) that occurs. A bare vocabulary
+    (`*.tiktoken`, GGUF) has no pre-tokenizer here, and a `ByteTable` no rule: longest match is taken.
 
     Attributes:
         name: "bpe", "unigram" or "longest match".
@@ -56,7 +56,7 @@ class EncodingRule:
         splits = None
         if self._cuts is not None:
             self._before, after, self._examples = _classes(table)
-            splits = (self._before, after, *map(len, self._examples))
+            splits = (self._before, after, len(self._examples[0]), len(self._examples[1]))
             self._known = np.zeros(len(self._examples[0]), np.bool_)
         self.core = Encoding(table, self.name, splits=splits, **arguments)
 
@@ -90,6 +90,8 @@ class EncodingRule:
 
 _Rule: TypeAlias = "tuple[str, dict[str, Any], Cuts | None]"
 _LONGEST: _Rule = ("longest match", {}, None)
+#: tiktoken and tekken look a piece up before they merge in it.
+_RANKED: dict[str, Any] = {"whole": True}
 
 
 def _rule(tokenizer: Any, table: ByteTable) -> _Rule:
@@ -104,13 +106,13 @@ def _rule(tokenizer: Any, table: ByteTable) -> _Rule:
     if packages & {"tokenizers", "fastokens"}:
         return _rule_of_json(json.loads(_serialized(tokenizer.to_str, "tokenizer")), tokenizer)
     if "tiktoken" in packages:
-        return "bpe", {}, _pattern(tokenizer._pat_str)
+        return "bpe", _RANKED, _pattern(tokenizer._pat_str)
     if "sentencepiece" in packages:
         return _rule_of_pieces(tokenizer.serialized_model_proto())
     if "mistral_common" in packages:
         core = _mistral_core(tokenizer)
         if type(core).__name__ == "Tekkenizer":
-            return "bpe", {}, _pattern(core._model._pat_str)
+            return "bpe", _RANKED, _pattern(core._model._pat_str)
         return _rule_of_pieces(core._model.serialized_model_proto())
     return _LONGEST
 
@@ -122,7 +124,7 @@ def _rule_of_path(path: Path, table: ByteTable) -> _Rule:
     if path.suffix == ".json":
         spec = _load_json(path)
         if "config" in spec:
-            return "bpe", {}, _pattern(spec["config"]["pattern"])
+            return "bpe", _RANKED, _pattern(spec["config"]["pattern"])
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -130,7 +132,7 @@ def _rule_of_path(path: Path, table: ByteTable) -> _Rule:
         return _rule_of_json(spec, Tokenizer.from_file(str(path)))
     if _MODEL_NAME.fullmatch(path.name) and not _is_tiktoken(path):
         return _rule_of_pieces(path.read_bytes())
-    return "bpe", {}, None
+    return "bpe", _RANKED, None
 
 
 def _rule_of_json(spec: dict[str, Any], tokenizer: Any) -> _Rule:
