@@ -364,7 +364,7 @@ class TransferTarget:
         return replace(self, _rows=tuple(rows), _chosen=np.concatenate([np.zeros(0, np.int64), *chosen]))
 
     def places(self) -> tuple[Int64, tuple[int, int]]:
-        """Where the positions lie in `[B, Ts]`: flat, and (B, Ts); a selection in its own rows, as wide as the batch."""
+        """Where the positions lie in `[B, Ts]`: flat, and (B, Ts); a selection in its rows, as wide as the batch."""
         places, (rows, width) = self.queries.places()
         if self._rows is None or self._chosen is None:
             return places[self._at], (rows, width)
