@@ -272,8 +272,10 @@ def measure(student: Side, teacher: Side, n: int) -> tuple[dict[str, float], dic
     alignment = aligner.align(a, b)
     found = {KERNEL: len(alignment)}
     few = range(max(1, min(len(students), 8192 // n)))
+    flat = students.reshape(-1), np.concatenate(teachers)
+    cu = {"student_cu": np.arange(len(students) + 1) * n, "teacher_cu": np.cumsum([0, *map(len, teachers)])}
     work: dict[str, tuple[Callable[[], object], int]] = {
-        KERNEL: (lambda: aligner.align_batch(students, teachers, threads=1), students.size),
+        KERNEL: (lambda: aligner.align_batch(*flat, **cu, threads=1), students.size),
         ONE_ROW: (lambda: [aligner.align(students[k], teachers[k]) for k in few], n * len(few)),
         ENCODE: (lambda: teacher.encode([text]), n),
     }

@@ -312,3 +312,17 @@ def test_empty_batches_have_no_queries():
         queries = al.cover_queries(al.align_batch(rows, rows))
         assert (len(queries), len(queries.row), len(queries.sets.ids)) == (len(rows), 0, 0)
         assert len(queries.select(list(range(len(rows))))) == len(rows)
+
+
+def test_tensors_of_a_map_hold_the_same():
+    torch = pytest.importorskip("torch")
+    aligner = xtokmap.Aligner(
+        xtokmap.ByteTable.from_bytes([b"a", b"b", b"ab", None], stop_ids=[3]),
+        xtokmap.ByteTable.from_bytes([b"a", b"ba", b"b", None], stop_ids=[3]),
+    )
+    vm = aligner.vocab_map
+    tensors = vm.torch("cpu")
+    for name in ("teacher_to_student", "prefix", "canonical", "teacher_range", "group"):
+        assert getattr(tensors, name).dtype == torch.int64
+        assert getattr(tensors, name).tolist() == getattr(vm, name).tolist()
+    assert tensors.shared.tolist() == [[0, 0], [1, 2]]

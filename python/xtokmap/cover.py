@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from xtokmap import _core
 from xtokmap._core import ByteTable
 from xtokmap.encoding import EncodingRule
 from xtokmap.tokenizers import _load_json
+
+if TYPE_CHECKING:
+    from xtokmap.torch import VocabTensors
 
 Int32: TypeAlias = npt.NDArray[np.int32]
 Int64: TypeAlias = npt.NDArray[np.int64]
@@ -81,6 +84,12 @@ class VocabMap:
             "groups": int(self.group.max(initial=-1)) + 1,
             "unreachable": int((self.prefix[spelled] < 0).sum()),
         }
+
+    def torch(self, device: Any = None) -> VocabTensors:
+        """The same as index tensors on a device, for the losses; needs torch."""
+        from xtokmap.torch import VocabTensors
+
+        return VocabTensors.from_map(self, device)
 
     def __repr__(self) -> str:
         return f"VocabMap({', '.join(f'{name}={n}' for name, n in self.summary().items())})"

@@ -249,7 +249,7 @@ class Roller:
     @cached_property
     def vocab_tensors(self) -> VocabTensors:
         """The two vocabularies' map, on the device."""
-        return VocabTensors.from_map(self.aligner.vocab_map, self.device)
+        return self.aligner.vocab_map.torch(self.device)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]], list[bool]]:
