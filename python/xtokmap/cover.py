@@ -259,8 +259,9 @@ class Transfer:
 
     def __init__(self, student: Any, student_table: ByteTable, teacher: Any, teacher_table: ByteTable) -> None:
         self.rule = EncodingRule(student, student_table)
-        # The teacher's own rule only matters where it may be the student's.
-        same = len(student_table) and bool(np.array_equal(student_table.lengths[:256], teacher_table.lengths[:256]))
+        # The teacher's own rule only matters where it may be the student's; specials may have been added to either.
+        n = min(len(student_table), len(teacher_table))
+        same = bool(np.array_equal(student_table.lengths[:n], teacher_table.lengths[:n]))
         teacher_rule = EncodingRule(teacher if same else teacher_table, teacher_table)
         self.core = _core.Cover(self.rule.core, teacher_rule.core, self.rule.pieces(teacher_table))
         names = _names(student), _names(teacher)
