@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,6 @@ import numpy.typing as npt
 from xtokmap import _core
 from xtokmap._core import ByteTable
 from xtokmap.encoding import EncodingRule
-from xtokmap.tokenizers import _load_json
 
 if TYPE_CHECKING:
     from xtokmap.torch import VocabTensors
@@ -293,7 +293,7 @@ class Transfer:
 def _names(tokenizer: Any) -> Mapping[str, int] | None:
     """Vocabulary strings, where the tokenizer has them and they can be read at once."""
     if isinstance(tokenizer, (str, os.PathLike)) and str(tokenizer).endswith("tokenizer.json"):
-        vocab = _load_json(Path(tokenizer))["model"]["vocab"]
+        vocab = json.loads(Path(tokenizer).read_bytes())["model"]["vocab"]
         return vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
     get_vocab = getattr(tokenizer, "get_vocab", None)
     names: Mapping[str, int] | None = get_vocab() if get_vocab is not None else None

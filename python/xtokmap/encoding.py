@@ -26,7 +26,6 @@ from xtokmap.tokenizers import (
     _file_in,
     _gguf_fields,
     _is_tiktoken,
-    _load_json,
     _mistral_core,
     _packages,
     _protobuf,
@@ -122,7 +121,7 @@ def _rule_of_path(path: Path, table: ByteTable) -> _Rule:
     if path.suffix == ".gguf":
         return _rule_of_gguf(path)
     if path.suffix == ".json":
-        spec = _load_json(path)
+        spec = json.loads(path.read_bytes())  # merges and all, which the reader of bytes passes over
         if "config" in spec:
             return "bpe", _RANKED, _pattern(spec["config"]["pattern"])
         try:
