@@ -1,9 +1,8 @@
 """What the teacher's view of the student's encoding costs, on the demo's pair: python benches/transfer.py
 
 Text is the source of Python's standard library, cut by SmolLM2's tokenizer and scored by Gemma 3 270M (262,144 tokens).
-Each measurement runs in a process of its own, forward or forward and backward over the same positions; memory is the
-growth of the process's peak over its size before. The share of tokens that the whole distribution alone does not
-decide is counted for five pairs of tokenizers, without a model.
+Each measurement runs in a process of its own, forward or forward and backward over the same positions. The share of
+tokens that the whole distribution alone does not decide is counted for five pairs of tokenizers, without a model.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import gc
 import importlib.metadata
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -40,7 +38,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 RESULTS = Path(__file__).parent / "results" / "transfer.md"
 MEASURED = ("teacher forward", "cover", "same-tokenizer KL", "transfer_kl")
-PAIRS = (("smollm2", "qwen3.6"), ("qwen", "cl100k"), ("cl100k", "deepseek"), ("deepseek", "tekken"), ("o200k", "qwen"))
+PAIRS = (
+    ("qwen", "cl100k"),
+    ("cl100k", "deepseek"),
+    ("deepseek", "tekken-240911"),
+    ("o200k", "qwen3.6"),
+    ("mistral-v3", "qwen"),
+)
 
 
 def text(characters: int) -> str:
@@ -53,14 +57,11 @@ def student_rows(tokenizer: Any, tokens: int, rows: int) -> list[list[int]]:
     return [ids[k * tokens // rows : (k + 1) * tokens // rows] for k in range(rows)]
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and MiB by which the peak grew."""
+def timed(work: Callable[[], Any]) -> float:
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     work()
-    seconds = time.perf_counter() - start
-    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return time.perf_counter() - start
 
 
 def measure(what: str, tokens: int) -> dict[str, float]:
@@ -81,9 +82,9 @@ def measure(what: str, tokens: int) -> dict[str, float]:
     rows = teacher.rows(prompts, ids)
 
     if what == "teacher forward":
-        seconds, memory = timed(lambda: teacher.score(prompts, ids))
+        seconds = timed(lambda: teacher.score(prompts, ids))
     elif what == "cover":
-        seconds, memory = timed(lambda: teacher.score(prompts, ids, queries=queries))
+        seconds = timed(lambda: teacher.score(prompts, ids, queries=queries))
     else:
         with torch.no_grad():
             own = completion_rows(student, [[0]] * len(ids), completions)
@@ -116,8 +117,8 @@ def measure(what: str, tokens: int) -> dict[str, float]:
             def work() -> None:
                 map_rows(exact, leaf, Logits(hidden, rows.weight))[0].mean().backward()
 
-        seconds, memory = timed(work)
-    return {**found, "seconds": seconds, "memory": memory}
+        seconds = timed(work)
+    return {**found, "seconds": seconds}
 
 
 def undecided() -> Iterator[str]:
@@ -158,12 +159,11 @@ def main() -> None:
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[what] = json.loads(out.splitlines()[-1])
         print(what, found[what], flush=True)
-    lines = ["| | seconds | beside | MiB of memory | beside |", "|---|--:|--:|--:|--:|"]
+    lines = ["| | seconds | beside |", "|---|--:|--:|"]
     for what, beside in (("cover", "teacher forward"), ("transfer_kl", "same-tokenizer KL")):
         a, b = found[beside], found[what]
-        lines.append(f"| {beside} | {a['seconds']:.2f} | 1 | {a['memory']:.0f} | 1 |")
-        times, sizes = b["seconds"] / a["seconds"], b["memory"] / max(a["memory"], 1)
-        lines.append(f"| {what} | {b['seconds']:.2f} | {times:.2f} | {b['memory']:.0f} | {sizes:.2f} |")
+        lines.append(f"| {beside} | {a['seconds']:.2f} | 1 |")
+        lines.append(f"| {what} | {b['seconds']:.2f} | {b['seconds'] / a['seconds']:.2f} |")
     packages = ("torch", "transformers", "tokenizers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     report = [
