@@ -478,10 +478,7 @@ class Aligner:
         Raises:
             XTokMapError: an alignment that was made without ids (`align_offsets`) or by another aligner.
         """
-        if batch._bytes is None or (batch._bytes.student, batch._bytes.teacher) != (self.student, self.teacher):
-            raise XTokMapError(
-                "cover_queries needs a batch that this aligner made: align or retokenize the ids with it"
-            )
+        self._check_own(batch, "cover_queries")
         if isinstance(batch, Alignment):
             batch = batch._as_batch()
         return self._transfer.queries(batch, *batch._flat_ids(), threads)
@@ -496,8 +493,7 @@ class Aligner:
         Raises:
             XTokMapError: a batch that this aligner did not make.
         """
-        if batch._bytes is None or (batch._bytes.student, batch._bytes.teacher) != (self.student, self.teacher):
-            raise XTokMapError("interior_queries needs a batch that this aligner made: align the ids with it")
+        self._check_own(batch, "interior_queries")
         student, teacher, ranges, sets = self._transfer.core.interior(batch, *batch._flat_ids())
         indptr, teacher_ids, following, _, _ = sets.arrays()
         places = (
@@ -505,6 +501,10 @@ class Aligner:
             padded_places(batch.teacher_cu, batch.teacher_mask, None)[teacher],
         )
         return InteriorQueries(*places, indptr, teacher_ids, following, ranges)
+
+    def _check_own(self, batch: AlignmentBatch | Alignment, what: str) -> None:
+        if batch._bytes is None or (batch._bytes.student, batch._bytes.teacher) != (self.student, self.teacher):
+            raise XTokMapError(f"{what} needs a batch that this aligner made: align or retokenize the ids with it")
 
     @cached_property
     def _transfer(self) -> Transfer:
