@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from xtokmap import cover
 from xtokmap._core import XTokMapError
 from xtokmap.cover import CoverQueries
 from xtokmap.tokenizers import byte_table
@@ -104,7 +105,7 @@ class LocalTeacher:
             raise XTokMapError("transferred=True needs queries=aligner.cover_queries(batch) of these completions")
         if queries is not None and np.diff(queries.teacher_cu).tolist() != [len(row) for row in completion_ids]:
             raise XTokMapError("queries are of other completions: their rows have other numbers of teacher tokens")
-        cu = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(row) for row in completion_ids], dtype=np.int64)])
+        cu = _cu(completion_ids)
         flat = torch.zeros(int(cu[-1]), device=device)
         found = torch.full((0 if queries is None else len(queries.base),), torch.nan, device=device)
         kept: Logits | None = None
@@ -149,6 +150,11 @@ def _spans(cu: npt.NDArray[np.int64], rows: Sequence[int], *, but_last: bool = F
     """Flat places of some rows, one after the other."""
     spans = (np.arange(cu[b], cu[b + 1] - but_last) for b in rows)
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *spans]))
+
+
+def _cu(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """int64 `[B+1]`: tokens before each row."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum([len(row) for row in rows], dtype=np.int64)])
 
 
 def _flat(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -285,8 +291,7 @@ def padded_logprobs(rows: Logits, completion_ids: Sequence[Sequence[int]], width
 
 def padded_places(rows: Sequence[Sequence[int]], width: int) -> Tensor:
     """int64 `[N]`, on the CPU: where the tokens of ragged rows lie in `[B, width]`, flat."""
-    places = [np.arange(len(row), dtype=np.int64) + b * width for b, row in enumerate(rows)]
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *places]))
+    return torch.from_numpy(cover.padded_places(_cu(rows), None, width))
 
 
 def by_length(
