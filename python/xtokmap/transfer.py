@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,11 +100,19 @@ def _expand(indptr: Int64, sets: npt.NDArray[Any]) -> tuple[Int64, Int64]:
     """Owner and place of every element of some sets; a negative set has one, whose place means nothing."""
     known, one = np.append(indptr, indptr[-1]), sets < 0
     at = np.maximum(sets, 0)
-    lengths = np.where(one, 1, known[at + 1] - known[at])
-    owner = np.repeat(np.arange(len(sets), dtype=np.int64), lengths)
-    return owner, np.arange(len(owner)) + np.repeat(
-        np.where(one, 0, known[at]) - (np.cumsum(lengths) - lengths), lengths
-    )
+    starts = np.where(one, 0, known[at])
+    return _spread(starts, np.where(one, starts + 1, known[at + 1]))
+
+
+def _spread(starts: Int64, stops: Int64) -> tuple[Int64, Int64]:
+    """Owner and place of every element of the ranges `[starts, stops)`."""
+    lengths = stops - starts
+    owner = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    return owner, np.arange(len(owner)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+
+
+def _on(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 def plan(queries: CoverQueries) -> _Plan:
@@ -142,9 +151,7 @@ def transfer(
         )
     device = teacher_ids.device
 
-    def on(array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
+    on = partial(_on, device=device)
     size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
     dtype = _widened((teacher.rows if isinstance(teacher, Logits) else teacher.logprobs)[:0]).dtype
     logprobs, elements, kept, missing = (
@@ -202,13 +209,12 @@ def boundary_leak(teacher: Logits, teacher_ids: Tensor, vocab_map: VocabMap, *, 
     parts = [torch.zeros(0, device=device)]
     for a in range(0, len(ranges), size):
         rows = _Rows(teacher, a, min(len(ranges), a + size))
-        lengths = ranges[a : a + size, 1] - ranges[a : a + size, 0]
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        at = np.arange(len(owner)) + np.repeat(ranges[a : a + size, 0] - (np.cumsum(lengths) - lengths), lengths)
-        own = torch.from_numpy(owner).to(device)
-        masses = rows.logprobs(own, order[torch.from_numpy(at).to(device)])
-        token = rows.logprobs(torch.arange(len(lengths), device=device), teacher_ids[a : a + size])
-        pi = _logsumexp(masses, own, len(lengths))
+        ids = teacher_ids[a : a + size]
+        owner, at = _spread(*ranges[a : a + size].T)
+        own = _on(owner, device)
+        masses = rows.logprobs(own, order[_on(at, device)])
+        token = rows.logprobs(torch.arange(len(ids), device=device), ids)
+        pi = _logsumexp(masses, own, len(ids))
         parts.append(torch.where(torch.isfinite(pi), pi - token, 0).float())
     return torch.cat(parts)
 
@@ -381,9 +387,7 @@ class TransferTarget:
         """
         p, values, device = plan(self.queries), self.values, self._before.device
 
-        def on(array: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
+        on = partial(_on, device=device)
         which = np.arange(a, b) if self._chosen is None else self._chosen[a:b]
         size = len(self.queries.vocab_map.student_to_teacher)
         dtype = values.logprobs.dtype
