@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -378,9 +379,7 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
     response = response.to(roller.device)
     loss_of = _whole_loss if config.rule in _WHOLE else _policy_loss
 
-    scored = response & (index.to_student((index.teacher_count > 0).long()) > 0)
-    if not config.score_stop:
-        scored &= index.kind_of_student() != int(Kind.STOP)
+    scored = _but_stops(response & (index.to_student((index.teacher_count > 0).long()) > 0), index, config)
     if config.rule == "strict":
         scored &= index.strict_teacher_pos() >= 0
     denominator = response.sum() if config.aggregate == "response" else scored.sum().clamp(min=1)
@@ -444,9 +443,7 @@ def _policy_loss(
         config.clamp,
         max_chunk_tokens=config.max_chunk_tokens or None,
     )
-    scored = given.scored & response
-    if not config.score_stop:
-        scored &= index.kind_of_student() != int(Kind.STOP)
+    scored = _but_stops(given.scored & response, index, config)
     loss = policy_loss(
         logprobs,
         old,
@@ -504,17 +501,23 @@ def _whole_loss(
         batch = roller.aligner.align_batch(completions, teacher_ids)
         queries = roller.aligner.interior_queries(batch, width=width)
         index = rollouts.index.rows(at)
-        first = torch.tensor([sum(map(len, rollouts.teacher_ids[:b])) + b for b in rows], device=device)
+        before = list(accumulate((len(row) + 1 for row in rollouts.teacher_ids), initial=0))
+        first = torch.tensor([before[b] for b in rows], device=device)
         among = torch.arange(index.teacher_chunk.shape[1], device=device)
         lengths = torch.tensor([len(row) for row in teacher_ids], device=device)
         row_of = torch.where(among < lengths[:, None], first[:, None] + among, -1)
-        mask = response if config.score_stop else response & (index.kind_of_student() != int(Kind.STOP))
+        mask = _but_stops(response, index, config)
         maps = roller.vocab_tensors
         loss = byte_kl(student, teacher.rows.at(row_of), index, maps, queries, **{**common, "mask": mask})
         names = ("residual",)
     tokens = loss.figures["tokens"]
     sums = {name: loss.figures[name] * tokens for name in names}
     return loss.loss, own, {"scored": tokens, "nonfinite": loss.figures["nonfinite"], **sums}
+
+
+def _but_stops(tokens: Tensor, index: ChunkIndex, config: Config) -> Tensor:
+    """Without ends of turns, where these are not scored."""
+    return tokens if config.score_stop else tokens & (index.kind_of_student() != int(Kind.STOP))
 
 
 def _inverse(places: Tensor, shape: tuple[int, int]) -> Tensor:
