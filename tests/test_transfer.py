@@ -16,7 +16,7 @@ from enumeration import Model, Pair, cosine
 from oracle import SPECIAL, STOP, Side, Tokens, mass_of_start, prefix_closed, spelled
 from xtokmap.losses import CREDITS, chunk_credit, transfer_kl
 from xtokmap.torch import ChunkIndex, Logits, TopK
-from xtokmap.transfer import Transferred, TransferTarget, transfer
+from xtokmap.transfer import Transferred, TransferTarget, boundary_leak, transfer
 
 # ---- vectors -----------------------------------------------------------------------------------------------------
 
@@ -726,3 +726,13 @@ def test_whatever_the_tokens(data, seed):
             end += 1
         steps = found[i:end].sum().item()
         assert steps == pytest.approx((values.phi[end - 1] - values.before[int(base[i])]).item(), abs=1e-9)
+
+
+def test_the_leak_is_the_mass_of_what_begins_with_a_token_over_its_own():
+    student = xtokmap.ByteTable.from_bytes([b"1", b"2", b"x"])
+    teacher = xtokmap.ByteTable.from_bytes([b"1", b"12", b"121", b"x", None])
+    row = torch.tensor([0.01, 0.29, 0.68, 0.01, 0.01])
+    found = boundary_leak(
+        Logits(row.log().expand(3, -1)), torch.tensor([0, 1, 4]), xtokmap.Aligner(student, teacher).vocab_map, size=2
+    )
+    assert found.tolist() == pytest.approx([math.log(0.98 / 0.01), math.log(0.97 / 0.29), 0], abs=1e-5)
