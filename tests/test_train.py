@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 import xtokmap
 from xtokmap import train as loop
-from xtokmap.teacher import LocalTeacher
-from xtokmap.train import Config, Roller, evaluate, ratio_with_error, read_prompts, train
+from xtokmap.losses import chunk_gap
+from xtokmap.models import float32_parameters, write_back
+from xtokmap.rollouts import ratio_with_error, sample
+from xtokmap.teacher import LocalTeacher, render
+from xtokmap.train import Config, Roller, evaluate, read_prompts, train
 
 # It reads "<eos>" in a text as the special token, for the tiny teacher: found by the check, and `tokenizers` is used.
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
@@ -85,6 +89,51 @@ def test_the_student_moves_towards_the_teacher(prompts, credit):
     assert fall > 3 * error > 0
 
 
+@pytest.mark.parametrize(("method", "beta"), [("kd", 0.0), ("sft", 1.0)])
+def test_the_student_learns_from_the_teachers_samples(prompts, method, beta):
+    changes = {"steps": 60, "batch_size": 16, "micro_batch": 16, "method": method, "beta": beta, "eval_samples": 0}
+    models = tiny.pair()
+    with torch.no_grad():
+        for p in models[2].parameters():
+            p.mul_(2)  # a teacher that prefers something
+    start = {name: value.clone() for name, value in models[0].state_dict().items()}
+    judge = Roller(*models[:2], LocalTeacher(*models[2:]), config(prompts, method="kd", max_new_tokens=12))
+    torch.manual_seed(5)
+    answers = judge.roll(["the sky", "the dog", "a fox?", "1 + 2"] * 8)
+
+    def forward_kl():
+        nats, nbytes = chunk_gap(judge.all_logprobs(answers), answers.teacher.logprobs, answers.index)
+        return float(-nats.sum() / nbytes.sum())
+
+    result = train(config(prompts, learning_rate=1e-2, **changes), models=models)
+    after = forward_kl()
+    models[0].load_state_dict(start)
+    assert after < forward_kl() - 0.05
+    assert math.isnan(result.metrics[0]["kl_per_byte"]) == (method == "sft")
+    assert ("teacher" in result.metrics[0]["time"]) == (method == "kd")
+
+
+def test_fine_tuning_is_the_mean_negative_logprob_of_the_teachers_answers(prompts):
+    student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
+    roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config(prompts, method="sft"))
+    torch.manual_seed(0)
+    rollouts = roller.roll(["the sky", "the dog", "a fox?"])
+    assert rollouts.teacher is None
+    for own, theirs in zip(rollouts.completion_ids, rollouts.teacher_ids, strict=True):
+        # What is not UTF-8 becomes U+FFFD when a text is made of it, one or more.
+        text, spelled = (
+            re.sub("\ufffd+", "\ufffd", table.decode(ids).decode(errors="replace"))
+            for table, ids in ((roller.aligner.teacher, theirs), (roller.aligner.student, own))
+        )
+        assert spelled == text
+    found = loop.update(roller, rollouts, torch.optim.SGD(student.parameters(), lr=0.0))
+    logprobs = [
+        torch.log_softmax(student(torch.tensor([p + c])).logits[0, len(p) - 1 : -1], -1).gather(1, torch.tensor([c]).T)
+        for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
+    ]
+    assert float(found["loss"]) == pytest.approx(-float(torch.cat(logprobs).mean()), rel=1e-5)
+
+
 def test_the_same_seed_gives_the_same_run(prompts):
     def run(name, **changes):
         result = train(config(prompts, output=str(prompts.parent / name), **changes), models=tiny.pair())
@@ -99,7 +148,7 @@ def test_the_same_seed_gives_the_same_run(prompts):
     [{"repetition_penalty": 1.3}, {"min_p": 0.5}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": [9, 10, 11]}],
 )
 def test_samples_are_the_policys_own_whatever_the_model_would_like(prompts, settings):
-    def sample(**own):
+    def samples(**own):
         student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
         with torch.no_grad():
             for p in student.parameters():
@@ -111,21 +160,22 @@ def test_samples_are_the_policys_own_whatever_the_model_would_like(prompts, sett
             student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config(prompts, max_new_tokens=30)
         )
         torch.manual_seed(0)
-        rows = roller.sample(["the sky"] * 8)[1]
+        prompt_ids = render(tokenizer, ["the sky"] * 8)
+        rows = sample(student, prompt_ids, roller.aligner.student.stop_ids, roller.config)[0]
         assert student.generation_config is kept
         return rows
 
-    assert sample(**settings) == sample()
+    assert samples(**settings) == samples()
 
 
 def test_half_precision_students_learn_at_any_learning_rate(prompts):
     models = tiny.pair()
     student = models[0].bfloat16()
-    parameters = loop.float32_parameters(student)
+    parameters = float32_parameters(student)
     start = [p.detach().clone() for p in parameters]
     roller = Roller(student, models[1], LocalTeacher(*models[2:]), config(prompts, micro_batch=2))
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
-    optimizer.register_step_post_hook(loop.write_back)
+    optimizer.register_step_post_hook(write_back)
     torch.manual_seed(0)
     for _ in range(3):
         found = loop.update(roller, roller.roll(["the sky", "the dog", "a fox?"]), optimizer)
@@ -142,7 +192,7 @@ def test_float32_and_frozen_parameters_are_not_copied():
     student = tiny.student_model()
     next(student.parameters()).requires_grad_(False)
     wanted = [p for p in student.parameters() if p.requires_grad]
-    assert [id(p) for p in loop.float32_parameters(student)] == [id(p) for p in wanted]
+    assert [id(p) for p in float32_parameters(student)] == [id(p) for p in wanted]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -161,7 +211,7 @@ def test_dropout_does_not_part_the_policy_from_its_samples(prompts):
     roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config(prompts))
     rollouts = roller.roll(["the sky", "the dog"])
     with torch.no_grad():
-        want = loop.chunk_gap(roller.all_logprobs(rollouts), rollouts.teacher.logprobs, rollouts.index)[0]
+        want = chunk_gap(roller.all_logprobs(rollouts), rollouts.teacher.logprobs, rollouts.index)[0]
     found = loop.update(roller, rollouts, torch.optim.SGD(student.parameters(), lr=0.0))
     torch.testing.assert_close(found["nats"], want)
 
@@ -289,6 +339,8 @@ def test_prompt_files(tmp_path):
     ("changes", "message"),
     [
         ({"loss": "best"}, "loss='best': use one of auto, transfer_kl"),
+        ({"method": "rl"}, "method='rl': use one of opd, kd, sft"),
+        ({"method": "kd", "loss": "prior"}, "loss='prior' with method='kd': a policy gradient needs the student's own"),
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"temperature": 0.0}, "temperature=0.0: must be positive"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0: must be finite and not negative"),

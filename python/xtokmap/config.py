@@ -1,0 +1,111 @@
+"""What a run depends on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from xtokmap._core import XTokMapError
+from xtokmap.losses import CREDITS
+from xtokmap.teacher import PLAIN_TEMPLATE
+
+#: Losses of whole distributions: they need a teacher that gives whole rows.
+WHOLE = ("transfer_kl", "byte_kl")
+
+#: Whose samples, and what becomes of them; see `Config.method`.
+METHODS = ("opd", "kd", "sft")
+
+
+def _doc(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"doc": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. The command line has a flag for every field.
+
+    Raises:
+        XTokMapError: a value that no run can use, by name.
+    """
+
+    student: str = _doc("", "the model to train: a directory, a .gguf file, or a hub id")
+    teacher: str = _doc("", "the model to learn from, of any family: a directory, a .gguf file, or a hub id")
+    prompts: str = _doc("", "prompts: .jsonl with a field `prompt` (and `split`: train, heldout) or .txt, one a line")
+    output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, config.json and curves.png")
+    steps: int = _doc(100, "updates of the student's samples")
+    batch_size: int = _doc(32, "prompts a step, one sample each (the paper: 128)")
+    max_prompt_tokens: int = _doc(1024, "longer prompts are left out, with a warning (the paper: 1024)")
+    max_new_tokens: int = _doc(256, "longest response, in student tokens (the paper: 16384)")
+    temperature: float = _doc(1.0, "of the student's samples (the paper: 1, top-p 1)")
+    updates: int = _doc(1, "optimizer steps on each batch of samples (the paper: 1)")
+    micro_batch: int = _doc(8, "samples in one forward pass; changes memory and speed, not the result")
+    learning_rate: float = _doc(1e-6, "AdamW's (the paper: 1e-6)")
+    warmup_steps: int = _doc(10, "steps over which the learning rate rises to its value (the paper: 10)")
+    weight_decay: float = _doc(0.01, "AdamW's (the paper: 0.01)")
+    grad_clip: float = _doc(1.0, "largest gradient norm (the paper: 1)")
+    method: str = _doc(
+        "opd",
+        "opd: the student's samples, on-policy distillation; kd: the teacher's samples, with the same losses of whole "
+        "distributions; sft: the teacher's samples, imitated token by token",
+    )
+    loss: str = _doc(
+        "auto",
+        "auto (transfer_kl), transfer_kl, byte_kl, or a policy gradient from the sampled tokens alone with the credit "
+        + ", ".join(CREDITS)
+        + " (the paper: prior)",
+    )
+    beta: float = _doc(1.0, "of transfer_kl and byte_kl: 1 reverse KL, 0 forward, between them Jensen-Shannon")
+    clamp: float = _doc(10.0, "largest absolute advantage (the paper: 10)")
+    max_chunk_tokens: int = _doc(6, "chunks with more tokens on a side are unscored, 0: no limit (the paper: 6)")
+    score_stop: bool = _doc(True, "score ends of turns, and measure them; a base teacher does not know when to stop")
+    clip_low: float = _doc(0.2, "PPO's lower clip (the paper: 0.2)")
+    clip_high: float = _doc(0.28, "PPO's upper clip (the paper: 0.28)")
+    clip_dual: float = _doc(10.0, "PPO's dual clip (the paper: 10)")
+    aggregate: str = _doc("response", "mean of the loss over `response` tokens (the paper) or `scored` tokens")
+    plain_template: str = _doc(PLAIN_TEMPLATE, "prompt format for a model without a chat template")
+    eval_samples: int = _doc(1, "samples for each held-out prompt, before and after; 0: no evaluation")
+    seed: int = _doc(0, "of samples and shuffling")
+    device: str = _doc("auto", "auto (cuda, mps, cpu), or a torch device")
+    dtype: str = _doc(
+        "auto", "auto (bfloat16 on cuda, float32 elsewhere), float32, bfloat16 or float16; updates are float32"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "max_new_tokens", "updates", "micro_batch", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise XTokMapError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("temperature", "learning_rate", "grad_clip", "clamp"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
+        for name in ("warmup_steps", "weight_decay", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise XTokMapError(f"{name}={getattr(self, name)}: must be finite and not negative")
+        if not 1 < self.clip_dual < math.inf:
+            raise XTokMapError(f"clip_dual={self.clip_dual}: must be more than 1 and finite")
+        if not -(2**63) <= self.seed < 2**63:
+            raise XTokMapError(f"seed={self.seed}: must fit into 64 bits")
+        if self.method not in METHODS:
+            raise XTokMapError(f"method={self.method!r}: use one of {', '.join(METHODS)}")
+        if self.loss not in ("auto", *WHOLE, *CREDITS):
+            raise XTokMapError(f"loss={self.loss!r}: use one of auto, {', '.join((*WHOLE, *CREDITS))}")
+        if self.method == "kd" and self.loss in CREDITS:
+            raise XTokMapError(
+                f"loss={self.loss!r} with method='kd': a policy gradient needs the student's own samples; use one of "
+                f"{', '.join(WHOLE)}, or method='opd'"
+            )
+        if not 0 <= self.beta <= 1:
+            raise XTokMapError(f"beta={self.beta}: must lie between 0 and 1")
+        if self.aggregate not in ("response", "scored"):
+            raise XTokMapError(f"aggregate={self.aggregate!r}: use 'response' or 'scored'")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise XTokMapError(f"dtype={self.dtype!r}: use auto, float32, bfloat16 or float16")
+        if "{prompt}" not in self.plain_template:
+            raise XTokMapError(f"plain_template={self.plain_template!r} must contain {{prompt}}")
+
+    @property
+    def rule(self) -> str:
+        """The loss itself: `imitation` for method sft; `auto` stands for transfer_kl, as a teacher gives whole rows."""
+        if self.method == "sft":
+            return "imitation"
+        return "transfer_kl" if self.loss == "auto" else self.loss

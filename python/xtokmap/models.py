@@ -1,0 +1,97 @@
+"""Models for a run: loaded, and made ready to be updated."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtokmap._core import XTokMapError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto`: CUDA, then MPS, then CPU.
+
+    Raises:
+        XTokMapError: no such device here.
+    """
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise XTokMapError(f"device={name!r}: {one_line(error)}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load(source: str, device: torch.device, dtype: str = "auto") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, from a directory, a .gguf file (needs `gguf`) or a hub id.
+
+    Raises:
+        XTokMapError: nothing is there, or transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind = torch.bfloat16 if dtype == "auto" and device.type == "cuda" else torch.float32
+    kind = kind if dtype == "auto" else getattr(torch, dtype)
+    path, kwargs = Path(source), {}
+    if source.endswith(".gguf"):
+        source, kwargs = str(path.parent), {"gguf_file": path.name}
+    if (kwargs or source.startswith((".", "/", "~"))) and not path.exists():
+        raise XTokMapError(f"{path}: no such model; pass a directory, a .gguf file or a hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **kwargs)
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise XTokMapError(
+            f"{path}: transformers cannot load it as a causal language model: {one_line(error)}"
+        ) from error
+    if kwargs:
+        # The weights are plain tensors now; without this they could not be saved.
+        with suppress(AttributeError):
+            del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+    return model.to(device), tokenizer
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks, or its name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def float32_parameters(model: Any) -> list[torch.nn.Parameter]:
+    """What to optimise: the model's own parameters where they are float32, else a float32 copy of each.
+
+    A step of 1e-6 is less than half the distance to the next bfloat16 number for nearly every weight of a trained model
+    (SmolLM2 135M: 99.6 %), so that an optimizer on bfloat16 weights would leave them where they are. Gradients of
+    micro-batches are summed in float32, too. `write_back` brings the copies' values into the model.
+    """
+    copies = []
+    for own in model.parameters():
+        if not own.requires_grad or own.dtype == torch.float32:
+            copies += [own] if own.requires_grad else []
+            continue
+        copy = torch.nn.Parameter(own.detach().float())
+        copy.xtokmap_own = own  # type: ignore[attr-defined]
+        copies.append(copy)
+
+        def hand_over(own: Tensor, copy: Tensor = copy) -> None:
+            assert own.grad is not None
+            copy.grad = own.grad.float() if copy.grad is None else copy.grad.add_(own.grad)
+            own.grad = None
+
+        own.register_post_accumulate_grad_hook(hand_over)
+    return copies
+
+
+@torch.no_grad()
+def write_back(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """After a step: the optimizer's float32 copies, rounded, into the model that they are copies of."""
+    for group in optimizer.param_groups:
+        for copy in group["params"]:
+            if (own := getattr(copy, "xtokmap_own", None)) is not None:
+                own.copy_(copy)

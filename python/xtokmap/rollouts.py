@@ -1,0 +1,285 @@
+"""Samples, and what the teacher thinks of them: everything in a step that comes before its update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtokmap._core import XTokMapError
+from xtokmap.alignment import Aligner, Kind
+from xtokmap.config import WHOLE, Config
+from xtokmap.losses import chunk_gap
+from xtokmap.teacher import LocalTeacher, Scores, batched_logprobs, completion_rows, render, stop_id
+from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
+
+
+@dataclass
+class Rollouts:
+    """Samples of one side, as the other side spells them, and what the teacher thinks of them; B rows.
+
+    Attributes:
+        prompts: what was asked.
+        prompt_ids: as the student's tokens.
+        completion_ids: the answers, as the student's tokens.
+        completed: whether the end of turn came.
+        teacher_ids: the answers, as the teacher's tokens.
+        teacher: what the teacher thinks of them; None where nobody asked it (method sft).
+        index: of the alignment of the two.
+        seconds: wall time by part.
+    """
+
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    completed: list[bool]
+    teacher_ids: list[list[int]]
+    teacher: Scores | None
+    index: ChunkIndex
+    seconds: dict[str, float]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Student tokens of every completion, its end of turn included."""
+        return [len(row) for row in self.completion_ids]
+
+
+class Roller:
+    """Samples from the student (or the teacher, as `Config.method` says) and has the teacher score the samples."""
+
+    def __init__(self, student: Any, tokenizer: Any, teacher: LocalTeacher, config: Config) -> None:
+        self.student, self.tokenizer, self.teacher, self.config = student, tokenizer, teacher, config
+        self.aligner = Aligner(tokenizer, teacher.tokenizer)
+        self.device = next(student.parameters()).device
+        self.stop_id = stop_id(tokenizer)
+        for side, stops in (("student", self.aligner.student.stop_ids), ("teacher", self.aligner.teacher.stop_ids)):
+            if not stops and (side == "student" or config.method != "opd"):
+                raise XTokMapError(f"the {side}'s tokenizer has no end-of-turn token: set its eos_token")
+
+    @cached_property
+    def vocab_tensors(self) -> VocabTensors:
+        """The two vocabularies' map, on the device."""
+        return self.aligner.vocab_map.torch(self.device)
+
+    @cached_property
+    def from_teacher(self) -> Aligner:
+        """The other way round, for samples of the teacher."""
+        return Aligner(self.teacher.tokenizer, self.tokenizer)
+
+    def roll(self, prompts: Sequence[str], config: Config | None = None) -> Rollouts:
+        """One batch: sampled, retokenised, aligned, scored by the teacher; by `config` instead of the roller's own."""
+        config, clock = config or self.config, Clock(self.device)
+        on_policy = config.method == "opd"
+        prompt_ids = render(self.tokenizer, prompts, config.plain_template)
+        teacher_prompts = self.teacher.render(prompts)
+        with clock("sample"):
+            if on_policy:
+                stops = self.aligner.student.stop_ids
+                sampled, completed = sample(self.student, prompt_ids, stops, config)
+            else:
+                stops = self.aligner.teacher.stop_ids
+                sampled, completed = sample(self.teacher.model, teacher_prompts, stops, config)
+        with clock("retokenise"):
+            if on_policy:
+                completions = sampled
+                teacher_ids = _lists(self.aligner.teacher_ids(sampled, stop_id=self.teacher.stop_id))
+            else:
+                completions = _lists(self.from_teacher.teacher_ids(sampled, stop_id=self.stop_id))
+                teacher_ids = sampled
+        with clock("align"):
+            batch = self.aligner.align_batch(completions, teacher_ids)
+            index = ChunkIndex.from_alignment(batch, self.device)
+            queries = self.aligner.cover_queries(batch) if config.rule in ("cover", "transfer_kl") else None
+        scores = None
+        if config.rule != "imitation":
+            with clock("teacher"):
+                keep = config.rule in WHOLE
+                scores = self.teacher.score(teacher_prompts, teacher_ids, queries=queries, keep=keep)
+        return Rollouts(list(prompts), prompt_ids, completions, completed, teacher_ids, scores, index, clock.seconds)
+
+    def rows(self, rollouts: Rollouts, rows: list[int]) -> Logits:
+        """The student's logits that score some rows' tokens, flat; with a gradient where grad is enabled."""
+        return completion_rows(
+            self.student,
+            [rollouts.prompt_ids[b] for b in rows],
+            [rollouts.completion_ids[b] for b in rows],
+            temperature=self.config.temperature,
+        )
+
+    def all_logprobs(self, rollouts: Rollouts) -> Tensor:
+        """The student's logprobs of all rows, float32 `[B, Ts]`, without a gradient."""
+        return batched_logprobs(
+            self.student,
+            rollouts.prompt_ids,
+            rollouts.completion_ids,
+            self.config.micro_batch,
+            temperature=self.config.temperature,
+        )
+
+
+@torch.no_grad()
+def sample(
+    model: Any, prompt_ids: Sequence[Sequence[int]], stops: Sequence[int], config: Config, *, greedy: bool = False
+) -> tuple[list[list[int]], list[bool]]:
+    """Answers of a model: `config.max_new_tokens` at most, at `config.temperature`, top-p 1, whatever the model likes.
+
+    Args:
+        model: a transformers causal language model; left in evaluation mode.
+        prompt_ids: B rows, each of at least one id.
+        stops: ids that end an answer.
+        config: length and temperature.
+        greedy: the likeliest token every time instead.
+
+    Returns:
+        B rows of completion ids, up to the first end of turn, included; and whether that came.
+    """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    width, pad = max(map(len, prompt_ids)), stops[0]
+    ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+    how = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=not greedy,
+        eos_token_id=list(stops),
+        pad_token_id=pad,
+        **({} if greedy else {"temperature": config.temperature, "top_k": 0, "top_p": 1.0}),
+    )
+    model.eval()
+    with _only(model, how):
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+    completions, completed = [], []
+    for row in out[:, width:].tolist():
+        end = next((i for i, token in enumerate(row) if token in stops), None)
+        completions.append(row if end is None else row[: end + 1])
+        completed.append(end is not None)
+    return completions, completed
+
+
+def _lists(rows: Sequence[Any]) -> list[list[int]]:
+    return [row.tolist() for row in rows]
+
+
+@contextmanager
+def _only(model: Any, how: Any) -> Iterator[None]:
+    """Samples of the policy itself: what `how` leaves open, `generate` would take from the model (a penalty, min_p)."""
+    own, model.generation_config = model.generation_config, how
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class Clock:
+    """Wall time of a step's parts; on a GPU each part waits for its kernels, so that the split is true."""
+
+    def __init__(self, device: torch.device, seconds: dict[str, float] | None = None) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {} if seconds is None else seconds
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds the time of a `with` block to part `name`."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def ratio_with_error(nats: Sequence[float], nbytes: Sequence[float]) -> tuple[float, float]:
+    """Sum of nats / sum of bytes over independent rows, and its standard error (linearised ratio estimator)."""
+    n, total = len(nats), sum(nbytes)
+    if total == 0:
+        return math.nan, math.nan
+    ratio = sum(nats) / total
+    if n < 2:
+        return ratio, math.nan
+    residual = sum((a - ratio * b) ** 2 for a, b in zip(nats, nbytes, strict=True))
+    return ratio, math.sqrt(residual * n / (n - 1)) / total
+
+
+def coverage_shares(counts: Sequence[int], tokens: int) -> dict[str, float]:
+    """Share of the response tokens in chunks of each kind, and of those in none."""
+    shares = {kind.name: counts[kind] / max(tokens, 1) for kind in Kind}
+    return {**shares, "UNALIGNED": max(0.0, 1 - sum(shares.values()))}
+
+
+@dataclass
+class Evaluation:
+    """What the student is like on held-out prompts; one entry a prompt, its samples summed."""
+
+    prompts: list[str]
+    nats: list[float]
+    nbytes: list[float]
+    responses: list[str]
+    completed: float
+    length: float
+    coverage: dict[str, float]
+
+    @property
+    def kl_per_byte(self) -> tuple[float, float]:
+        """Reverse KL to the teacher, nats per byte (sampled estimate), and its standard error over prompts."""
+        return ratio_with_error(self.nats, self.nbytes)
+
+    def fall_since(self, before: Evaluation) -> tuple[float, float]:
+        """How far the KL has fallen, and the standard error of that, paired by prompt."""
+        r0, r1 = before.kl_per_byte[0], self.kl_per_byte[0]
+        n, b0, b1 = len(self.nats), sum(before.nbytes), sum(self.nbytes)
+        parts = [
+            (x0 - r0 * y0) / b0 - (x1 - r1 * y1) / b1
+            for x0, y0, x1, y1 in zip(before.nats, before.nbytes, self.nats, self.nbytes, strict=True)
+        ]
+        error = math.sqrt(sum(part * part for part in parts) * n / (n - 1)) if n > 1 else math.nan
+        return r0 - r1, error
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        kl, error = self.kl_per_byte
+        keys = ("completed", "length", "coverage")
+        return {"kl_per_byte": kl, "kl_error": error, **{key: getattr(self, key) for key in keys}}
+
+
+@torch.no_grad()
+def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: int = 1234) -> Evaluation:
+    """Samples answers to held-out prompts (the same seed every time) and measures the gap to the teacher.
+
+    Args:
+        roller: student and teacher.
+        prompts: held-out prompts.
+        samples: for each prompt.
+        seed: of the samples; the state of the random generators is restored afterwards.
+    """
+    # Whatever the run learns from: the student's samples, and the logprobs of their text.
+    config, n = replace(roller.config, method="opd", loss="full"), len(prompts)
+    nats, nbytes = [0.0] * n, [0.0] * n
+    responses = [""] * n
+    completed, lengths, counts = 0, 0, torch.zeros(len(Kind), dtype=torch.long, device=roller.device)
+    devices = [roller.device] if roller.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        work = [i for i in range(n) for _ in range(samples)]
+        for first in range(0, len(work), config.batch_size):
+            batch = work[first : first + config.batch_size]
+            rollouts = roller.roll([prompts[i] for i in batch], config)
+            own = roller.all_logprobs(rollouts)
+            assert rollouts.teacher is not None
+            gap, size = chunk_gap(own, rollouts.teacher.logprobs, rollouts.index, stops=config.score_stop)
+            counts += coverage_counts(rollouts.index)
+            for i, x, y, ids in zip(batch, gap.tolist(), size.tolist(), rollouts.completion_ids, strict=True):
+                nats[i] += x
+                nbytes[i] += y
+                responses[i] = responses[i] or roller.tokenizer.decode(ids, skip_special_tokens=True)
+            completed += sum(rollouts.completed)
+            lengths += sum(rollouts.lengths)
+    total = max(n * samples, 1)
+    coverage = coverage_shares(counts.tolist(), lengths)
+    return Evaluation(list(prompts), nats, nbytes, responses, completed / total, lengths / total, coverage)

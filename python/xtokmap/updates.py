@@ -1,0 +1,210 @@
+"""The update of a step: the loss that `Config` names, its gradient in micro-batches, and the optimizer's step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from xtokmap.alignment import Kind
+from xtokmap.config import WHOLE, Config
+from xtokmap.losses import byte_kl, chunk_credit, chunk_gap, policy_loss, transfer_kl
+from xtokmap.rollouts import Roller, Rollouts
+from xtokmap.teacher import by_length, padded_logprobs, padded_places
+from xtokmap.torch import ChunkIndex, Logits
+
+
+def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """One or more optimizer steps on a batch; gradients of micro-batches add up to the whole batch's.
+
+    Returns:
+        Per-row sums of nats and bytes of the gap to the teacher (reverse KL on the student's samples, forward KL on the
+        teacher's), counts, and the gradient norm, all of the policy before the update.
+    """
+    config, student, index, teacher = roller.config, roller.student, rollouts.index, rollouts.teacher
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    width = index.student_chunk.shape[1]
+    response = torch.arange(width) < torch.tensor(rollouts.lengths)[:, None]
+    response = response.to(roller.device)
+    loss_of = _loss_of(config)
+
+    scored = _but_stops(response & (index.to_student((index.teacher_count > 0).long()) > 0), index, config)
+    if config.rule == "imitation":
+        scored = response
+    elif config.rule == "strict":
+        scored &= index.strict_teacher_pos() >= 0
+    denominator = response.sum() if config.aggregate == "response" else scored.sum().clamp(min=1)
+
+    student.eval()  # no dropout: what is updated is the policy that sampled
+    old_logprobs = roller.all_logprobs(rollouts) if config.updates > 1 and loss_of is _policy_loss else None
+
+    nats = torch.zeros(len(rollouts.prompts), device=roller.device)
+    nbytes = torch.zeros(len(rollouts.prompts), dtype=torch.long, device=roller.device)
+    figures: dict[str, Tensor] = {}
+    skipped = 0
+    for turn in range(config.updates):
+        loss_sum = torch.zeros((), device=roller.device)
+        for rows in by_length(rollouts.prompt_ids, rollouts.completion_ids, config.micro_batch):
+            at = torch.tensor(rows, device=roller.device)
+            flat = roller.rows(rollouts, rows)
+            loss, own, found = loss_of(roller, rollouts, rows, flat, old_logprobs, response[at], denominator)
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss_sum = loss_sum + loss.detach()
+            if turn == 0:
+                if teacher is not None:
+                    theirs = teacher.logprobs.to(roller.device)[at]
+                    gap, nbytes[at] = chunk_gap(own, theirs, index.rows(at), stops=config.score_stop)
+                    nats[at] = gap if config.method == "opd" else -gap
+                for name, value in found.items():
+                    figures[name] = figures.get(name, 0) + value
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        # The step's only question to the device.
+        if bool(torch.isfinite(norm) & torch.isfinite(loss_sum)):
+            optimizer.step()
+        else:
+            skipped += 1
+            warnings.warn("the loss or the gradient is not finite: this update was skipped", stacklevel=2)
+        optimizer.zero_grad(set_to_none=True)
+    counts = {"nats": nats, "bytes": nbytes, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
+    return {**counts, "figures": figures}
+
+
+#: A loss over some rows of a batch, the policy's own logprobs of their tokens, and sums over tokens to report.
+_Part: TypeAlias = "tuple[Tensor, Tensor, dict[str, Tensor]]"
+
+
+def _loss_of(config: Config) -> Callable[..., _Part]:
+    if config.rule == "imitation":
+        return _imitation_loss
+    return _whole_loss if config.rule in WHOLE else _policy_loss
+
+
+def _imitation_loss(
+    roller: Roller,
+    rollouts: Rollouts,
+    rows: list[int],
+    flat: Logits,
+    old_logprobs: Tensor | None,
+    response: Tensor,
+    denominator: Tensor,
+) -> _Part:
+    """The negative logprobs of the answers: supervised fine-tuning."""
+    logprobs = padded_logprobs(flat, [rollouts.completion_ids[b] for b in rows], response.shape[1])
+    finite = torch.isfinite(logprobs.detach())
+    loss = -torch.where(response & finite, logprobs, 0).sum() / denominator
+    figures = {"scored": (response & finite).sum(), "nonfinite": (response & ~finite).sum()}
+    return loss, logprobs.detach(), figures
+
+
+def _policy_loss(
+    roller: Roller,
+    rollouts: Rollouts,
+    rows: list[int],
+    flat: Logits,
+    old_logprobs: Tensor | None,
+    response: Tensor,
+    denominator: Tensor,
+) -> _Part:
+    """The policy gradient: the teacher's logprobs of sampled tokens as advantages."""
+    config, device = roller.config, roller.device
+    at = torch.tensor(rows, device=device)
+    index, teacher = rollouts.index.rows(at), rollouts.teacher
+    assert teacher is not None
+    logprobs = padded_logprobs(flat, [rollouts.completion_ids[b] for b in rows], response.shape[1])
+    old = logprobs.detach() if old_logprobs is None else old_logprobs[at]
+    given = chunk_credit(
+        old,
+        teacher.logprobs.to(device)[at],
+        index,
+        config.rule,  # type: ignore[arg-type]
+        None if teacher.transferred is None else teacher.transferred.to(device)[at],
+        config.clamp,
+        max_chunk_tokens=config.max_chunk_tokens or None,
+    )
+    scored = _but_stops(given.scored & response, index, config)
+    loss = policy_loss(
+        logprobs,
+        old,
+        given.advantages,
+        response,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        clip_dual=config.clip_dual,
+        scored=scored,
+        denominator=denominator,
+    )
+    names = ("clamped", "fallback", "nonfinite")
+    sums = {name: (getattr(given, name) & response).sum() for name in names}
+    return loss, old, {"scored": scored.sum(), **sums}
+
+
+def _whole_loss(
+    roller: Roller,
+    rollouts: Rollouts,
+    rows: list[int],
+    flat: Logits,
+    old_logprobs: Tensor | None,
+    response: Tensor,
+    denominator: Tensor,
+) -> _Part:
+    """A divergence between the student's and the teacher's whole distributions."""
+    config, device, teacher = roller.config, roller.device, rollouts.teacher
+    assert teacher is not None
+    completions = [rollouts.completion_ids[b] for b in rows]
+    width = response.shape[1]
+    own = padded_logprobs(flat.detach(), completions, width)
+    at = torch.tensor(rows, device=device)
+    places = padded_places(completions, width).to(device)
+    student = flat.at(_inverse(places, (len(rows), width)))
+    common: Any = {"beta": config.beta, "mask": response, "denominator": denominator}
+    if config.rule == "transfer_kl":
+        assert teacher.target is not None
+        assert teacher.transferred is not None
+        ids = torch.zeros_like(response, dtype=torch.long).view(-1)
+        ids[places] = torch.tensor([i for row in completions for i in row], device=device)
+        loss = transfer_kl(
+            student,
+            teacher.target.select(rows),
+            rollouts.index.rows(at),
+            student_ids=ids.view(len(rows), width),
+            transferred=teacher.transferred[at],
+            clamp=config.clamp,
+            stops=config.score_stop,
+            **common,
+        )
+        names: tuple[str, ...] = ("undetermined", "rest", "shared")
+    else:
+        assert teacher.rows is not None
+        teacher_ids = [rollouts.teacher_ids[b] for b in rows]
+        # Aligned again, as wide as the batch: what is cheap need not be kept.
+        batch = roller.aligner.align_batch(completions, teacher_ids)
+        queries = roller.aligner.interior_queries(batch, width=width)
+        index = rollouts.index.rows(at)
+        before = list(accumulate((len(row) + 1 for row in rollouts.teacher_ids), initial=0))
+        first = torch.tensor([before[b] for b in rows], device=device)
+        among = torch.arange(index.teacher_chunk.shape[1], device=device)
+        lengths = torch.tensor([len(row) for row in teacher_ids], device=device)
+        row_of = torch.where(among < lengths[:, None], first[:, None] + among, -1)
+        mask = _but_stops(response, index, config)
+        maps = roller.vocab_tensors
+        loss = byte_kl(student, teacher.rows.at(row_of), index, maps, queries, **{**common, "mask": mask})
+        names = ("residual",)
+    tokens = loss.figures["tokens"]
+    sums = {name: loss.figures[name] * tokens for name in names}
+    return loss.loss, own, {"scored": tokens, "nonfinite": loss.figures["nonfinite"], **sums}
+
+
+def _but_stops(tokens: Tensor, index: ChunkIndex, config: Config) -> Tensor:
+    """Without ends of turns, where these are not scored."""
+    return tokens if config.score_stop else tokens & (index.kind_of_student() != int(Kind.STOP))
+
+
+def _inverse(places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Which flat token lies at each place of `shape`; -1 on padding."""
+    of = torch.full((shape[0] * shape[1],), -1, dtype=torch.long, device=places.device)
+    of[places] = torch.arange(len(places), device=places.device)
+    return of.view(shape)
