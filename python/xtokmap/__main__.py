@@ -1,4 +1,4 @@
-"""The command line: `xtokmap align`, `xtokmap inspect`, `xtokmap train`, `xtokmap demo`."""
+"""The command line: `xtokmap align`, `xtokmap inspect`, `xtokmap train`, `xtokmap demo`, `xtokmap reproduce`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_inspect(commands)
         _add_train(commands, wanted="train" in argv[:1])
         _add_demo(commands)
+        _add_reproduce(commands)
         args = parser.parse_args(argv)
         return int(args.run(args))
     except (XTokMapError, OSError) as error:
@@ -273,6 +274,26 @@ def _add_demo(commands: Any) -> None:
     p.add_argument("--output", default="runs/demo", help="folder for everything that the demo makes")
     p.add_argument("--steps", type=int, help="fewer or more steps than the demo's own")
     p.set_defaults(run=_demo)
+
+
+def _add_reproduce(commands: Any) -> None:
+    p = commands.add_parser(
+        "reproduce", help="fine-tuning against distillation across tokenizers, on small models made from scratch"
+    )
+    p.add_argument("--quick", action="store_true", help="four methods in one arrangement on two seeds")
+    p.add_argument("--output", default="runs/reproduce", help="folder for models, runs and tables; finished runs stay")
+    p.add_argument("--teachers", help="folder with trained teachers; those that are not there are trained")
+    p.add_argument("--workers", type=int, help="processes, one thread each; as many as there are cores if not given")
+    p.set_defaults(run=_reproduce)
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from xtokmap.reproduce import reproduce
+
+    folder = reproduce(args.output, quick=args.quick, teachers=args.teachers, workers=args.workers)
+    print((folder / "reproduction.md").read_text(encoding="utf-8"))
+    print(f"this table (reproduction.md), its plots and every run are in {folder}")
+    return 0
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ class Rollouts:
         prompt_ids: as the student's tokens.
         completion_ids: the answers, as the student's tokens.
         completed: whether the end of turn came.
+        teacher_prompt_ids: what was asked, as the teacher's tokens.
         teacher_ids: the answers, as the teacher's tokens.
         teacher: what the teacher thinks of them; None where nobody asked it (method sft).
         index: of the alignment of the two.
@@ -40,6 +41,7 @@ class Rollouts:
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completed: list[bool]
+    teacher_prompt_ids: list[list[int]]
     teacher_ids: list[list[int]]
     teacher: Scores | None
     index: ChunkIndex
@@ -73,6 +75,12 @@ class Roller:
         """The other way round, for samples of the teacher."""
         return Aligner(self.teacher.tokenizer, self.tokenizer)
 
+    def answers(
+        self, prompts: Sequence[str], teacher_prompts: Sequence[Sequence[int]]
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The teacher's answers as its own ids, and whether they ended: sampled here, and for others to store."""
+        return sample(self.teacher.model, teacher_prompts, self.aligner.teacher.stop_ids, self.config)
+
     def roll(self, prompts: Sequence[str], config: Config | None = None) -> Rollouts:
         """One batch: sampled, retokenised, aligned, scored by the teacher; by `config` instead of the roller's own."""
         config, clock = config or self.config, Clock(self.device)
@@ -84,8 +92,7 @@ class Roller:
                 stops = self.aligner.student.stop_ids
                 sampled, completed = sample(self.student, prompt_ids, stops, config)
             else:
-                stops = self.aligner.teacher.stop_ids
-                sampled, completed = sample(self.teacher.model, teacher_prompts, stops, config)
+                sampled, completed = self.answers(prompts, teacher_prompts)
         with clock("retokenise"):
             if on_policy:
                 completions = sampled
@@ -102,7 +109,8 @@ class Roller:
             with clock("teacher"):
                 keep = config.rule in WHOLE
                 scores = self.teacher.score(teacher_prompts, teacher_ids, queries=queries, keep=keep)
-        return Rollouts(list(prompts), prompt_ids, completions, completed, teacher_ids, scores, index, clock.seconds)
+        sides = (prompt_ids, completions, completed, teacher_prompts, teacher_ids)
+        return Rollouts(list(prompts), *sides, scores, index, clock.seconds)
 
     def rows(self, rollouts: Rollouts, rows: list[int]) -> Logits:
         """The student's logits that score some rows' tokens, flat; with a gradient where grad is enabled."""

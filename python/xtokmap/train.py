@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 from xtokmap._core import XTokMapError
 from xtokmap.config import Config
+from xtokmap.flops import ModelFlops, StepFlops
 from xtokmap.models import float32_parameters, load, pick_device, write_back
 from xtokmap.report import Progress, evaluation_line, plot
 from xtokmap.rollouts import (
@@ -129,6 +131,9 @@ class Run:
             self.optimizer, lambda k: min(1.0, (k + 1) / max(1, config.warmup_steps))
         )
         self.done = 0
+        self.flops: StepFlops | None = None
+        with suppress(XTokMapError):  # nobody knows what a mixture of experts costs
+            self.flops = StepFlops(ModelFlops.of(roller.student), ModelFlops.of(roller.teacher.model))
 
     def step(self) -> dict[str, Any]:
         """Samples, scores and updates once; returns the step's line of `metrics.jsonl`."""
@@ -138,7 +143,14 @@ class Run:
             found = update(self.roller, rollouts, self.optimizer)
             self.warmup.step()
         self.done += 1
-        return _metrics(self.done, rollouts, found, time.perf_counter() - start)
+        metrics = _metrics(self.done, rollouts, found, time.perf_counter() - start)
+        return metrics if self.flops is None else {**metrics, "flops": self._flops(self.flops, rollouts)}
+
+    def _flops(self, flops: StepFlops, rollouts: Rollouts) -> dict[str, int]:
+        sides = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.teacher_prompt_ids, rollouts.teacher_ids)
+        config = self.config
+        lengths = [[len(row) for row in side] for side in sides]
+        return flops.step(config.rule, *lengths, updates=config.updates, on_policy=config.method == "opd")
 
 
 def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) -> Result:

@@ -1,0 +1,250 @@
+"""The comparison: its tasks, its account of compute, and all of it once, small."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import xtokmap
+from xtokmap import Aligner, reproduce
+from xtokmap.reproduce import families, runs, tables
+from xtokmap.reproduce.families import ARRANGEMENTS, STUDENT_TEMPLATE, encode, teacher_template, tokenizer
+from xtokmap.reproduce.tasks import TASKS, Addition, Chain, final, problem_of, solve
+
+ADDITION = Addition()
+
+
+@pytest.mark.parametrize("way", range(8))
+def test_every_way_ends_in_the_right_answer(way):
+    rng = random.Random(way)
+    texts = set()
+    for _ in range(200):
+        problem = ADDITION.draw(rng)
+        chain = solve(ADDITION, problem, way, rng)
+        assert ADDITION.is_right(problem, chain.text)
+        assert not ADDITION.is_right(problem, chain.text + "0")
+        assert chain.wrong == []
+        texts.add(chain.text)
+    assert len(texts) > 190
+    assert len({solve(ADDITION, (12, 34, 56), k, rng).text for k in range(8)}) == 8
+
+
+def test_what_follows_a_mistake_is_consistent_with_it():
+    chain = Chain(random.Random(0), mistakes=1.0)
+    ADDITION.ways[0](chain, (12, 34, 56))
+    (a, b), (c, d) = chain.wrong
+    first, second = chain.text[a:b], chain.text[c:d]
+    assert chain.text == f"12+34={first};{first}+56={second}#{second}"
+    assert first != "46"
+    assert int(second) != int(first) + 56
+    assert final(chain.text) == second
+
+
+def test_an_answer_is_what_stands_behind_the_only_mark():
+    assert final("1+2=3#3") == "3"
+    assert final("3") is None
+    assert final("#3#4") is None
+
+
+def test_the_second_task_is_posed_and_judged_by_its_own_library():
+    pytest.importorskip("reasoning_gym")
+    task = TASKS["chain_sum"]
+    rng = random.Random(0)
+    problems = [task.draw(rng) for _ in range(300)]
+    assert any(min(problem[1:]) < 0 for problem in problems)
+    for problem in problems:
+        assert task.is_right(problem, f"#{sum(problem)}")
+        assert not task.is_right(problem, f"#{sum(problem) + 1}")
+        for way in range(8):
+            assert task.is_right(problem, solve(task, problem, way, rng).text)
+
+
+def test_no_problem_is_both_learnt_from_and_judged_by():
+    rng = random.Random(0)
+    train = {problem_of(ADDITION, rng) for _ in range(3000)}
+    heldout = {problem_of(ADDITION, rng, heldout=True) for _ in range(300)}
+    assert not train & heldout
+    assert runs.heldout_problems(ADDITION, 5) == runs.heldout_problems(ADDITION, 5)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_the_arrangements_cut_as_they_are_called(arrangement):
+    student, teacher = (tokenizer(cut, "addition") for cut in ARRANGEMENTS[arrangement])
+    text = "12+34=46;46+56=102#102"
+    a = Aligner(student, teacher).align(student(text).input_ids, teacher(text).input_ids)
+    shares = a.coverage_by_kind()
+    kinds = {"student_finer": "MANY_TO_ONE", "teacher_finer": "ONE_TO_MANY", "crossing": "MANY_TO_MANY"}
+    assert a.coverage == 1
+    assert shares[getattr(xtokmap.Kind, kinds[arrangement])] > 0.3
+    assert student.decode(student(text).input_ids) == text
+
+
+@pytest.mark.parametrize("cut", ["digits", "numbers", "before", "after"])
+def test_wrong_numbers_are_not_learnt(cut):
+    made = tokenizer(cut, "addition")
+    chain = Chain(random.Random(0), mistakes=1.0)
+    ADDITION.ways[0](chain, (12, 34, 56))
+    ids, labels = encode(made, "addition", [((12, 34, 56), 8, chain)], teacher_template)
+    prompt = made("12+34+56?8>").input_ids
+    assert labels[0, : len(prompt)].tolist() == [-100] * len(prompt)
+    hidden = ids[0, len(prompt) :][labels[0, len(prompt) :] == -100].tolist()
+    first, second = (chain.text[a:b] for a, b in chain.wrong)
+    for number in (first, second):
+        assert number in made.decode(hidden)
+    assert labels[0, -1] == made.eos_token_id
+    assert made.decode(ids[0, len(prompt) : -1]) == chain.text
+
+
+def run_of(method, seed, points):
+    flops = [{"sample": 0, "teacher": 0, "update": cost} for cost, _ in points]
+    found = [
+        {"step": k, "flops": f, "seconds": 2.0 * k, "greedy": right, "sampled": right / 2}
+        for k, (f, (_, right)) in enumerate(zip(flops, points, strict=True))
+    ]
+    names = {"task": "addition", "arrangement": "crossing", "ways": 8, "rate": 1e-3, "steps": len(points) - 1}
+    return {**names, "method": method, "seed": seed, "points": found}
+
+
+def test_the_cost_of_an_accuracy_lies_between_the_points_around_it():
+    run = run_of("sft", 0, [(0, 0.2), (100, 0.4), (300, 0.8)])
+    assert tables.cost_to_reach(run, 0.3) == pytest.approx(50)
+    assert tables.cost_to_reach(run, 0.5) == pytest.approx(150)
+    assert tables.cost_to_reach(run, 0.5, ("seconds",)) == pytest.approx(2.5)
+    assert tables.cost_to_reach(run, 0.1) == 0
+    assert math.isinf(tables.cost_to_reach(run, 0.9))
+    assert tables.cost_to_reach(run, 0.3, measure="sampled") == pytest.approx(200)
+
+
+def test_ratios_pair_the_seeds_and_say_what_they_do_not_know():
+    fast = [run_of("opd", seed, [(0, 0.2), (10, 0.6)]) for seed in (0, 1)]
+    slow = [run_of("sft", 0, [(0, 0.2), (100, 0.6)]), run_of("sft", 1, [(0, 0.2), (400, 0.6)])]
+    ratio = tables.Ratio(slow, fast, 0.6)
+    assert ratio.mean == pytest.approx(20)
+    half = 12.706 * math.log(2)  # one degree of freedom; the logarithms are log 20 -+ log 2
+    assert ratio.low == pytest.approx(20 / math.exp(half))
+    assert ratio.high == pytest.approx(20 * math.exp(half))
+    stuck = [run_of("sft", 0, [(0, 0.2), (100, 0.3)]), slow[1]]
+    bounded = tables.Ratio(stuck, fast, 0.6)
+    assert bounded.bounded == 1
+    assert bounded.mean == pytest.approx(20)
+    assert math.isinf(bounded.high)
+    assert str(bounded).startswith("≥ 20")
+    failed = tables.Ratio(slow, [run_of("opd", seed, [(0, 0.2), (10, 0.3)]) for seed in (0, 1)], 0.6)
+    assert failed.failed == 2
+    assert str(failed) == "- (not there on 2 seeds)"
+
+
+def test_intervals_are_students():
+    mean, half = tables.interval([1.0, 2.0, 3.0])
+    assert mean == 2
+    assert half == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(tables.interval([1.0])[1])
+
+
+def test_the_sweep_takes_the_rate_with_the_most_right_answers():
+    rows = [{**run_of("sft", 100, [(0, 0.2), (10, right)]), "rate": rate} for rate, right in ((1e-4, 0.3), (1e-3, 0.5))]
+    assert reproduce.choose_rates(rows) == {"addition crossing sft": 1e-3}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Everything of the comparison, too small to learn much; in this process, so that it is as small there."""
+    monkeypatch.setattr(reproduce, "TEACHER_STEPS", 3)
+    monkeypatch.setattr(reproduce, "POINTS", {"opd": (1, 2), "kd": (1, 2), "sft": (1, 2)})
+    monkeypatch.setattr(reproduce, "SWEEP_POINTS", {"opd": (1,), "kd": (1,), "sft": (1,)})
+    monkeypatch.setattr(reproduce, "RATES", (1e-3,))
+    monkeypatch.setattr(reproduce, "FLOOR", 0.0)
+    for name, value in (("BATCH", 8), ("MAX_NEW_TOKENS", 12), ("JUDGED", 8), ("POOL", 24)):
+        monkeypatch.setattr(runs, name, value)
+    real = families.fit_student
+    monkeypatch.setattr(families, "fit_student", lambda *args, **how: real(*args, **{**how, "steps": 2}))
+    reproduce.bench.cache_clear()
+    yield
+    reproduce.bench.cache_clear()
+
+
+class HereExecutor:
+    """Runs what it is given at once."""
+
+    def __init__(self, *_) -> None:
+        self.jobs = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def submit(self, function, *arguments):
+        future = reproduce.Future()
+        future.set_result(function(*arguments))
+        self.jobs += 1
+        return future
+
+
+def test_all_of_it_once_and_going_on_where_it_was(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(reproduce, "ProcessPoolExecutor", HereExecutor)
+    methods = tuple(runs.METHODS)
+    cells = (("addition", "crossing", 8, methods), ("addition", "crossing", 1, ("sft", "opd prior")))
+    monkeypatch.setattr(reproduce, "FULL", reproduce.Plan(cells, seeds=(0, 1), sweep_seeds=(100,)))
+    threads = torch.get_num_threads()
+    folder = reproduce.reproduce(tmp_path / "out")
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * (len(methods) + 2)
+    for row in rows:
+        steps = [p["step"] for p in row["points"]]
+        assert steps == [0, 1, 2]
+        spent = [sum(p["flops"].values()) for p in row["points"]]
+        assert spent[0] == 0 < spent[1] < spent[2]
+        # The second batch asks for other problems than the first: 24 in all, 8 a step.
+        assert row["points"][2]["flops"]["sample"] > row["points"][1]["flops"]["sample"]
+        assert (row["points"][2]["flops"]["teacher"] == 0) == (row["method"] == "sft")
+        assert 0 < row["points"][1]["seconds"] < row["points"][2]["seconds"]
+    text = (folder / "reproduction.md").read_text()
+    assert "## addition, crossing, 8 ways" in text
+    assert "## addition, crossing, 1 way\n" in text
+    assert all(f"| {method} |" in text for method in methods)
+    assert (folder / "reproduction-addition-8.png").read_bytes().startswith(b"\x89PNG")
+
+    # One run is lost, and only that is made again, with the same result but for its time.
+    lost = rows.pop(3)
+    (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    reproduce.reproduce(tmp_path / "out")
+    assert "runs: 1 to do" in capsys.readouterr().out
+    again = json.loads((folder / "runs.jsonl").read_text().splitlines()[-1])
+    for row in (lost, again):
+        for point in row["points"]:
+            del point["seconds"]
+    assert again == lost
+    assert torch.get_num_threads() == threads
+
+
+def test_a_run_that_falls_is_ended(small, tmp_path, monkeypatch):
+    made = {cut: tokenizer(cut, "addition") for cut in ("digits", "numbers")}
+    torch.manual_seed(0)
+    teacher = families.teacher_model(len(made["numbers"]))
+    bench = runs.Bench("addition", "student_finer", teacher, lambda seed: families.student_model(len(made["digits"])))
+    shares = iter([(0.5, 0.5), (0.2, 0.2), (0.4, 0.4), (0.2, 0.2), (0.1, 0.1)])
+    monkeypatch.setattr(runs.Bench, "judge_student", lambda *_: next(shares))
+    setting = runs.Setting("addition", "student_finer", 8, "opd prior", 1e-3, 0, 6)
+    found = bench.run(setting, (1, 2, 3, 4, 5, 6), floor=0.5)
+    assert [p["step"] for p in found["points"]] == [0, 1, 2, 3, 4]
+    assert {f.name for f in dataclasses.fields(setting)} < set(found)
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
+    with pytest.raises(xtokmap.XTokMapError, match=r"chain_sum needs pip install 'xtokmap\[reproduce\]'"):
+        reproduce.reproduce(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_student_and_the_teacher_are_asked_the_same_problem():
+    assert STUDENT_TEMPLATE.replace("{prompt}", "1+2+3") == "1+2+3>"
+    assert teacher_template(8).replace("{prompt}", "1+2+3") == "1+2+3?8>"
