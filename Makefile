@@ -15,13 +15,14 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := align resync spans
 
-.PHONY: help demo test fuzz bench lint docs clean
+.PHONY: help demo test fuzz bench reproduce lint docs clean
 
 help:
 	@echo "make demo   distil a real pair of model families, on this machine, with a report"
 	@echo "make test   every test, Rust and Python"
 	@echo "make fuzz   fuzz the Rust core and the file readers, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
+	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for ten minutes of it"
 	@echo "make lint   formatting, clippy, ruff, mypy, stubtest"
 	@echo "make docs   API documentation in target/doc and docs/build"
 	@echo "make clean  remove what these make"
@@ -69,6 +70,15 @@ bench: $(VENV)/benches
 	$(PY) benches/kernel_data.py
 	cargo bench --quiet
 
+# reasoning-gym, whose tasks are one of the two, is not small.
+$(VENV)/reproduce: $(VENV)/built
+	$(PIP) install --quiet reasoning-gym==0.1.25
+	touch $@
+
+REPRODUCE ?=
+reproduce: $(VENV)/reproduce
+	$(VENV)/bin/xtokmap reproduce --teachers benches/teachers $(REPRODUCE)
+
 lint: $(VENV)/built
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
@@ -82,7 +92,8 @@ docs: $(VENV)/built
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
 	$(VENV)/bin/pdoc --output-directory docs/build --docformat google \
 		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.cache xtokmap.encoding xtokmap.cover xtokmap.chat xtokmap.torch \
-		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.config xtokmap.models xtokmap.rollouts xtokmap.updates xtokmap.report xtokmap.train
+		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.config xtokmap.models xtokmap.rollouts xtokmap.updates xtokmap.report xtokmap.train \
+		xtokmap.flops xtokmap.reproduce
 
 clean:
 	rm -rf $(VENV) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

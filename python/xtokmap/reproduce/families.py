@@ -160,8 +160,8 @@ def fit(
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     matrices = [p for p in model.parameters() if muon and p.ndim == 2 and id(p) not in embeddings]
     own = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in own]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)]
+    others = [p for p in model.parameters() if id(p) not in own]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)]
     if muon:
         if not hasattr(torch.optim, "Muon"):
             raise XTokMapError(f"torch {torch.__version__} has no Muon, with which teachers are trained: 2.9 has it")
@@ -170,8 +170,8 @@ def fit(
     began = time.perf_counter()
     for step in range(steps):
         cosine = 1.0 if until else 0.55 + 0.45 * math.cos(math.pi * step / steps)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 50) * cosine
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * cosine
         ids, labels = draw(rng)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
