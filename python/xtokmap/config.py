@@ -65,6 +65,9 @@ class Config:
     aggregate: str = _doc("response", "mean of the loss over `response` tokens (the paper) or `scored` tokens")
     plain_template: str = _doc(PLAIN_TEMPLATE, "prompt format for a model without a chat template")
     eval_samples: int = _doc(1, "samples for each held-out prompt, before and after; 0: no evaluation")
+    save_every: int = _doc(50, "steps between checkpoints, one more at the end; 0: none at all")
+    keep_checkpoints: int = _doc(2, "how many of the last checkpoints to keep, each 12 bytes a weight")
+    resume: bool = _doc(False, "go on from the last whole checkpoint in the output folder, if there is one")
     seed: int = _doc(0, "of samples and shuffling")
     device: str = _doc("auto", "auto (cuda, mps, cpu), or a torch device")
     dtype: str = _doc(
@@ -72,13 +75,15 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_new_tokens", "updates", "micro_batch", "max_prompt_tokens"):
+        counts = ("steps", "batch_size", "max_new_tokens", "updates", "micro_batch", "max_prompt_tokens")
+        for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("temperature", "learning_rate", "grad_clip", "clamp"):
             if not 0 < getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
-        for name in ("warmup_steps", "weight_decay", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high"):
+        amounts = ("warmup_steps", "weight_decay", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high")
+        for name in (*amounts, "save_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be finite and not negative")
         if not 1 < self.clip_dual < math.inf:

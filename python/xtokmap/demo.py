@@ -132,6 +132,7 @@ def demo(
             warmup_steps=2,
             micro_batch=8,
             eval_samples=2,
+            save_every=0,
             loss="prior",  # the paper's, which needs the least of a teacher
             score_stop=teacher is not None,  # the base model does not know when an answer ends
         )

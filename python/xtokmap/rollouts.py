@@ -17,6 +17,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.alignment import Aligner, Kind
 from xtokmap.config import WHOLE, Config
 from xtokmap.losses import chunk_gap
+from xtokmap.processes import Processes
 from xtokmap.teacher import LocalTeacher, Scores, batched_logprobs, completion_rows, render, stop_id
 from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
 
@@ -56,8 +57,16 @@ class Rollouts:
 class Roller:
     """Samples from the student (or the teacher, as `Config.method` says) and has the teacher score the samples."""
 
-    def __init__(self, student: Any, tokenizer: Any, teacher: LocalTeacher, config: Config) -> None:
+    def __init__(
+        self,
+        student: Any,
+        tokenizer: Any,
+        teacher: LocalTeacher,
+        config: Config,
+        processes: Processes | None = None,
+    ) -> None:
         self.student, self.tokenizer, self.teacher, self.config = student, tokenizer, teacher, config
+        self.processes = processes or Processes()
         self.aligner = Aligner(tokenizer, teacher.tokenizer)
         self.device = next(student.parameters()).device
         self.stop_id = stop_id(tokenizer)

@@ -10,11 +10,13 @@ teacher's logprob, handed over by `losses.chunk_credit`, minus the student's own
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from typing import Any
 import torch
 
 from xtokmap._core import XTokMapError
+from xtokmap.checkpoint import CheckpointError, found, restore, save, writing
 from xtokmap.config import Config
 from xtokmap.flops import ModelFlops, StepFlops
 from xtokmap.models import float32_parameters, load, pick_device, write_back
+from xtokmap.processes import launched
 from xtokmap.report import Progress, evaluation_line, plot
 from xtokmap.rollouts import (
     Clock,
@@ -40,6 +44,7 @@ from xtokmap.torch import coverage_counts
 from xtokmap.updates import update
 
 __all__ = [
+    "CheckpointError",
     "Config",
     "Evaluation",
     "LocalTeacher",
@@ -93,6 +98,34 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
     return train, heldout
 
 
+class Order:
+    """Every index below `n` once in random order, and again.
+
+    Attributes:
+        drawn: how many there have been.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.drawn = n, 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._round: list[int] = []
+
+    def __iter__(self) -> Order:
+        return self
+
+    def __next__(self) -> int:
+        at = self.drawn % self.n
+        if at == 0:
+            self._round = torch.randperm(self.n, generator=self._generator).tolist()
+        self.drawn += 1
+        return self._round[at]
+
+    def skip(self, count: int) -> None:
+        """Draws some without giving them."""
+        for _ in range(count):
+            next(self)
+
+
 @dataclass
 class Result:
     """What a run leaves: where it is, its last step, and the evaluations before and after (None where not made)."""
@@ -113,13 +146,16 @@ class Run:
 
     Attributes:
         done: steps made.
+        history: their lines of `metrics.jsonl`.
+        before: the evaluation before the first one, where it was made.
+        saved: the step of the checkpoint that this run wrote or read last; -1: none.
     """
 
     def __init__(self, roller: Roller, prompts: Sequence[str]) -> None:
         config = roller.config
-        self.roller, self.config = roller, config
+        self.roller, self.config, self.processes = roller, config, roller.processes
         self.prompts = _fitting(prompts, roller)
-        self.order = _shuffled(len(self.prompts), torch.Generator().manual_seed(config.seed))
+        self.order = Order(len(self.prompts), config.seed)
         self.optimizer = torch.optim.AdamW(
             float32_parameters(roller.student),
             lr=config.learning_rate,
@@ -130,7 +166,9 @@ class Run:
         self.warmup = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda k: min(1.0, (k + 1) / max(1, config.warmup_steps))
         )
-        self.done = 0
+        self.done, self.saved = 0, -1
+        self.history: list[dict[str, Any]] = []
+        self.before: Evaluation | None = None
         self.flops: StepFlops | None = None
         with suppress(XTokMapError):  # nobody knows what a mixture of experts costs
             self.flops = StepFlops(ModelFlops.of(roller.student), ModelFlops.of(roller.teacher.model))
@@ -144,7 +182,10 @@ class Run:
             self.warmup.step()
         self.done += 1
         metrics = _metrics(self.done, rollouts, found, time.perf_counter() - start)
-        return metrics if self.flops is None else {**metrics, "flops": self._flops(self.flops, rollouts)}
+        if self.flops is not None:
+            metrics["flops"] = self._flops(self.flops, rollouts)
+        self.history.append(metrics)
+        return metrics
 
     def _flops(self, flops: StepFlops, rollouts: Rollouts) -> dict[str, int]:
         sides = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.teacher_prompt_ids, rollouts.teacher_ids)
@@ -156,8 +197,9 @@ class Run:
 def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) -> Result:
     """Distil the teacher into the student, on the student's own samples.
 
-    Writes `config.json`, `metrics.jsonl` (a line a step), `curves.png` and `student/` (safetensors) into
-    `config.output`. Ctrl-C ends the loop after saving what there is.
+    Writes `config.json`, `metrics.jsonl` (a line a step), `curves.png`, `student/` (safetensors) and `checkpoints/`
+    into `config.output`. Ctrl-C and SIGTERM end the loop after the step that is being made and save what there is; a
+    second Ctrl-C does so at once, without a checkpoint of the half step.
 
     Args:
         config: the run.
@@ -165,51 +207,97 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
 
     Raises:
         XTokMapError: prompts or models that cannot be used.
+        CheckpointError: checkpoints of another run are in the way, or something cannot be written.
     """
-    prompts, heldout = read_prompts(config.prompts)
-    device = pick_device(config.device)
-    torch.manual_seed(config.seed)
-    if models is None:
-        student, tokenizer = load(config.student, device, config.dtype)
-        teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
-    else:
-        student, tokenizer, teacher_model, teacher_tokenizer = models
-    teacher = LocalTeacher(
-        teacher_model, teacher_tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template
-    )
-    roller = Roller(student, tokenizer, teacher, config)
-    run = Run(roller, prompts)
+    with launched(config.device) as (processes, where):
+        prompts, heldout = read_prompts(config.prompts)
+        output = Path(config.output)
+        checkpoints = output / "checkpoints"
+        if not config.resume and (there := found(checkpoints)):
+            raise CheckpointError(
+                f"{there[-1]} is of an earlier run: pass resume to go on with it, another output, or delete "
+                f"{checkpoints}"
+            )
+        device = pick_device(where)
+        torch.manual_seed(config.seed)
+        if models is None:
+            student, tokenizer = load(config.student, device, config.dtype)
+            teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
+        else:
+            student, tokenizer, teacher_model, teacher_tokenizer = models
+        teacher = LocalTeacher(
+            teacher_model, teacher_tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template
+        )
+        roller = Roller(student, tokenizer, teacher, config, processes)
+        run = Run(roller, prompts)
+        resumed = config.resume and restore(run, checkpoints)
 
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
-    history: list[dict[str, Any]] = []
-    before = after = None
-    interrupted = False
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "config.json").write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
+            (output / "metrics.jsonl").write_text("")
+        _log(output, *run.history)  # up to the checkpoint's step
+        after = None
+        interrupted = False
+        try:
+            with Progress(config.steps) as progress, _asked_to_stop() as asked:
+                if resumed:
+                    progress.say(f"going on from step {run.done} of {config.steps}")
+                elif heldout and config.eval_samples:
+                    progress.say(f"evaluating on {len(heldout)} held-out prompts")
+                    run.before = evaluate(roller, heldout, config.eval_samples)
+                    progress.say(evaluation_line("before", run.before))
+                while run.done < config.steps and not asked():
+                    line = run.step()
+                    _log(output, line)
+                    progress.step(line)
+                    if config.save_every and run.done % config.save_every == 0:
+                        save(run, checkpoints, keep=config.keep_checkpoints)
+                if config.save_every:
+                    save(run, checkpoints, keep=config.keep_checkpoints)
+                interrupted = run.done < config.steps
+                if heldout and config.eval_samples and not interrupted:
+                    after = evaluate(roller, heldout, config.eval_samples)
+                    progress.say(evaluation_line("after", after))
+        except KeyboardInterrupt:
+            interrupted = True
+        if interrupted:
+            print(f"interrupted after {len(run.history)} steps: saving to {output}", file=sys.stderr)
+        with writing(output):
+            student.save_pretrained(output / "student")
+            tokenizer.save_pretrained(output / "student")
+            evaluations = {"before": run.before and run.before.as_dict(), "after": after and after.as_dict()}
+            (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
+            if run.history:
+                plot(run.history, output / "curves.png", run.before, after)
+        return Result(output, run.history, run.before, after, interrupted)
+
+
+def _log(output: Path, *lines: dict[str, Any]) -> None:
+    with writing(output / "metrics.jsonl"), open(output / "metrics.jsonl", "a", encoding="utf-8") as log:
+        log.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM only ask, so that no step is cut in two; a second Ctrl-C, a second later, does not ask."""
+    first: list[float] = []
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and first and time.monotonic() - first[0] > 1:
+            raise KeyboardInterrupt
+        if not first:
+            first.append(time.monotonic())
+            print("stopping after this step; Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be taken
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with open(output / "metrics.jsonl", "w", encoding="utf-8") as log, Progress(config.steps) as progress:
-            if heldout and config.eval_samples:
-                progress.say(f"evaluating on {len(heldout)} held-out prompts")
-                before = evaluate(roller, heldout, config.eval_samples)
-                progress.say(evaluation_line("before", before))
-            while run.done < config.steps:
-                history.append(run.step())
-                log.write(json.dumps(history[-1]) + "\n")
-                log.flush()
-                progress.step(history[-1])
-            if heldout and config.eval_samples:
-                after = evaluate(roller, heldout, config.eval_samples)
-                progress.say(evaluation_line("after", after))
-    except KeyboardInterrupt:
-        interrupted = True
-        print(f"interrupted after {len(history)} steps: saving to {output}", file=sys.stderr)
-    student.save_pretrained(output / "student")
-    tokenizer.save_pretrained(output / "student")
-    evaluations = {"before": before and before.as_dict(), "after": after and after.as_dict()}
-    (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
-    if history:
-        plot(history, output / "curves.png", before, after)
-    return Result(output, history, before, after, interrupted)
+        yield lambda: bool(first)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fitting(prompts: Sequence[str], roller: Roller) -> list[str]:
@@ -221,12 +309,6 @@ def _fitting(prompts: Sequence[str], roller: Roller) -> list[str]:
     if len(kept) < len(prompts):
         warnings.warn(f"{len(prompts) - len(kept)} prompts longer than {limit} tokens are left out", stacklevel=3)
     return kept
-
-
-def _shuffled(n: int, generator: torch.Generator) -> Iterator[int]:
-    """Every index once in random order, and again."""
-    while True:
-        yield from torch.randperm(n, generator=generator).tolist()
 
 
 def _metrics(step: int, rollouts: Rollouts, found: dict[str, Any], seconds: float) -> dict[str, Any]:
