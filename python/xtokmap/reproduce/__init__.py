@@ -33,17 +33,21 @@ from xtokmap.reproduce.tasks import TASKS, problem_of
 TEACHER_STEPS = 3000
 
 #: Learning rates that are tried for every method.
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 #: Steps of a run by how it samples, and after which of them the student is judged.
 POINTS = {
-    "opd": (5, 10, 20, 40, 60, 80),
-    "kd": (10, 20, 40, 80, 120, 160),
-    "sft": (25, 50, 100, 200, 400, 600, 800),
+    "opd": (5, 10, 20, 40, 60),
+    "kd": (10, 25, 50, 100),
+    "sft": (20, 50, 100, 200, 300, 500, 800),
 }
-SWEEP_POINTS = {"opd": (10, 20, 30, 40), "kd": (20, 40, 60, 80), "sft": (50, 100, 200, 300)}
+SWEEP_POINTS = {"opd": (15, 30), "kd": (50,), "sft": (150,)}
 
-#: A run ends that is at less than half of where it started, twice on end.
+#: Fine-tuning on answers in few ways is where it will get after so many steps.
+FEW_WAYS_STEPS = 300
+
+#: On-policy runs end that are at less than half of where they started, twice on end: they do not come back. Fine-tuning
+#: and off-policy distillation begin with a fall.
 FLOOR = 0.5
 
 
@@ -82,9 +86,11 @@ QUICK = Plan(cells=(("addition", "student_finer", 8, _SOME),), seeds=(0, 1), swe
 QUICK_RATES = {"sft": 1e-3, "opd prior": 1e-4, "opd cover": 3e-4, "opd transfer_kl": 3e-4}
 
 
-def points_of(method: str, *, sweep: bool = False) -> tuple[int, ...]:
+def points_of(method: str, ways: int, *, sweep: bool = False) -> tuple[int, ...]:
     """After which steps a run of this method is judged; the last one is its length."""
-    return (SWEEP_POINTS if sweep else POINTS)[METHODS[method].get("method", "opd")]
+    points = (SWEEP_POINTS if sweep else POINTS)[METHODS[method].get("method", "opd")]
+    few = method == "sft" and ways < 8 and not sweep
+    return tuple(step for step in points if step <= FEW_WAYS_STEPS) if few else points
 
 
 # ---- what the workers do -----------------------------------------------------------------------------------------
@@ -179,11 +185,12 @@ def make_answers(folder: Path, teachers: Path, task: str, arrangement: str, ways
 def make_run(folder: Path, teachers: Path, setting: Setting, points: Sequence[int]) -> dict[str, Any]:
     """Trains and judges one student."""
     own = bench(folder, teachers, setting.task, setting.arrangement)
-    if METHODS[setting.method].get("method", "opd") != "opd" and setting.ways not in own.pools:
+    on_policy = METHODS[setting.method].get("method", "opd") == "opd"
+    if not on_policy and setting.ways not in own.pools:
         kept = json.loads(pool_path(folder, setting.task, own.cuts[1], setting.ways).read_text())
         answers = {prompt: (row, done) for prompt, (row, done) in kept["answers"].items()}
         own.pools[setting.ways] = Pool(answers, kept["seconds"])
-    return own.run(setting, points, floor=FLOOR)
+    return own.run(setting, points, floor=FLOOR if on_policy else 0.0)
 
 
 def judge_teacher(folder: Path, teachers: Path, task: str, arrangement: str, ways: int) -> dict[str, Any]:
@@ -242,7 +249,7 @@ def _run_all(
         Job(
             f"{s.task} {s.arrangement} {s.ways} {s.method} rate {s.rate:g} seed {s.seed}",
             make_run,
-            (*folders, s, points_of(s.method, sweep=sweep)),
+            (*folders, s, points_of(s.method, s.ways, sweep=sweep)),
         )
         for s in wanted
         if s.key not in have
@@ -331,7 +338,7 @@ def reproduce(
         (folder / "teachers.json").write_text(json.dumps(judged, indent=2) + "\n")
 
         sweep = [
-            Setting(task, arrangement, 8, method, rate, seed, points_of(method, sweep=True)[-1])
+            Setting(task, arrangement, 8, method, rate, seed, points_of(method, 8, sweep=True)[-1])
             for seed in plan.sweep_seeds
             for (task, arrangement), (*_, methods) in widest.items()
             for method in methods
@@ -343,7 +350,7 @@ def reproduce(
             Setting(
                 task, arrangement, ways, method,
                 QUICK_RATES[method] if quick else rates[f"{task} {arrangement} {method}"],
-                seed, points_of(method)[-1],
+                seed, points_of(method, ways)[-1],
             )
             for seed in plan.seeds
             for task, arrangement, ways, methods in plan.cells
