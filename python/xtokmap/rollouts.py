@@ -17,7 +17,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.alignment import Aligner, Kind
 from xtokmap.config import WHOLE, Config
 from xtokmap.losses import chunk_gap
-from xtokmap.teacher import LocalTeacher, Scores, batched_logprobs, completion_rows, render, stop_id
+from xtokmap.teacher import LocalTeacher, Scores, Teacher, batched_logprobs, completion_rows, render, stop_id
 from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
 
 
@@ -54,11 +54,13 @@ class Rollouts:
 class Roller:
     """Samples from the student (or the teacher, as `Config.method` says) and has the teacher score the samples."""
 
-    def __init__(self, student: Any, tokenizer: Any, teacher: LocalTeacher, config: Config) -> None:
+    def __init__(self, student: Any, tokenizer: Any, teacher: Teacher, config: Config) -> None:
         self.student, self.tokenizer, self.teacher, self.config = student, tokenizer, teacher, config
         self.aligner = Aligner(tokenizer, teacher.tokenizer)
         self.device = next(student.parameters()).device
         self.stop_id = stop_id(tokenizer)
+        if config.method != "opd" and not isinstance(teacher, LocalTeacher):
+            raise XTokMapError(f"method={config.method!r}: a served teacher does not sample; use method='opd'")
         for side, stops in (("student", self.aligner.student.stop_ids), ("teacher", self.aligner.teacher.stop_ids)):
             if not stops and (side == "student" or config.method != "opd"):
                 raise XTokMapError(f"the {side}'s tokenizer has no end-of-turn token: set its eos_token")
@@ -85,6 +87,7 @@ class Roller:
                 sampled, completed = sample(self.student, prompt_ids, stops, config)
             else:
                 stops = self.aligner.teacher.stop_ids
+                assert isinstance(self.teacher, LocalTeacher)
                 sampled, completed = sample(self.teacher.model, teacher_prompts, stops, config)
         with clock("retokenise"):
             if on_policy:

@@ -22,7 +22,7 @@ import torch
 
 from xtokmap._core import XTokMapError
 from xtokmap.config import Config
-from xtokmap.models import float32_parameters, load, pick_device, write_back
+from xtokmap.models import float32_parameters, load, load_tokenizer, pick_device, write_back
 from xtokmap.report import Progress, evaluation_line, plot
 from xtokmap.rollouts import (
     Clock,
@@ -33,7 +33,7 @@ from xtokmap.rollouts import (
     evaluate,
     ratio_with_error,
 )
-from xtokmap.teacher import LocalTeacher, render
+from xtokmap.teacher import LocalTeacher, ServerTeacher, Teacher, TeacherError, render
 from xtokmap.torch import coverage_counts
 from xtokmap.updates import update
 
@@ -111,6 +111,7 @@ class Run:
 
     Attributes:
         done: steps made.
+        lost: batches in a row that a served teacher did not score.
     """
 
     def __init__(self, roller: Roller, prompts: Sequence[str]) -> None:
@@ -128,17 +129,39 @@ class Run:
         self.warmup = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda k: min(1.0, (k + 1) / max(1, config.warmup_steps))
         )
-        self.done = 0
+        self.done = self.lost = 0
+
+    def rollouts(self) -> Rollouts:
+        """The next batch that the teacher has scored; one that a server fails on is left out, and said.
+
+        Raises:
+            TeacherError: more than `Config.teacher_failures` batches in a row.
+        """
+        while (rollouts := self._scored()) is None:
+            pass
+        return rollouts
+
+    def _scored(self) -> Rollouts | None:
+        try:
+            return self.roller.roll([self.prompts[next(self.order)] for _ in range(self.config.batch_size)])
+        except TeacherError as error:
+            self.lost += 1
+            if self.lost > self.config.teacher_failures:
+                raise TeacherError(f"{self.lost} batches in a row have no scores; the last: {error}") from None
+            warnings.warn(f"this batch has no scores and is left out: {error}", stacklevel=4)
+            return None
 
     def step(self) -> dict[str, Any]:
         """Samples, scores and updates once; returns the step's line of `metrics.jsonl`."""
         start = time.perf_counter()
-        rollouts = self.roller.roll([self.prompts[next(self.order)] for _ in range(self.config.batch_size)])
+        rollouts = self.rollouts()
         with Clock(self.roller.device, rollouts.seconds)("update"):
             found = update(self.roller, rollouts, self.optimizer)
             self.warmup.step()
         self.done += 1
-        return _metrics(self.done, rollouts, found, time.perf_counter() - start)
+        metrics = _metrics(self.done, rollouts, found, time.perf_counter() - start)
+        metrics["skipped_batches"], self.lost = self.lost, 0
+        return metrics
 
 
 def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) -> Result:
@@ -149,22 +172,25 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
 
     Args:
         config: the run.
-        models: (student, its tokenizer, teacher, its tokenizer), already loaded; None loads what `config` names.
+        models: (student, its tokenizer, teacher, its tokenizer), already loaded; None loads what `config` names. With
+            `config.teacher_url` nothing is done with the teacher.
 
     Raises:
         XTokMapError: prompts or models that cannot be used.
+        TeacherError: a server that cannot be the teacher; or one that stopped answering, after saving what there is.
     """
     prompts, heldout = read_prompts(config.prompts)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     if models is None:
         student, tokenizer = load(config.student, device, config.dtype)
-        teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
+        if config.teacher_url:
+            teacher_model, teacher_tokenizer = None, load_tokenizer(config.teacher)
+        else:
+            teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
     else:
         student, tokenizer, teacher_model, teacher_tokenizer = models
-    teacher = LocalTeacher(
-        teacher_model, teacher_tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template
-    )
+    teacher = _teacher(config, teacher_model, teacher_tokenizer, device)
     roller = Roller(student, tokenizer, teacher, config)
     run = Run(roller, prompts)
 
@@ -173,31 +199,68 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
     (output / "config.json").write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
     history: list[dict[str, Any]] = []
     before = after = None
-    interrupted = False
+    interrupted, failure = False, None
     try:
         with open(output / "metrics.jsonl", "w", encoding="utf-8") as log, Progress(config.steps) as progress:
             if heldout and config.eval_samples:
                 progress.say(f"evaluating on {len(heldout)} held-out prompts")
-                before = evaluate(roller, heldout, config.eval_samples)
-                progress.say(evaluation_line("before", before))
+                before = _evaluated("before", roller, heldout, progress)
             while run.done < config.steps:
                 history.append(run.step())
                 log.write(json.dumps(history[-1]) + "\n")
                 log.flush()
                 progress.step(history[-1])
             if heldout and config.eval_samples:
-                after = evaluate(roller, heldout, config.eval_samples)
-                progress.say(evaluation_line("after", after))
+                after = _evaluated("after", roller, heldout, progress)
     except KeyboardInterrupt:
         interrupted = True
         print(f"interrupted after {len(history)} steps: saving to {output}", file=sys.stderr)
+    except TeacherError as error:
+        failure = error
+    finally:
+        if isinstance(teacher, ServerTeacher):
+            teacher.close()
     student.save_pretrained(output / "student")
     tokenizer.save_pretrained(output / "student")
     evaluations = {"before": before and before.as_dict(), "after": after and after.as_dict()}
     (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
     if history:
         plot(history, output / "curves.png", before, after)
+    if failure is not None:
+        raise TeacherError(f"ended after {len(history)} steps, which are saved in {output}: {failure}") from failure
     return Result(output, history, before, after, interrupted)
+
+
+def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device) -> Teacher:
+    """The teacher that `config` names; a server has passed its self-test."""
+    if not config.teacher_url:
+        return LocalTeacher(model, tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template)
+    teacher = ServerTeacher(
+        config.teacher_url,
+        tokenizer,
+        protocol=config.teacher_protocol,
+        model=config.teacher_model,
+        topk=config.teacher_topk,
+        plain_template=config.plain_template,
+        device=device,
+        concurrency=config.teacher_concurrency,
+        timeout=config.teacher_timeout,
+        retries=config.teacher_retries,
+    )
+    if (unknown := teacher.self_test()) is not None:
+        warnings.warn(f"{config.teacher_url}: {unknown}", stacklevel=3)
+    return teacher
+
+
+def _evaluated(name: str, roller: Roller, heldout: Sequence[str], progress: Progress) -> Evaluation | None:
+    """An evaluation, said; None where a served teacher failed on it, which costs no more than that."""
+    try:
+        found = evaluate(roller, heldout, roller.config.eval_samples)
+    except TeacherError as error:
+        progress.say(f"{name}: not evaluated: {error}")
+        return None
+    progress.say(evaluation_line(name, found))
+    return found
 
 
 def _fitting(prompts: Sequence[str], roller: Roller) -> list[str]:
