@@ -145,6 +145,8 @@ def rows_of(rows, fault, keys):
     row = rows[middle]
     if fault == "other ids":
         return [*rows[:middle], rows[middle - 1], *rows[middle + 1 :]]
+    if fault == "sum above 1" and isinstance(row, dict) and len(row) == 1:
+        row["0"] = {"logprob": -0.01}
     for key in keys(row) if isinstance(row, dict) else range(len(row)):
         entry = row[key]
         value = {"NaN": float("nan"), "positive": 0.5, "sum above 1": -0.01}[fault]

@@ -276,7 +276,7 @@ class TeacherServer(ThreadingHTTPServer):
         if body.get("model") not in (None, "", self.name):
             raise RefusedError(404, f"the model {body['model']!r:.100} does not exist; this server has {self.name!r}")
         for name in ("stream", "suffix", "best_of", "n"):
-            if body.get(name) not in (None, False, 1):
+            if body.get(name) not in (None, False, 1) or body.get(name) is True:
                 raise RefusedError(400, f"{name}: this server scores prompts, and knows nothing of that")
         new = _whole(body, "max_tokens", 1, 0, 1)
         echo, logprobs = bool(body.get("echo", False)), self._topk(body, "logprobs")

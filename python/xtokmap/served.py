@@ -387,18 +387,22 @@ class Client:
         self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
         if self._key != self._key.strip() or not self._key.isascii() or not self._key.isprintable():
             raise XTokMapError(f"{KEY_VARIABLE}: the key has white space around it, or characters that no header takes")
-        self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
-        )
+        # No certificates are read where none are needed.
+        self._verify = httpx.create_ssl_context() if self.url.startswith("https") else False
 
     def __repr__(self) -> str:
         return f"Client({self.url!r}, protocol={self._dialect.name if self._dialect else 'auto'!r})"
 
-    def close(self) -> None:
-        """Closes the connections."""
-        self._http.close()
+    def _connections(self) -> Any:
+        """For one batch: a server drops connections that idle through an update, and the next request with them."""
+        import httpx
+
+        return httpx.Client(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=self.timeout,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency),
+            verify=self._verify,
+        )
 
     @property
     def protocol(self) -> str:
@@ -412,23 +416,24 @@ class Client:
             TeacherError: nothing that answers, or no protocol in which the answer can be used, with each one's reason.
         """
         dialects = [self._dialect] if self._dialect else list(PROTOCOLS.values())
-        if not self.model and any(dialect.path.startswith("/v1") for dialect in dialects):
-            self.model = self._only_model(optional=self._dialect is None)
-        if self._dialect is not None:
-            self._ask(self._dialect, ids, topk, threading.Event())
-            return self._dialect.name
-        refusals = []
-        for dialect in dialects:
-            refusal = self._refusal_of(dialect, ids, topk)
-            if refusal is None:
-                self._dialect = dialect
-                return dialect.name
-            refusals.append(f"{dialect.name}: {refusal}")
+        with self._connections() as http:
+            if not self.model and any(dialect.path.startswith("/v1") for dialect in dialects):
+                self.model = self._only_model(http, optional=self._dialect is None)
+            if self._dialect is not None:
+                self._ask(http, self._dialect, ids, topk, threading.Event())
+                return self._dialect.name
+            refusals = []
+            for dialect in dialects:
+                refusal = self._refusal_of(http, dialect, ids, topk)
+                if refusal is None:
+                    self._dialect = dialect
+                    return dialect.name
+                refusals.append(f"{dialect.name}: {refusal}")
         raise TeacherError(f"{self.url}: no protocol works here; {'; '.join(refusals)}")
 
-    def _refusal_of(self, dialect: Dialect, ids: Sequence[int], topk: int) -> str | None:
+    def _refusal_of(self, http: Any, dialect: Dialect, ids: Sequence[int], topk: int) -> str | None:
         try:
-            self._ask(dialect, ids, topk, threading.Event(), probing=True)
+            self._ask(http, dialect, ids, topk, threading.Event(), probing=True)
         except TeacherUnreachableError:
             raise
         except TeacherError as error:
@@ -450,8 +455,9 @@ class Client:
         dialect, stop = self._dialect, threading.Event()
         assert dialect is not None or not rows
         pool = ThreadPoolExecutor(min(self.concurrency, max(len(rows), 1)), thread_name_prefix="teacher")
+        http = self._connections()
         try:
-            futures = [pool.submit(self._ask, dialect, row, topk, stop) for row in rows]
+            futures = [pool.submit(self._ask, http, dialect, row, topk, stop) for row in rows]
             done = wait(futures, return_when=FIRST_EXCEPTION).done
             failed = next((e for f in futures if f in done and (e := f.exception()) is not None), None)
             if failed is not None:
@@ -460,9 +466,12 @@ class Client:
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            # Requests that are under way when another one failed, or Ctrl-C came, are not waited for.
+            threading.Thread(target=_close_after, args=(pool, http), daemon=True).start()
 
     def _ask(
         self,
+        http: Any,
         dialect: Dialect | None,
         ids: Sequence[int],
         topk: int,
@@ -474,7 +483,7 @@ class Client:
         payload = dialect.payload(ids, topk, self.model)
 
         def attempt() -> Answer:
-            return dialect.parse(self._request("POST", dialect.path, payload), ids, topk, self.spell)
+            return dialect.parse(self._request(http, "POST", dialect.path, payload), ids, topk, self.spell)
 
         answer: Answer = self._again(attempt, stop, dialect.path, probing=probing)
         with self._lock:
@@ -511,7 +520,7 @@ class Client:
         except TeacherError as error:
             raise TeacherError(self._clean(f"{self.url}{path}: {error}")) from None
 
-    def _request(self, method: str, path: str, payload: Any = None) -> Any:
+    def _request(self, http: Any, method: str, path: str, payload: Any = None) -> Any:
         """The JSON of an answer; raises `_AgainError` or, without the URL and not yet cleaned, `TeacherError`."""
         import httpx
 
@@ -519,7 +528,7 @@ class Client:
         with self._lock:
             self.figures["requests"] += 1
         try:
-            with self._http.stream(method, self.url + path, json=payload) as response:
+            with http.stream(method, self.url + path, json=payload) as response:
                 parts = []
                 # httpx has a limit for each read; an answer that trickles would never end.
                 for part in response.iter_bytes():
@@ -551,10 +560,10 @@ class Client:
             hint = "; redirects are not followed, as they would take the key along: give the server's own URL"
         return TeacherError(f"refused with status {status}{said}{hint}")
 
-    def _only_model(self, *, optional: bool) -> str:
+    def _only_model(self, http: Any, *, optional: bool) -> str:
         """The name of the one model that the server has; empty where it does not say, if that may be."""
         try:
-            body = self._again(lambda: self._request("GET", "/v1/models"), threading.Event(), "/v1/models")
+            body = self._again(lambda: self._request(http, "GET", "/v1/models"), threading.Event(), "/v1/models")
             names = [entry["id"] for entry in body["data"]]
         except TeacherUnreachableError:
             raise
@@ -571,6 +580,11 @@ class Client:
     def _clean(self, message: str) -> str:
         """A message without the key, which a server may well repeat."""
         return message.replace(self._key, "***") if self._key else message
+
+
+def _close_after(pool: ThreadPoolExecutor, http: Any) -> None:
+    pool.shutdown(wait=True)
+    http.close()
 
 
 def _said(content: bytes) -> str:
@@ -602,17 +616,21 @@ def _retry_after(value: str | None) -> float | None:
 # ---- the self-test -----------------------------------------------------------------------------------------------
 
 
-def self_test(client: Client, ids: Sequence[int], others: Sequence[int], spell: Spell | None = None) -> str | None:
+def self_test(
+    client: Client, ids: Sequence[int], others: Sequence[int], *, topk: int = 0, spell: Spell | None = None
+) -> str | None:
     """Whether a server repeats itself, scores each token at its own row, and has the tokenizer that is thought.
 
-    The same ids are asked twice. Then the token in the middle becomes each of `others`: what precedes it cannot know,
-    and its own row, which then scores other tokens, must; so the first row that changes is the changed token's, unless
-    rows are shifted. That needs no model that has learned anything.
+    The same ids are asked twice. Then the token in the middle becomes each of `others`. What precedes it cannot know;
+    its own row scores other tokens then, from the same distribution; the next row's distribution is another. So the
+    first logprob that changes is the changed token's, and the first row of likeliest logprobs that changes is the one
+    after it, unless rows are shifted. That needs no model that has learned anything.
 
     Args:
         client: of the server.
         ids: of a known text; a dozen tokens or more.
         others: other tokens, all different, and different from the middle one.
+        topk: how many of the likeliest tokens to ask for; 0: nothing is known of whole rows.
         spell: the bytes of a token id.
 
     Returns:
@@ -623,35 +641,47 @@ def self_test(client: Client, ids: Sequence[int], others: Sequence[int], spell: 
     """
     middle = len(ids) // 2
     variants = [[*ids[:middle], other, *ids[middle + 1 :]] for other in others]
-    first, second, *rest = client.score([ids, ids, *variants])
-    scored = slice(1, None)
+    first, second, *rest = client.score([ids, ids, *variants], topk)
     with np.errstate(invalid="ignore"):
-        gap = np.nan_to_num(np.abs(first.logprobs - second.logprobs)[scored])
+        gap = np.nan_to_num(np.abs(first.logprobs - second.logprobs))
     apart = float(gap.max())
     # Low precisions in batches of other sizes differ; more so where a logprob is far from 0.
-    if (gap > 0.25 + 0.02 * np.abs(np.nan_to_num(first.logprobs[scored], neginf=0))).any():
+    if (gap > 0.25 + 0.02 * np.abs(np.nan_to_num(first.logprobs, neginf=0))).any():
         raise TeacherError(
             f"{client.url}: the same ids have logprobs that differ by {apart:.3g} nats when asked again; is a "
             "sampling setting applied to them, or are there several models behind this URL?"
         )
     if spell is not None:
-        known = [same for text, i in zip(first.texts, ids, strict=True) if text for same in [spells(text, spell(i))]]
-        told = [same for same in known if same is not None]
-        if told and sum(told) * 2 < len(told):
-            wrong = next((t, i) for t, i in zip(first.texts, ids, strict=True) if t and spells(t, spell(i)) is False)
+        known = [(text, i, spells(text, spell(i))) for text, i in zip(first.texts, ids, strict=True) if text]
+        wrong = [(text, i) for text, i, same in known if same is False]
+        if len(wrong) * 2 > sum(same is not None for *_, same in known):
+            text, i = wrong[0]
             raise TeacherError(
-                f"{client.url}: token {wrong[1]} is {wrong[0]!r} there and {spell(wrong[1])!r} in the tokenizer of "
-                "--teacher: these are two vocabularies"
+                f"{client.url}: token {i} is {text!r} there and {spell(i)!r} in the tokenizer of --teacher: these are "
+                "two vocabularies"
             )
-    stacked = np.nan_to_num(np.stack([a.logprobs for a in (first, *rest)]), nan=0.0, neginf=_NOTHING)
-    spread = np.ptp(stacked, axis=0)
-    noise = max(float(spread[1 : max(2, middle // 2)].max()), apart)
-    changed = np.flatnonzero(spread > 10 * noise + 1e-4)
-    if not len(changed):
-        return f"no row changes with token {middle} (noise {noise:.2g} nats): whether rows are shifted is not known"
-    if changed[0] != middle:
-        raise TeacherError(
-            f"{client.url}: with token {middle} changed, the first row that changes is {changed[0]}: rows are shifted "
-            f"by {changed[0] - middle}"
-        )
+    answers = (first, *rest)
+    logprobs = np.stack([np.nan_to_num(answer.logprobs, neginf=_NOTHING) for answer in answers])
+    views = [("token", middle, logprobs[:, :, None])]
+    if topk:
+        views.append(("row", middle + 1, np.stack([_likeliest(answer, topk) for answer in answers])))
+    for what, due, values in views:
+        spread = np.ptp(values, axis=0).max(-1)
+        noise = max(float(spread[1 : max(2, middle // 2)].max()), apart)
+        changed = np.flatnonzero(spread > 10 * noise + 1e-4)
+        if not len(changed):
+            return (
+                f"no {what} changes with token {middle} (noise {noise:.2g} nats): whether rows are shifted is not known"
+            )
+        if changed[0] != due:
+            raise TeacherError(
+                f"{client.url}: with token {middle} changed, the first {what} to change is {changed[0]} instead of "
+                f"{due}: rows are shifted"
+            )
     return None
+
+
+def _likeliest(answer: Answer, topk: int) -> npt.NDArray[np.float32]:
+    """float32 `[n, topk]`: the likeliest logprobs of every row; whose they are does not matter."""
+    shown = np.where(answer.top_ids < 0, np.float32(_NOTHING), np.maximum(answer.top_logprobs, np.float32(_NOTHING)))
+    return np.sort(shown, axis=1)[:, ::-1][:, : min(topk, shown.shape[1] - 1) or 1]

@@ -200,10 +200,6 @@ class ServerTeacher:
     def __repr__(self) -> str:
         return f"ServerTeacher({self.client!r}, topk={self.topk})"
 
-    def close(self) -> None:
-        """Closes the connections."""
-        self.client.close()
-
     def _spell(self, token: int) -> bytes | None:
         return self._table[token] if token < len(self._table) else None
 
@@ -224,7 +220,7 @@ class ServerTeacher:
         ids = [*self.render(["?"])[0][:8], *text]
         others = [token for token in dict.fromkeys(text) if token != ids[len(ids) // 2]][:4]
         self.client.connect(ids, self.topk)
-        return self_test(self.client, ids, others, self._spell)
+        return self_test(self.client, ids, others, topk=self.topk, spell=self._spell)
 
     def score(
         self,

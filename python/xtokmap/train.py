@@ -217,9 +217,6 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         print(f"interrupted after {len(history)} steps: saving to {output}", file=sys.stderr)
     except TeacherError as error:
         failure = error
-    finally:
-        if isinstance(teacher, ServerTeacher):
-            teacher.close()
     student.save_pretrained(output / "student")
     tokenizer.save_pretrained(output / "student")
     evaluations = {"before": before and before.as_dict(), "after": after and after.as_dict()}
