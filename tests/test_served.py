@@ -304,6 +304,25 @@ def test_shifted_logprobs_are_found_where_there_is_nothing_else(model, by):
             teacher_of(server, protocol="openai", topk=0).self_test()
 
 
+def test_tokens_that_are_looked_up_in_the_next_row_are_found(model):
+    """What llama-cpp-python 0.3 does with `echo`: the logprob of each token after itself."""
+    teacher = LocalTeacher(model, tiny.teacher_tokenizer())
+
+    def change(found, body):
+        ids = body["prompt"]
+        rows = torch.cat([teacher.rows([ids[:1]], [ids[1:]]).slice(0, len(ids)).log_softmax(-1)])
+        given = found["choices"][0]["logprobs"]
+        given["token_logprobs"] = [None, *(rows[i, token].item() for i, token in enumerate(ids) if i), -1.0]
+        given["top_logprobs"] = [None, *({"?": rows[i].max().item()} for i in range(1, len(ids))), None]
+        given["tokens"] = [tiny.teacher_tokenizer().decode([i]) for i in [*ids, 5]]
+        return found
+
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, change)
+        with pytest.raises(TeacherError, match=r"first row to change is .*: rows are shifted"):
+            teacher_of(server, protocol="openai", topk=0).self_test()
+
+
 def test_a_server_that_does_not_repeat_itself_is_refused(model):
     calls = 0
 

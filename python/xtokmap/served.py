@@ -77,12 +77,14 @@ class Answer:
         logprobs: float32 `[n]`; NaN for token 0; -inf where the model gives none of its mass.
         top_ids: int64 `[n, k]`; the likeliest tokens and the one that is there, -1 on padding and in row 0.
         top_logprobs: float32 `[n, k]`; of these, 0 on padding.
+        best: float32 `[n]`; the largest logprob that the server shows of each row, NaN where it shows none.
         texts: what the server spells each token as, None where it does not say.
     """
 
     logprobs: npt.NDArray[np.float32]
     top_ids: npt.NDArray[np.int64]
     top_logprobs: npt.NDArray[np.float32]
+    best: npt.NDArray[np.float32]
     texts: list[str | None]
 
 
@@ -213,14 +215,15 @@ class OpenAI:
         named = [_named_id(token) for token in tokens[:n]]
         texts: list[str | None] = [None] * n
         tops: list[dict[int, float]] = [{} for _ in ids]
+        top_rows = given.get("top_logprobs")
         if None not in named:
             for i, token in enumerate(named):
                 if token != ids[i]:
                     raise BadAnswerError(f"logprobs.tokens[{i}] is token {token}; {ids[i]} is there")
             if topk:
-                top_rows = _rows("top_logprobs", given.get("top_logprobs"), len(tokens))
+                top_rows = _rows("top_logprobs", top_rows, len(tokens))
                 for i in range(1, n):
-                    row = {_named_id(text): value for text, value in (top_rows[i] or {}).items()}
+                    row = {_named_id(text): value for text, value in _mapping(top_rows[i], i).items()}
                     if None in row:
                         raise BadAnswerError(f"top_logprobs[{i}] has tokens without ids")
                     tops[i] = {token: _number(row, token, i) for token in row if token is not None}
@@ -235,7 +238,13 @@ class OpenAI:
                     "be used; set teacher_topk=0 (and a loss of logprobs alone, as 'prior')"
                 )
         logprobs = [math.nan, *(_number(values, i, i) for i in range(1, n))]
-        return _checked(ids, logprobs, tops, texts)
+        answer = _checked(ids, logprobs, tops, texts)
+        if isinstance(top_rows, list) and len(top_rows) == len(tokens):
+            # Whose they are may not be known; what the likeliest has is.
+            for i in range(1, n):
+                row_of_texts = _mapping(top_rows[i] or {}, i)
+                answer.best[i] = max((_number(row_of_texts, text, i) for text in row_of_texts), default=math.nan)
+        return answer
 
 
 PROTOCOLS: dict[str, Dialect] = {dialect.name: dialect for dialect in (VLLM(), SGLang(), OpenAI())}
@@ -278,6 +287,12 @@ def _id(value: Any) -> int:
     return token
 
 
+def _mapping(row: Any, i: int) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise BadAnswerError(f"top_logprobs[{i}] is {row!r:.40}, not a mapping")
+    return row
+
+
 def _named_id(text: Any) -> int | None:
     head, _, tail = text.partition(":") if isinstance(text, str) else ("", "", "")
     return int(tail) if head == "token_id" and tail.isascii() and tail.isdigit() else None
@@ -309,7 +324,8 @@ def _checked(ids: Sequence[int], logprobs: list[float], tops: list[dict[int, flo
     for i, row in enumerate(tops):
         top_ids[i, : len(row)] = list(row)
         top_logprobs[i, : len(row)] = list(row.values())
-    return Answer(np.array(logprobs, np.float32), top_ids, top_logprobs, list(texts))
+    best = np.array([max(row.values(), default=math.nan) for row in tops], np.float32)
+    return Answer(np.array(logprobs, np.float32), top_ids, top_logprobs, best, list(texts))
 
 
 # ---- the client --------------------------------------------------------------------------------------------------
@@ -623,14 +639,14 @@ def self_test(
 
     The same ids are asked twice. Then the token in the middle becomes each of `others`. What precedes it cannot know;
     its own row scores other tokens then, from the same distribution; the next row's distribution is another. So the
-    first logprob that changes is the changed token's, and the first row of likeliest logprobs that changes is the one
-    after it, unless rows are shifted. That needs no model that has learned anything.
+    first logprob that changes is the changed token's, and the first largest logprob of a row that changes is the next
+    row's, unless rows are shifted. That needs no model that has learned anything.
 
     Args:
         client: of the server.
         ids: of a known text; a dozen tokens or more.
         others: other tokens, all different, and different from the middle one.
-        topk: how many of the likeliest tokens to ask for; 0: nothing is known of whole rows.
+        topk: how many of the likeliest tokens to ask for.
         spell: the bytes of a token id.
 
     Returns:
@@ -641,6 +657,8 @@ def self_test(
     """
     middle = len(ids) // 2
     variants = [[*ids[:middle], other, *ids[middle + 1 :]] for other in others]
+    # Of every row something that does not depend on the token that is there. OpenAI's dialect has that anyway.
+    topk = topk if client.protocol == OpenAI.name else max(topk, 1)
     first, second, *rest = client.score([ids, ids, *variants], topk)
     with np.errstate(invalid="ignore"):
         gap = np.nan_to_num(np.abs(first.logprobs - second.logprobs))
@@ -661,12 +679,9 @@ def self_test(
                 "two vocabularies"
             )
     answers = (first, *rest)
-    logprobs = np.stack([np.nan_to_num(answer.logprobs, neginf=_NOTHING) for answer in answers])
-    views = [("token", middle, logprobs[:, :, None])]
-    if topk:
-        views.append(("row", middle + 1, np.stack([_likeliest(answer, topk) for answer in answers])))
-    for what, due, values in views:
-        spread = np.ptp(values, axis=0).max(-1)
+    views = [("token", middle, [a.logprobs for a in answers]), ("row", middle + 1, [a.best for a in answers])]
+    for what, due, rows in views:
+        spread = np.ptp(np.stack([np.nan_to_num(row, neginf=_NOTHING) for row in rows]), axis=0)
         noise = max(float(spread[1 : max(2, middle // 2)].max()), apart)
         changed = np.flatnonzero(spread > 10 * noise + 1e-4)
         if not len(changed):
@@ -679,9 +694,3 @@ def self_test(
                 f"{due}: rows are shifted"
             )
     return None
-
-
-def _likeliest(answer: Answer, topk: int) -> npt.NDArray[np.float32]:
-    """float32 `[n, topk]`: the likeliest logprobs of every row; whose they are does not matter."""
-    shown = np.where(answer.top_ids < 0, np.float32(_NOTHING), np.maximum(answer.top_logprobs, np.float32(_NOTHING)))
-    return np.sort(shown, axis=1)[:, ::-1][:, : min(topk, shown.shape[1] - 1) or 1]
