@@ -1,9 +1,9 @@
 """What a served teacher's faults cost: python benches/faults.py [requests]
 
 A real server with a small model over HTTP on this machine; faults are put into its answers as they go out
-(tests/faults.py). First many requests with 5 % faults, each answer compared with the local model's for its own row; then, for each fault,
-a training run in which it comes and goes, and one in which it lasts. Prints the tables and writes them to
-benches/results/faults.md.
+(tests/faults.py). First many requests with 5 % faults, each answer compared with the local model's for its own row;
+then, for each fault, a training run in which it comes and goes, and one in which it lasts. Prints the tables and writes
+them to benches/results/faults.md.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def main() -> None:
         "",
         f"Injected: in the table above. Then two training runs of {STEPS} steps of {BATCH} samples, over vLLM's "
         "protocol: in one, a fifth of the answers have the fault, and each request may be made 8 times more; in the "
-        "other, the first request of the third batch has it as often as it is made (twice). Steps lost are batches left "
-        "out; the run draws new ones for them. Loss: the largest difference of a step's loss from the run without "
+        "other, the first request of the third batch has it as often as it is made (twice). Steps lost are batches "
+        "left out; the run draws new ones for them. Loss: the largest difference of a step's loss from the run without "
         "faults.",
         "",
         "| fault | injected | passing: asked again | steps lost | loss | lasting: steps lost | what is said |",
