@@ -36,6 +36,7 @@ from xtokmap.train import Config, train  # noqa: E402
 RESULTS = Path(__file__).parent / "results" / "faults.md"
 RATE = 0.05
 STEPS, BATCH = 8, 8
+TIMEOUT = 5.0  # seconds: more than a busy machine needs
 SELF_TEST = 7  # requests
 
 MEANING = {
@@ -63,9 +64,9 @@ def many(protocol: str, requests: int) -> dict[str, Any]:
     model = tiny.teacher_model()
     want = LocalTeacher(model, tiny.teacher_tokenizer(), micro_batch=256)
     wanted = want.score([row[:1] for row in rows], [row[1:] for row in rows]).logprobs
-    plan = faults.Plan(rate=RATE, slow=1.0)
+    plan = faults.Plan(rate=RATE, slow=TIMEOUT + 1)
     with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
-        client = Client(server.url, protocol=protocol, model="teacher", retries=8, timeout=0.7, pause=0.01)
+        client = Client(server.url, protocol=protocol, model="teacher", retries=8, timeout=TIMEOUT, pause=0.01)
         start = time.perf_counter()
         answers = client.score(rows, topk=4)
         seconds = time.perf_counter() - start
@@ -94,7 +95,7 @@ def run(folder: Path, plan: faults.Plan | None, **changes: Any) -> tuple[list[di
     with faults.serving(models[2], models[3], plan) as server:
         settings = {"prompts": str(folder / "prompts.txt"), "output": str(folder / "out"), "steps": STEPS}
         settings |= {"batch_size": BATCH, "max_new_tokens": 16, "learning_rate": 1e-3, "device": "cpu", "loss": "prior"}
-        settings |= {"teacher_url": server.url, "teacher_topk": 0, "teacher_timeout": 0.7}
+        settings |= {"teacher_url": server.url, "teacher_topk": 0, "teacher_timeout": TIMEOUT}
         said = []
         with (
             warnings.catch_warnings(record=True) as caught,
@@ -159,10 +160,10 @@ def main() -> None:
         folder = Path(name)
         want, _ = run(folder, None)
         for fault in faults.FAULTS:
-            plan = faults.Plan([None] * SELF_TEST, rate=0.2, names=[fault], slow=1.0)
+            plan = faults.Plan([None] * SELF_TEST, rate=0.2, names=[fault], slow=TIMEOUT + 1)
             passing, said = run(folder, plan, teacher_retries=8)
             assert not said
-            lasting_plan = faults.Plan([None] * (SELF_TEST + 2 * BATCH) + [fault] * 2, slow=1.0)
+            lasting_plan = faults.Plan([None] * (SELF_TEST + 2 * BATCH) + [fault] * 2, slow=TIMEOUT + 1)
             lasting, cause = run(folder, lasting_plan, teacher_retries=1, teacher_concurrency=1)
             assert len(lasting) == STEPS
             # The steps before the lost batch are those of the run without faults.

@@ -14,6 +14,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -228,6 +229,11 @@ class TeacherServer(ThreadingHTTPServer):
     def handler(self) -> type[BaseHTTPRequestHandler]:
         """What handles a connection."""
         return Handler
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that breaks between requests is nobody's error; anything else is printed."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
