@@ -16,11 +16,11 @@ import faults
 import tiny
 import xtokmap
 from xtokmap import Aligner, served
-from xtokmap.losses import chunk_credit
+from xtokmap.losses import chunk_credit, strict_kl
 from xtokmap.rollouts import sample
 from xtokmap.served import PROTOCOLS, Client
 from xtokmap.teacher import LocalTeacher, ServerTeacher, TeacherError, render
-from xtokmap.torch import ChunkIndex
+from xtokmap.torch import ChunkIndex, Logits
 from xtokmap.train import Config, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
@@ -97,6 +97,8 @@ def test_a_small_k_leaves_mass_out_and_never_the_token_that_is_there(model, serv
     teacher = teacher_of(server, protocol=protocol, topk=2)
     got = teacher.score(prompts, rows, queries=queries)
     torch.testing.assert_close(got.logprobs, whole.logprobs, atol=2e-5, rtol=0)
+    assert (got.missing[got.mask] > 1e-3).all()
+    assert (got.missing[~got.mask] == 0).all()
     known = torch.isfinite(whole.transferred)
     assert (torch.isnan(got.transferred) == torch.isnan(whole.transferred)).all()
     assert (got.transferred[known] < whole.transferred[known] - 1e-3).any()
@@ -108,6 +110,24 @@ def test_a_small_k_leaves_mass_out_and_never_the_token_that_is_there(model, serv
         assert ids[i] in shown
         assert 2 <= len(shown) <= 3
         assert np.exp(answer.top_logprobs[i][: len(shown)]).sum() < 1 - 1e-3
+
+
+def test_strict_kl_from_all_of_every_row_is_the_local_one(model, server, batch):
+    prompts, rows, index, _ = batch
+    got = teacher_of(server, protocol="vllm", topk=model.config.vocab_size).score(prompts, rows, top=True)
+    assert got.transferred is None
+    assert got.top.shape == got.mask.shape
+    assert got.missing.abs().max() < 1e-5
+    maps = Aligner(tiny.student_tokenizer(), tiny.teacher_tokenizer()).vocab_map.torch()
+    torch.manual_seed(0)
+    student = Logits(torch.randn(*index.student_chunk.shape, len(tiny.student_tokenizer())))
+    local = LocalTeacher(model, tiny.teacher_tokenizer())
+    whole = torch.zeros(*got.mask.shape, model.config.vocab_size)
+    for b, row in enumerate(rows):
+        whole[b, : len(row)] = local.rows([prompts[b]], [row]).slice(0, len(row))
+    losses = [strict_kl(student, teacher, index, maps, k=None) for teacher in (got.top, Logits(whole))]
+    assert losses[0].loss.item() == pytest.approx(losses[1].loss.item(), abs=1e-4)
+    assert losses[0].loss.item() > 0.1
 
 
 def test_whole_rows_are_refused(server, batch):
@@ -496,6 +516,7 @@ def test_a_run_is_the_local_teachers_run(prompts, loss):
         for name in ("kl_per_byte", "grad_norm", "scored", "response_length"):
             assert a[name] == pytest.approx(b[name], rel=1e-3)
         assert a["skipped_batches"] == 0
+        assert a.get("missing", 0) == pytest.approx(0, abs=1e-5)
     assert found.before.kl_per_byte == pytest.approx(local.before.kl_per_byte, rel=1e-4)
     assert found.after.kl_per_byte == pytest.approx(local.after.kl_per_byte, rel=1e-3)
 

@@ -57,6 +57,8 @@ class Scores:
             as the ids lay that were aligned; NaN where there is no query and on padding.
         rows: where kept; the flat rows `[N + B]` of `LocalTeacher.rows`, for losses of whole distributions.
         target: where kept and with queries; q*(u | s_<i) for `transfer_kl`.
+        top: of a served teacher, where asked for; `[B, Tt]` rows of the likeliest tokens and its own, for `strict_kl`.
+        missing: where there is `top`; float32 `[B, Tt]`, the mass of each row that it does not show; 0 on padding.
     """
 
     logprobs: Tensor
@@ -64,6 +66,8 @@ class Scores:
     transferred: Tensor | None = None
     rows: Logits | None = None
     target: TransferTarget | None = None
+    top: TopK | None = None
+    missing: Tensor | None = None
 
 
 class LocalTeacher:
@@ -230,6 +234,7 @@ class ServerTeacher:
         queries: CoverQueries | None = None,
         transferred: bool | None = None,
         keep: bool = False,
+        top: bool = False,
     ) -> Scores:
         """Logprobs of the completions' tokens, as `LocalTeacher.score`.
 
@@ -242,6 +247,7 @@ class ServerTeacher:
             queries: of the batch in which these completions were aligned, from `Aligner.cover_queries`.
             transferred: whether to evaluate them. None: where there are queries.
             keep: must be False.
+            top: whether to ask for the top k without queries, too.
 
         Raises:
             TeacherError: the server gives no answer that can be used for one of the rows.
@@ -253,8 +259,10 @@ class ServerTeacher:
                 "keep=True: a served teacher gives no whole rows; take the credit 'cover' (with top k) or one of "
                 "logprobs alone, as 'prior', or load the teacher here (LocalTeacher)"
             )
-        asked = queries is not None if transferred is None else transferred
-        _check_queries(queries, completion_ids, asked)
+        if transferred is False:
+            queries = None
+        _check_queries(queries, completion_ids, transferred is True)
+        asked = top or queries is not None
         if asked and not self.topk:
             raise XTokMapError("queries need rows: set topk, or take a credit of logprobs alone, as 'prior'")
         # One more token, so that there is a row after the last one. Which does not matter: it is among that row's.
@@ -271,11 +279,19 @@ class ServerTeacher:
             first, n = len(prompt_ids[b]), len(completion_ids[b])
             logprobs[b, :n] = torch.from_numpy(answer.logprobs[first : first + n])
         logprobs, mask = logprobs.to(self.device), mask.to(self.device)
-        if not asked or queries is None:
+        if not asked:
             return Scores(logprobs, mask)
-        shown = _top_rows([(answers[b], len(prompt_ids[b])) for b in wanted]).to(self.device)
-        part = transfer(shown, _flat(completion_ids, self.device), queries)
-        return Scores(logprobs, mask, _padded_found(part.transferred.float(), queries))
+        flat = _top_rows([(answers[b], len(prompt_ids[b])) for b in wanted]).to(self.device)
+        first_row = torch.from_numpy(_cu(completion_ids)[:-1] + np.arange(len(completion_ids))).to(self.device)
+        shown = flat.at(torch.where(mask, first_row[:, None] + torch.arange(mask.shape[1], device=self.device), -1))
+        shown = replace(shown, ids=torch.where(mask[..., None], shown.ids, -1))
+        missing = 1 - torch.where(shown.ids < 0, -torch.inf, shown.logprobs).exp().sum(-1)
+        missing = torch.where(mask, missing.clamp(min=0), 0)
+        found = None
+        if queries is not None:
+            part = transfer(flat, _flat(completion_ids, self.device), queries)
+            found = _padded_found(part.transferred.float(), queries)
+        return Scores(logprobs, mask, found, top=shown, missing=missing)
 
 
 #: Whoever scores.

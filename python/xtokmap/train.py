@@ -161,6 +161,9 @@ class Run:
         self.done += 1
         metrics = _metrics(self.done, rollouts, found, time.perf_counter() - start)
         metrics["skipped_batches"], self.lost = self.lost, 0
+        teacher = rollouts.teacher
+        if teacher is not None and teacher.missing is not None:
+            metrics["missing"] = float(teacher.missing.sum() / teacher.mask.sum().clamp(min=1))
         return metrics
 
 
