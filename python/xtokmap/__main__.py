@@ -1,4 +1,4 @@
-"""The command line: `xtokmap align`, `xtokmap inspect`, `xtokmap train`, `xtokmap demo`, `xtokmap reproduce`."""
+"""The command line: `xtokmap align`, `inspect`, `train`, `serve-teacher`, `demo` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_align(commands)
         _add_inspect(commands)
         _add_train(commands, wanted="train" in argv[:1])
+        _add_serve(commands)
         _add_demo(commands)
         _add_reproduce(commands)
         args = parser.parse_args(argv)
@@ -265,6 +266,30 @@ def _add_train(commands: Any, *, wanted: bool) -> None:
             p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
         else:
             p.add_argument(flag, type=kind, default=default, help=f"{text} [{default!r}]")
+
+
+def _add_serve(commands: Any) -> None:
+    p = commands.add_parser("serve-teacher", help="serve any transformers model as a teacher over HTTP")
+    p.add_argument("--model", required=True, help="a directory, a .gguf file, or a hub id")
+    p.add_argument("--name", default="", help="the name under which it is served [as --model]")
+    p.add_argument("--host", default="127.0.0.1", help="to listen on; 0.0.0.0: every address of this machine")
+    p.add_argument("--port", type=int, default=8000, help="to listen on, 0: a free one [8000]")
+    p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or a torch device ['auto']")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 ['auto']")
+    p.add_argument("--max-batch", type=int, default=8, help="requests in one forward pass [8]")
+    p.add_argument("--max-queue", type=int, default=1024, help="requests that may wait; more are refused, 429 [1024]")
+    p.add_argument("--max-length", type=int, default=0, help="longest row in tokens, 0: the model's own [0]")
+    p.add_argument("--max-logprobs", type=int, default=0, help="most likeliest tokens of a row, 0: no limit [0]")
+    p.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from xtokmap.serve import Limits, serve
+
+    limits = Limits(args.max_batch, args.max_queue, args.max_length, args.max_logprobs)
+    how = {"host": args.host, "port": args.port, "device": args.device, "dtype": args.dtype, "name": args.name}
+    serve(args.model, **how, limits=limits)
+    return 0
 
 
 def _add_demo(commands: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from xtokmap._core import XTokMapError
 from xtokmap.losses import CREDITS
+from xtokmap.served import KEY_VARIABLE, PROTOCOLS, check_url
 from xtokmap.teacher import PLAIN_TEMPLATE
 
 #: Losses of whole distributions: they need a teacher that gives whole rows.
@@ -31,6 +32,18 @@ class Config:
 
     student: str = _doc("", "the model to train: a directory, a .gguf file, or a hub id")
     teacher: str = _doc("", "the model to learn from, of any family: a directory, a .gguf file, or a hub id")
+    teacher_url: str = _doc(
+        "",
+        "http://host:port of a server that has the teacher, which is not loaded then: of `teacher` only the tokenizer "
+        f"is read. Its key, where it wants one, is taken from the environment ({KEY_VARIABLE})",
+    )
+    teacher_protocol: str = _doc("auto", f"of the server: auto (whichever answers), {', '.join(PROTOCOLS)}")
+    teacher_model: str = _doc("", "the name under which the server has the teacher; empty: the only one that it has")
+    teacher_topk: int = _doc(20, "likeliest tokens of every row to ask a server for; 0: none (vLLM: --max-logprobs)")
+    teacher_concurrency: int = _doc(16, "most requests to the server at a time")
+    teacher_timeout: float = _doc(60.0, "seconds for one request to the server")
+    teacher_retries: int = _doc(5, "further attempts where a request fails and that may change, with growing pauses")
+    teacher_failures: int = _doc(3, "batches in a row that the server may fail for good, before the run is ended")
     prompts: str = _doc("", "prompts: .jsonl with a field `prompt` (and `split`: train, heldout) or .txt, one a line")
     output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, config.json and curves.png")
     steps: int = _doc(100, "updates of the student's samples")
@@ -51,9 +64,8 @@ class Config:
     )
     loss: str = _doc(
         "auto",
-        "auto (transfer_kl), transfer_kl, byte_kl, or a policy gradient from the sampled tokens alone with the credit "
-        + ", ".join(CREDITS)
-        + " (the paper: prior)",
+        "auto (transfer_kl; of a server: cover, prior without top k), transfer_kl, byte_kl, or a policy gradient from "
+        "the sampled tokens alone with the credit " + ", ".join(CREDITS) + " (the paper: prior)",
     )
     beta: float = _doc(1.0, "of transfer_kl and byte_kl: 1 reverse KL, 0 forward, between them Jensen-Shannon")
     clamp: float = _doc(10.0, "largest absolute advantage (the paper: 10)")
@@ -76,14 +88,14 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "max_new_tokens", "updates", "micro_batch", "max_prompt_tokens")
-        for name in (*counts, "keep_checkpoints"):
+        for name in (*counts, "keep_checkpoints", "teacher_concurrency"):
             if getattr(self, name) < 1:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("temperature", "learning_rate", "grad_clip", "clamp"):
+        for name in ("temperature", "learning_rate", "grad_clip", "clamp", "teacher_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
         amounts = ("warmup_steps", "weight_decay", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high")
-        for name in (*amounts, "save_every"):
+        for name in (*amounts, "save_every", "teacher_topk", "teacher_retries", "teacher_failures"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be finite and not negative")
         if not 1 < self.clip_dual < math.inf:
@@ -99,6 +111,22 @@ class Config:
                 f"loss={self.loss!r} with method='kd': a policy gradient needs the student's own samples; use one of "
                 f"{', '.join(WHOLE)}, or method='opd'"
             )
+        if self.teacher_protocol not in ("auto", *PROTOCOLS):
+            raise XTokMapError(f"teacher_protocol={self.teacher_protocol!r}: use one of auto, {', '.join(PROTOCOLS)}")
+        if self.teacher_url:
+            check_url(self.teacher_url)
+            if self.method != "opd":
+                raise XTokMapError(
+                    f"method={self.method!r} with teacher_url: a served teacher scores and does not sample; use "
+                    "method='opd', or load the teacher here"
+                )
+            if self.rule in WHOLE:
+                raise XTokMapError(
+                    f"loss={self.rule!r} with teacher_url: a served teacher gives no whole rows; use 'cover' (with top "
+                    "k) or a credit of logprobs alone, as 'prior', or load the teacher here"
+                )
+            if self.rule == "cover" and not self.teacher_topk:
+                raise XTokMapError("loss='cover' with teacher_topk=0: it needs rows; ask for some, or use 'prior'")
         if not 0 <= self.beta <= 1:
             raise XTokMapError(f"beta={self.beta}: must lie between 0 and 1")
         if self.aggregate not in ("response", "scored"):
@@ -110,7 +138,12 @@ class Config:
 
     @property
     def rule(self) -> str:
-        """The loss itself: `imitation` for method sft; `auto` stands for transfer_kl, as a teacher gives whole rows."""
+        """The loss itself: `imitation` for method sft; `auto` stands for the one that asks most of what there is.
+
+        That is transfer_kl of whole rows, cover of a server's top k, and prior of its logprobs.
+        """
         if self.method == "sft":
             return "imitation"
+        if self.loss == "auto" and self.teacher_url:
+            return "cover" if self.teacher_topk else "prior"
         return "transfer_kl" if self.loss == "auto" else self.loss

@@ -36,16 +36,12 @@ def load(source: str, device: torch.device, dtype: str = "auto") -> tuple[Any, A
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    path, place, kwargs = _place(source)
     kind = torch.bfloat16 if dtype == "auto" and device.type == "cuda" else torch.float32
     kind = kind if dtype == "auto" else getattr(torch, dtype)
-    path, kwargs = Path(source), {}
-    if source.endswith(".gguf"):
-        source, kwargs = str(path.parent), {"gguf_file": path.name}
-    if (kwargs or source.startswith((".", "/", "~"))) and not path.exists():
-        raise XTokMapError(f"{path}: no such model; pass a directory, a .gguf file or a hub id")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=kind, **kwargs)
     except Exception as error:  # a damaged file fails in as many ways as there are readers
         raise XTokMapError(
             f"{path}: transformers cannot load it as a causal language model: {one_line(error)}"
@@ -56,6 +52,31 @@ def load(source: str, device: torch.device, dtype: str = "auto") -> tuple[Any, A
             del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
     return model.to(device), tokenizer
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer alone, from what `load` takes; no weights need be there.
+
+    Raises:
+        XTokMapError: nothing is there, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    path, place, kwargs = _place(source)
+    try:
+        return AutoTokenizer.from_pretrained(place, **kwargs)
+    except Exception as error:  # as in `load`
+        raise XTokMapError(f"{path}: transformers cannot load a tokenizer from it: {one_line(error)}") from error
+
+
+def _place(source: str) -> tuple[Path, str, dict[str, str]]:
+    """What to name in messages, and what to give to transformers."""
+    path, kwargs = Path(source), {}
+    if source.endswith(".gguf"):
+        source, kwargs = str(path.parent), {"gguf_file": path.name}
+    if (kwargs or source.startswith((".", "/", "~"))) and not path.exists():
+        raise XTokMapError(f"{path}: no such model; pass a directory, a .gguf file or a hub id")
+    return path, source, kwargs
 
 
 def one_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from xtokmap.alignment import Aligner, Kind
 from xtokmap.config import WHOLE, Config
 from xtokmap.losses import chunk_gap
 from xtokmap.processes import Processes
-from xtokmap.teacher import LocalTeacher, Scores, batched_logprobs, completion_rows, render, stop_id
+from xtokmap.teacher import LocalTeacher, Scores, Teacher, batched_logprobs, completion_rows, render, stop_id
 from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
 
 
@@ -61,7 +61,7 @@ class Roller:
         self,
         student: Any,
         tokenizer: Any,
-        teacher: LocalTeacher,
+        teacher: Teacher,
         config: Config,
         processes: Processes | None = None,
     ) -> None:
@@ -70,6 +70,8 @@ class Roller:
         self.aligner = Aligner(tokenizer, teacher.tokenizer)
         self.device = next(student.parameters()).device
         self.stop_id = stop_id(tokenizer)
+        if config.method != "opd" and not isinstance(teacher, LocalTeacher):
+            raise XTokMapError(f"method={config.method!r}: a served teacher does not sample; use method='opd'")
         for side, stops in (("student", self.aligner.student.stop_ids), ("teacher", self.aligner.teacher.stop_ids)):
             if not stops and (side == "student" or config.method != "opd"):
                 raise XTokMapError(f"the {side}'s tokenizer has no end-of-turn token: set its eos_token")
@@ -88,6 +90,7 @@ class Roller:
         self, prompts: Sequence[str], teacher_prompts: Sequence[Sequence[int]]
     ) -> tuple[list[list[int]], list[bool]]:
         """The teacher's answers as its own ids, and whether they ended: sampled here, and for others to store."""
+        assert isinstance(self.teacher, LocalTeacher)
         return sample(self.teacher.model, teacher_prompts, self.aligner.teacher.stop_ids, self.config)
 
     def roll(self, prompts: Sequence[str], config: Config | None = None) -> Rollouts:

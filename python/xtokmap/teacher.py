@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,9 +20,27 @@ from torch import Tensor
 from xtokmap import cover
 from xtokmap._core import XTokMapError
 from xtokmap.cover import CoverQueries
+from xtokmap.served import Answer, Client, TeacherError, self_test
 from xtokmap.tokenizers import byte_table
-from xtokmap.torch import Logits, token_logprobs, token_logprobs_from_hidden
+from xtokmap.torch import Logits, TopK, token_logprobs, token_logprobs_from_hidden
 from xtokmap.transfer import TransferTarget, transfer
+
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "LocalTeacher",
+    "Scores",
+    "ServerTeacher",
+    "Teacher",
+    "TeacherError",
+    "batched_logprobs",
+    "by_length",
+    "completion_logprobs",
+    "completion_rows",
+    "padded_logprobs",
+    "padded_places",
+    "render",
+    "stop_id",
+]
 
 #: How a prompt is put to a model whose tokenizer has no chat template.
 PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
@@ -39,6 +57,8 @@ class Scores:
             as the ids lay that were aligned; NaN where there is no query and on padding.
         rows: where kept; the flat rows `[N + B]` of `LocalTeacher.rows`, for losses of whole distributions.
         target: where kept and with queries; q*(u | s_<i) for `transfer_kl`.
+        top: of a served teacher, where asked for; `[B, Tt]` rows of the likeliest tokens and its own, for `strict_kl`.
+        missing: where there is `top`; float32 `[B, Tt]`, the mass of each row that it does not show; 0 on padding.
     """
 
     logprobs: Tensor
@@ -46,6 +66,8 @@ class Scores:
     transferred: Tensor | None = None
     rows: Logits | None = None
     target: TransferTarget | None = None
+    top: TopK | None = None
+    missing: Tensor | None = None
 
 
 class LocalTeacher:
@@ -101,10 +123,7 @@ class LocalTeacher:
         asked = queries is not None if transferred is None else transferred
         if not asked and not keep:
             return Scores(batched_logprobs(self.model, prompt_ids, completion_ids, self.micro_batch), mask)
-        if asked and queries is None:
-            raise XTokMapError("transferred=True needs queries=aligner.cover_queries(batch) of these completions")
-        if queries is not None and np.diff(queries.teacher_cu).tolist() != [len(row) for row in completion_ids]:
-            raise XTokMapError("queries are of other completions: their rows have other numbers of teacher tokens")
+        _check_queries(queries, completion_ids, asked)
         cu = _cu(completion_ids)
         flat = torch.zeros(int(cu[-1]), device=device)
         found = torch.full((0 if queries is None else len(queries.base),), torch.nan, device=device)
@@ -130,10 +149,7 @@ class LocalTeacher:
         logprobs = torch.zeros(mask.shape, device=device).masked_scatter(mask, flat)
         if queries is None:
             return Scores(logprobs, mask, rows=kept)
-        places, shape = queries.places()
-        padded = torch.full((shape[0] * shape[1],), torch.nan, device=device)
-        padded[torch.from_numpy(places).to(device)] = found
-        return Scores(logprobs, mask, padded.view(shape), kept, target)
+        return Scores(logprobs, mask, _padded_found(found, queries), kept, target)
 
     @torch.no_grad()
     def rows(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Logits:
@@ -144,6 +160,171 @@ class LocalTeacher:
             states with their output head where the model is made of just these, so that no `[T, V]` is in memory.
         """
         return completion_rows(self.model, prompt_ids, completion_ids, after=True)
+
+
+class ServerTeacher:
+    """A causal language model behind HTTP that scores token ids: vLLM, SGLang, or whatever speaks their protocols.
+
+    Its tokenizer is here, its weights are not: it gives logprobs and the top k of every row, never whole rows, so that
+    the credits of logprobs and `cover` work with it, and losses of whole distributions do not.
+
+    Args:
+        url: of the server, `http://host:port`.
+        tokenizer: the served model's own.
+        protocol: `vllm`, `sglang`, `openai`, or `auto`, which finds out.
+        model: the name under which the server has the model; empty: the only one that it has.
+        topk: likeliest tokens of every row to ask for where queries are to be answered; 0: none.
+        plain_template: the prompt format where the tokenizer has no chat template; must contain `{prompt}`.
+        device: of the scores.
+        options: of `served.Client`: concurrency, timeout, retries, key, pause.
+
+    Raises:
+        XTokMapError: a URL or protocol that cannot be.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokenizer: Any,
+        *,
+        protocol: str = "auto",
+        model: str = "",
+        topk: int = 20,
+        plain_template: str = PLAIN_TEMPLATE,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.plain_template = plain_template
+        self.stop_id = stop_id(tokenizer)
+        self.topk, self.device = topk, torch.device(device)
+        self._table = byte_table(tokenizer)
+        self.client = Client(url, protocol=protocol, model=model, spell=self._spell, **options)
+
+    def __repr__(self) -> str:
+        return f"ServerTeacher({self.client!r}, topk={self.topk})"
+
+    def _spell(self, token: int) -> bytes | None:
+        return self._table[token] if token < len(self._table) else None
+
+    def render(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Every prompt as the ids after which this model would answer."""
+        return render(self.tokenizer, prompts, self.plain_template)
+
+    def self_test(self) -> str | None:
+        """Whether the server can be believed, from a known text; see `served.self_test`.
+
+        Returns:
+            None, or what could not be told, and why.
+
+        Raises:
+            TeacherError: it does not answer, or must not be a teacher.
+        """
+        text = self.tokenizer(_KNOWN_TEXT).input_ids[:32]
+        ids = [*self.render(["?"])[0][:8], *text]
+        others = [token for token in dict.fromkeys(text) if token != ids[len(ids) // 2]][:4]
+        self.client.connect(ids, self.topk)
+        return self_test(self.client, ids, others, topk=self.topk, spell=self._spell)
+
+    def score(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        queries: CoverQueries | None = None,
+        transferred: bool | None = None,
+        keep: bool = False,
+        top: bool = False,
+    ) -> Scores:
+        """Logprobs of the completions' tokens, as `LocalTeacher.score`.
+
+        Queries are evaluated from the top k of every row and the token that is there (`TopK`): mass that these do not
+        show counts as none, except where all of a row but some tokens is asked for.
+
+        Args:
+            prompt_ids: B rows, each of at least one id.
+            completion_ids: B rows.
+            queries: of the batch in which these completions were aligned, from `Aligner.cover_queries`.
+            transferred: whether to evaluate them. None: where there are queries.
+            keep: must be False.
+            top: whether to ask for the top k without queries, too.
+
+        Raises:
+            TeacherError: the server gives no answer that can be used for one of the rows.
+            XTokMapError: whole rows are asked for, and what `LocalTeacher.score` names.
+        """
+        _check_pairs(prompt_ids, completion_ids)
+        if keep:
+            raise XTokMapError(
+                "keep=True: a served teacher gives no whole rows; take the credit 'cover' (with top k) or one of "
+                "logprobs alone, as 'prior', or load the teacher here (LocalTeacher)"
+            )
+        if transferred is False:
+            queries = None
+        _check_queries(queries, completion_ids, transferred is True)
+        asked = top or queries is not None
+        if asked and not self.topk:
+            raise XTokMapError("queries need rows: set topk, or take a credit of logprobs alone, as 'prior'")
+        # One more token, so that there is a row after the last one. Which does not matter: it is among that row's.
+        after = [self.stop_id or 0] if asked else []
+        rows = [[*p, *c, *after] for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        wanted = [b for b, row in enumerate(completion_ids) if row or asked]
+        answers = dict(
+            zip(wanted, self.client.score([rows[b] for b in wanted], self.topk if asked else 0), strict=True)
+        )
+        lengths = torch.tensor([len(row) for row in completion_ids])
+        mask = torch.arange(max(map(len, completion_ids), default=0)) < lengths[:, None]
+        logprobs = torch.zeros(mask.shape)
+        for b, answer in answers.items():
+            first, n = len(prompt_ids[b]), len(completion_ids[b])
+            logprobs[b, :n] = torch.from_numpy(answer.logprobs[first : first + n])
+        logprobs, mask = logprobs.to(self.device), mask.to(self.device)
+        if not asked:
+            return Scores(logprobs, mask)
+        flat = _top_rows([(answers[b], len(prompt_ids[b])) for b in wanted]).to(self.device)
+        first_row = torch.from_numpy(_cu(completion_ids)[:-1] + np.arange(len(completion_ids))).to(self.device)
+        shown = flat.at(torch.where(mask, first_row[:, None] + torch.arange(mask.shape[1], device=self.device), -1))
+        shown = replace(shown, ids=torch.where(mask[..., None], shown.ids, -1))
+        missing = 1 - torch.where(shown.ids < 0, -torch.inf, shown.logprobs).exp().sum(-1)
+        missing = torch.where(mask, missing.clamp(min=0), 0)
+        found = None
+        if queries is not None:
+            part = transfer(flat, _flat(completion_ids, self.device), queries)
+            found = _padded_found(part.transferred.float(), queries)
+        return Scores(logprobs, mask, found, top=shown, missing=missing)
+
+
+#: Whoever scores.
+Teacher: TypeAlias = LocalTeacher | ServerTeacher
+
+#: What the self-test asks about: letters, digits, other scripts.
+_KNOWN_TEXT = "The quick brown fox jumps over 13 lazy dogs, und 7 schöne Grüße: the sky is blue, the grass is green."
+
+
+def _top_rows(answers: Sequence[tuple[Answer, int]]) -> TopK:
+    """The rows of completions, each from the one after its prompt on, flat."""
+    width = max((answer.top_ids.shape[1] for answer, _ in answers), default=1)
+    ids = [np.pad(a.top_ids[p:], ((0, 0), (0, width - a.top_ids.shape[1])), constant_values=-1) for a, p in answers]
+    logprobs = [np.pad(a.top_logprobs[p:], ((0, 0), (0, width - a.top_logprobs.shape[1]))) for a, p in answers]
+    return TopK(
+        torch.from_numpy(np.concatenate([np.zeros((0, width), np.int64), *ids])),
+        torch.from_numpy(np.concatenate([np.zeros((0, width), np.float32), *logprobs])),
+    )
+
+
+def _check_queries(queries: CoverQueries | None, completion_ids: Sequence[Sequence[int]], asked: bool) -> None:
+    if asked and queries is None:
+        raise XTokMapError("transferred=True needs queries=aligner.cover_queries(batch) of these completions")
+    if queries is not None and np.diff(queries.teacher_cu).tolist() != [len(row) for row in completion_ids]:
+        raise XTokMapError("queries are of other completions: their rows have other numbers of teacher tokens")
+
+
+def _padded_found(found: Tensor, queries: CoverQueries) -> Tensor:
+    """What was found of every student token, `[B, Ts]`, NaN on padding."""
+    places, shape = queries.places()
+    padded = torch.full((shape[0] * shape[1],), torch.nan, device=found.device)
+    padded[torch.from_numpy(places).to(found.device)] = found
+    return padded.view(shape)
 
 
 def _spans(cu: npt.NDArray[np.int64], rows: Sequence[int], *, but_last: bool = False) -> Tensor:

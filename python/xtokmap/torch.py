@@ -343,6 +343,10 @@ class TopK:
         """The leading shape."""
         return self.ids.shape[:-1]
 
+    def to(self, device: torch.device | str) -> TopK:
+        """The same on another device."""
+        return TopK(self.ids.to(device, non_blocking=True), self.logprobs.to(device, non_blocking=True))
+
     def at(self, positions: Tensor) -> TopK:
         """The rows at these flat positions (int64, any shape), as `Logits.at`; a copy, as rows are small."""
         flat, k = positions.clamp(min=0), self.ids.shape[-1]

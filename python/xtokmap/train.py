@@ -27,7 +27,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.checkpoint import CheckpointError, found, restore, save, writing
 from xtokmap.config import Config
 from xtokmap.flops import ModelFlops, StepFlops
-from xtokmap.models import float32_parameters, load, pick_device, write_back
+from xtokmap.models import float32_parameters, load, load_tokenizer, pick_device, write_back
 from xtokmap.processes import launched
 from xtokmap.report import Progress, evaluation_line, plot
 from xtokmap.rollouts import (
@@ -39,7 +39,7 @@ from xtokmap.rollouts import (
     evaluate,
     ratio_with_error,
 )
-from xtokmap.teacher import LocalTeacher, render
+from xtokmap.teacher import LocalTeacher, ServerTeacher, Teacher, TeacherError, render
 from xtokmap.torch import coverage_counts
 from xtokmap.updates import update
 
@@ -149,6 +149,7 @@ class Run:
         history: their lines of `metrics.jsonl`.
         before: the evaluation before the first one, where it was made.
         saved: the step of the checkpoint that this run wrote or read last; -1: none.
+        lost: batches in a row that a served teacher did not score.
     """
 
     def __init__(self, roller: Roller, prompts: Sequence[str]) -> None:
@@ -166,22 +167,47 @@ class Run:
         self.warmup = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda k: min(1.0, (k + 1) / max(1, config.warmup_steps))
         )
-        self.done, self.saved = 0, -1
+        self.done, self.saved, self.lost = 0, -1, 0
         self.history: list[dict[str, Any]] = []
         self.before: Evaluation | None = None
         self.flops: StepFlops | None = None
-        with suppress(XTokMapError):  # nobody knows what a mixture of experts costs
-            self.flops = StepFlops(ModelFlops.of(roller.student), ModelFlops.of(roller.teacher.model))
+        if isinstance(roller.teacher, LocalTeacher):  # of a served one nothing is known
+            with suppress(XTokMapError):  # nobody knows what a mixture of experts costs
+                self.flops = StepFlops(ModelFlops.of(roller.student), ModelFlops.of(roller.teacher.model))
+
+    def rollouts(self) -> Rollouts:
+        """The next batch that the teacher has scored; one that a server fails on is left out, and said.
+
+        Raises:
+            TeacherError: more than `Config.teacher_failures` batches in a row.
+        """
+        while (rollouts := self._scored()) is None:
+            pass
+        return rollouts
+
+    def _scored(self) -> Rollouts | None:
+        try:
+            return self.roller.roll([self.prompts[next(self.order)] for _ in range(self.config.batch_size)])
+        except TeacherError as error:
+            self.lost += 1
+            if self.lost > self.config.teacher_failures:
+                raise TeacherError(f"{self.lost} batches in a row have no scores; the last: {error}") from None
+            warnings.warn(f"this batch has no scores and is left out: {error}", stacklevel=4)
+            return None
 
     def step(self) -> dict[str, Any]:
         """Samples, scores and updates once; returns the step's line of `metrics.jsonl`."""
         start = time.perf_counter()
-        rollouts = self.roller.roll([self.prompts[next(self.order)] for _ in range(self.config.batch_size)])
+        rollouts = self.rollouts()
         with Clock(self.roller.device, rollouts.seconds)("update"):
             found = update(self.roller, rollouts, self.optimizer)
             self.warmup.step()
         self.done += 1
         metrics = _metrics(self.done, rollouts, found, time.perf_counter() - start)
+        metrics["skipped_batches"], self.lost = self.lost, 0
+        teacher = rollouts.teacher
+        if teacher is not None and teacher.missing is not None:
+            metrics["missing"] = float(teacher.missing.sum() / teacher.mask.sum().clamp(min=1))
         if self.flops is not None:
             metrics["flops"] = self._flops(self.flops, rollouts)
         self.history.append(metrics)
@@ -203,11 +229,13 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
 
     Args:
         config: the run.
-        models: (student, its tokenizer, teacher, its tokenizer), already loaded; None loads what `config` names.
+        models: (student, its tokenizer, teacher, its tokenizer), already loaded; None loads what `config` names. With
+            `config.teacher_url` nothing is done with the teacher.
 
     Raises:
         XTokMapError: prompts or models that cannot be used.
         CheckpointError: checkpoints of another run are in the way, or something cannot be written.
+        TeacherError: a server that cannot be the teacher; or one that stopped answering, after saving what there is.
     """
     with launched(config.device) as (processes, where):
         prompts, heldout = read_prompts(config.prompts)
@@ -222,12 +250,13 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         torch.manual_seed(config.seed)
         if models is None:
             student, tokenizer = load(config.student, device, config.dtype)
-            teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
+            if config.teacher_url:
+                teacher_model, teacher_tokenizer = None, load_tokenizer(config.teacher)
+            else:
+                teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
         else:
             student, tokenizer, teacher_model, teacher_tokenizer = models
-        teacher = LocalTeacher(
-            teacher_model, teacher_tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template
-        )
+        teacher = _teacher(config, teacher_model, teacher_tokenizer, device)
         roller = Roller(student, tokenizer, teacher, config, processes)
         run = Run(roller, prompts)
         resumed = config.resume and restore(run, checkpoints)
@@ -238,15 +267,14 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
             (output / "metrics.jsonl").write_text("")
         _log(output, *run.history)  # up to the checkpoint's step
         after = None
-        interrupted = False
+        interrupted, failure = False, None
         try:
             with Progress(config.steps) as progress, _asked_to_stop() as asked:
                 if resumed:
                     progress.say(f"going on from step {run.done} of {config.steps}")
                 elif heldout and config.eval_samples:
                     progress.say(f"evaluating on {len(heldout)} held-out prompts")
-                    run.before = evaluate(roller, heldout, config.eval_samples)
-                    progress.say(evaluation_line("before", run.before))
+                    run.before = _evaluated("before", roller, heldout, progress)
                 while run.done < config.steps and not asked():
                     line = run.step()
                     _log(output, line)
@@ -257,10 +285,13 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                     save(run, checkpoints, keep=config.keep_checkpoints)
                 interrupted = run.done < config.steps
                 if heldout and config.eval_samples and not interrupted:
-                    after = evaluate(roller, heldout, config.eval_samples)
-                    progress.say(evaluation_line("after", after))
+                    after = _evaluated("after", roller, heldout, progress)
         except KeyboardInterrupt:
             interrupted = True
+        except TeacherError as error:
+            failure = error
+            if config.save_every:
+                save(run, checkpoints, keep=config.keep_checkpoints)
         if interrupted:
             print(f"interrupted after {len(run.history)} steps: saving to {output}", file=sys.stderr)
         with writing(output):
@@ -270,6 +301,10 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
             (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
             if run.history:
                 plot(run.history, output / "curves.png", run.before, after)
+        if failure is not None:
+            raise TeacherError(
+                f"ended after {len(run.history)} steps, which are saved in {output}: {failure}"
+            ) from failure
         return Result(output, run.history, run.before, after, interrupted)
 
 
@@ -298,6 +333,38 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device) -> Teacher:
+    """The teacher that `config` names; a server has passed its self-test."""
+    if not config.teacher_url:
+        return LocalTeacher(model, tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template)
+    teacher = ServerTeacher(
+        config.teacher_url,
+        tokenizer,
+        protocol=config.teacher_protocol,
+        model=config.teacher_model,
+        topk=config.teacher_topk,
+        plain_template=config.plain_template,
+        device=device,
+        concurrency=config.teacher_concurrency,
+        timeout=config.teacher_timeout,
+        retries=config.teacher_retries,
+    )
+    if (unknown := teacher.self_test()) is not None:
+        warnings.warn(f"{config.teacher_url}: {unknown}", stacklevel=3)
+    return teacher
+
+
+def _evaluated(name: str, roller: Roller, heldout: Sequence[str], progress: Progress) -> Evaluation | None:
+    """An evaluation, said; None where a served teacher failed on it, which costs no more than that."""
+    try:
+        found = evaluate(roller, heldout, roller.config.eval_samples)
+    except TeacherError as error:
+        progress.say(f"{name}: not evaluated: {error}")
+        return None
+    progress.say(evaluation_line(name, found))
+    return found
 
 
 def _fitting(prompts: Sequence[str], roller: Roller) -> list[str]:

@@ -1,0 +1,696 @@
+"""The client of a served teacher: what vLLM, SGLang and OpenAI-compatible servers are asked, and what is believed.
+
+Token ids go in, logprobs and the top k of every row come out. Whatever a server or the way to it does wrong is either
+survived (asked again) or named (`TeacherError`); an answer that contradicts itself or the question is never used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Protocol, TypeAlias
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+
+from xtokmap._core import XTokMapError
+
+#: The environment variable with the server's API key. It is no setting, so that it is in no config.json.
+KEY_VARIABLE = "XTOKMAP_TEACHER_KEY"
+
+#: vLLM writes -9999 for -inf, which JSON does not have.
+_NOTHING = -9000.0
+
+#: How far above 0 a logprob, and above 1 the sum of a row's probabilities, may be: rounding of low precisions.
+_ABOVE = 1e-2
+
+#: Seconds: the longest pause that is made of its own accord, and the longest that a server may ask for.
+_LONGEST_PAUSE, _LONGEST_ASKED_PAUSE = 30.0, 600.0
+
+#: What a token id spells; None for special tokens and ids that are none.
+Spell: TypeAlias = "Callable[[int], bytes | None]"
+
+
+class TeacherError(XTokMapError):
+    """A served teacher did not answer, or not so that it can be believed, and asking again would not help."""
+
+
+class TeacherUnreachableError(TeacherError):
+    """There is no server, or it answers no request in time and without an error of its own."""
+
+
+class _AgainError(Exception):
+    """Worth another attempt.
+
+    Attributes:
+        kind: for the figures.
+        after: seconds that the server asks for.
+    """
+
+    def __init__(self, kind: str, message: str, after: float | None = None) -> None:
+        super().__init__(message)
+        self.kind, self.after = kind, after
+
+
+class BadAnswerError(_AgainError):
+    """An answer that contradicts itself or the question; by chance (a cut body, a mixed-up proxy) or for good."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("bad answer", f"an answer that cannot be used: {message}")
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a server says of one row of n token ids; row i scores token i, and row 0 nothing.
+
+    Attributes:
+        logprobs: float32 `[n]`; NaN for token 0; -inf where the model gives none of its mass.
+        top_ids: int64 `[n, k]`; the likeliest tokens and the one that is there, -1 on padding and in row 0.
+        top_logprobs: float32 `[n, k]`; of these, 0 on padding.
+        best: float32 `[n]`; the largest logprob that the server shows of each row, NaN where it shows none.
+        texts: what the server spells each token as, None where it does not say.
+    """
+
+    logprobs: npt.NDArray[np.float32]
+    top_ids: npt.NDArray[np.int64]
+    top_logprobs: npt.NDArray[np.float32]
+    best: npt.NDArray[np.float32]
+    texts: list[str | None]
+
+
+# ---- protocols ---------------------------------------------------------------------------------------------------
+
+
+class Dialect(Protocol):
+    """How a kind of server is asked and answers; `name` is what `--teacher-protocol` calls it."""
+
+    name: str
+    path: str
+
+    def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
+        """The request for the logprobs of a row of ids."""
+
+    def parse(self, body: Any, ids: Sequence[int], topk: int, spell: Spell | None) -> Answer:
+        """The answer to it, checked; raises `BadAnswerError`."""
+
+
+class VLLM:
+    """`POST /v1/completions` with `prompt_logprobs`: a mapping from token id to logprob for every token but the first.
+
+    The token that is there is always among a row's, whatever its rank: a row without it is another row's.
+    """
+
+    name, path = "vllm", "/v1/completions"
+
+    def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
+        """The request for the logprobs of a row of ids."""
+        asked = {"prompt_logprobs": topk, "max_tokens": 1, "temperature": 1.0, "return_token_ids": True}
+        return {"model": model, "prompt": list(ids), **asked}
+
+    def parse(self, body: Any, ids: Sequence[int], topk: int, spell: Spell | None) -> Answer:
+        """The answer to it, checked; raises `BadAnswerError`."""
+        choice = _one_choice(body)
+        rows = choice.get("prompt_logprobs")
+        if rows is None:
+            raise BadAnswerError("no prompt_logprobs in it")
+        rows = _rows("prompt_logprobs", rows, len(ids))
+        echo = choice.get("prompt_token_ids")
+        if echo is not None and echo != list(ids):
+            raise BadAnswerError("its prompt_token_ids are not the ids that were sent")
+        if rows[0] is not None:
+            raise BadAnswerError("row 0 of prompt_logprobs is not null: rows are shifted")
+        logprobs: list[float] = [math.nan]
+        tops: list[dict[int, float]] = [{}]
+        texts: list[str | None] = [None]
+        for i in range(1, len(ids)):
+            row = rows[i]
+            own = row.get(str(ids[i])) if isinstance(row, dict) else None
+            if not isinstance(own, dict):
+                raise BadAnswerError(f"row {i} of prompt_logprobs does not have token {ids[i]}, which is there")
+            tops.append({_id(key): _number(entry, "logprob", i) for key, entry in row.items()})
+            logprobs.append(tops[-1][ids[i]])
+            texts.append(own.get("decoded_token"))
+        return _checked(ids, logprobs, tops, texts)
+
+
+class SGLang:
+    """`POST /generate` with `return_logprob`: triples of logprob, id and text."""
+
+    name, path = "sglang", "/generate"
+
+    def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
+        """The request for the logprobs of a row of ids."""
+        return {
+            "input_ids": list(ids),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "top_logprobs_num": topk,
+            "return_text_in_logprobs": True,
+        }
+
+    def parse(self, body: Any, ids: Sequence[int], topk: int, spell: Spell | None) -> Answer:
+        """The answer to it, checked; raises `BadAnswerError`."""
+        meta = body.get("meta_info") if isinstance(body, dict) else None
+        meta = meta if isinstance(meta, dict) else {}
+        rows = meta.get("input_token_logprobs")
+        if rows is None:
+            raise BadAnswerError("no meta_info.input_token_logprobs in it")
+        rows = _rows("input_token_logprobs", rows, len(ids))
+        triples = [_triple(row, f"input_token_logprobs[{i}]") for i, row in enumerate(rows)]
+        for i, (_, token, _) in enumerate(triples):
+            if token != ids[i]:
+                raise BadAnswerError(f"input_token_logprobs[{i}] is of token {token}; {ids[i]} is there")
+        if triples[0][0] is not None:
+            raise BadAnswerError("input_token_logprobs[0] is not null: rows are shifted")
+        logprobs = [math.nan, *(_number(row, 0, i) for i, row in enumerate(rows[1:], 1))]
+        tops: list[dict[int, float]] = [{} for _ in ids]
+        if topk:
+            top_rows = _rows("input_top_logprobs", meta.get("input_top_logprobs"), len(ids))
+            for i in range(1, len(ids)):
+                row = [_triple(entry, f"input_top_logprobs[{i}]") for entry in top_rows[i] or ()]
+                tops[i] = {token: _number(entry, 0, i) for entry, (_, token, _) in zip(top_rows[i], row, strict=True)}
+                if len(tops[i]) < len(row):
+                    raise BadAnswerError(f"input_top_logprobs[{i}] has a token twice")
+        return _checked(ids, logprobs, tops, [text for _, _, text in triples])
+
+
+class OpenAI:
+    """`POST /v1/completions` with `echo` and `logprobs`: the tokens' texts rather than their ids.
+
+    vLLM's servers are asked to write ids instead (`token_id:42`), which are checked as those of the other protocols.
+    Where texts come back, their number must be right and each must spell the bytes of the id that was sent, as far as
+    both are whole characters. Which token an alternative is, its text does not say, so that there is no top k of those.
+    """
+
+    name, path = "openai", "/v1/completions"
+
+    def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
+        """The request for the logprobs of a row of ids."""
+        # Not max_tokens 0: to some servers that is no limit.
+        asked = {"echo": True, "logprobs": max(topk, 1), "max_tokens": 1, "return_tokens_as_token_ids": True}
+        return {"model": model, "prompt": list(ids), **asked, "temperature": 1.0}
+
+    def parse(self, body: Any, ids: Sequence[int], topk: int, spell: Spell | None) -> Answer:
+        """The answer to it, checked; raises `BadAnswerError`."""
+        given = _one_choice(body).get("logprobs")
+        if not isinstance(given, dict) or not isinstance(given.get("tokens"), list):
+            raise BadAnswerError("no logprobs.tokens in it")
+        n, tokens = len(ids), given["tokens"]
+        if len(tokens) not in (n, n + 1):
+            raise BadAnswerError(f"{len(tokens)} logprobs.tokens for {n} ids and at most one more")
+        values = _rows("token_logprobs", given.get("token_logprobs"), len(tokens))
+        if values[0] is not None:
+            raise BadAnswerError("token_logprobs[0] is not null: rows are shifted, or a token was put before them")
+        named = [_named_id(token) for token in tokens[:n]]
+        texts: list[str | None] = [None] * n
+        tops: list[dict[int, float]] = [{} for _ in ids]
+        top_rows = given.get("top_logprobs")
+        if None not in named:
+            for i, token in enumerate(named):
+                if token != ids[i]:
+                    raise BadAnswerError(f"logprobs.tokens[{i}] is token {token}; {ids[i]} is there")
+            if topk:
+                top_rows = _rows("top_logprobs", top_rows, len(tokens))
+                for i in range(1, n):
+                    row = {_named_id(text): value for text, value in _mapping(top_rows[i], i).items()}
+                    if None in row:
+                        raise BadAnswerError(f"top_logprobs[{i}] has tokens without ids")
+                    tops[i] = {token: _number(row, token, i) for token in row if token is not None}
+        else:
+            texts = [token if isinstance(token, str) else None for token in tokens[:n]]
+            for i, text in enumerate(texts):
+                if spell is not None and text is not None and spells(text, spell(ids[i])) is False:
+                    raise BadAnswerError(f"logprobs.tokens[{i}] is {text!r}; token {ids[i]} spells {spell(ids[i])!r}")
+            if topk:
+                raise TeacherError(
+                    "this server names tokens by their texts, which do not tell alternatives apart: its top k cannot "
+                    "be used; set teacher_topk=0 (and a loss of logprobs alone, as 'prior')"
+                )
+        logprobs = [math.nan, *(_number(values, i, i) for i in range(1, n))]
+        answer = _checked(ids, logprobs, tops, texts)
+        if isinstance(top_rows, list) and len(top_rows) == len(tokens):
+            # Whose they are may not be known; what the likeliest has is.
+            for i in range(1, n):
+                row_of_texts = _mapping(top_rows[i] or {}, i)
+                answer.best[i] = max((_number(row_of_texts, text, i) for text in row_of_texts), default=math.nan)
+        return answer
+
+
+PROTOCOLS: dict[str, Dialect] = {dialect.name: dialect for dialect in (VLLM(), SGLang(), OpenAI())}
+
+
+def spells(text: str, spelled: bytes | None) -> bool | None:
+    """Whether a server's text of a token is its bytes, white space at its ends aside; None where texts cannot tell."""
+    if spelled is None or not spelled.strip() or not text.strip() or "\ufffd" in text or not spelled.isascii():
+        return None
+    return text.replace("Ġ", " ").replace("▁", " ").strip() == spelled.decode().strip()
+
+
+def _one_choice(body: Any) -> dict[str, Any]:
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise BadAnswerError("not one choice in it")
+    return choices[0]
+
+
+def _rows(name: str, rows: Any, n: int) -> list[Any]:
+    if not isinstance(rows, list) or len(rows) != n:
+        found = len(rows) if isinstance(rows, list) else repr(rows)[:40]
+        raise BadAnswerError(f"{name} has {found} rows for {n} tokens")
+    return rows
+
+
+def _triple(row: Any, where: str) -> tuple[Any, int, str | None]:
+    if not isinstance(row, list) or len(row) < 2:
+        raise BadAnswerError(f"{where} is {row!r:.60}, not [logprob, id, text]")
+    return row[0], _id(row[1]), row[2] if len(row) > 2 and isinstance(row[2], str) else None
+
+
+def _id(value: Any) -> int:
+    try:
+        token = int(value)
+    except (TypeError, ValueError):
+        token = -1
+    if not 0 <= token < 2**31:
+        raise BadAnswerError(f"{value!r:.40} is no token id")
+    return token
+
+
+def _mapping(row: Any, i: int) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise BadAnswerError(f"top_logprobs[{i}] is {row!r:.40}, not a mapping")
+    return row
+
+
+def _named_id(text: Any) -> int | None:
+    head, _, tail = text.partition(":") if isinstance(text, str) else ("", "", "")
+    return int(tail) if head == "token_id" and tail.isascii() and tail.isdigit() else None
+
+
+def _number(row: Any, key: Any, i: int) -> float:
+    try:
+        value = row[key]
+    except (KeyError, IndexError, TypeError):
+        value = None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadAnswerError(f"row {i} has {value!r:.40} for a logprob")
+    if math.isnan(value) or value > _ABOVE:
+        raise BadAnswerError(f"row {i} has logprob {value}")
+    return -math.inf if value <= _NOTHING else min(float(value), 0.0)
+
+
+def _checked(ids: Sequence[int], logprobs: list[float], tops: list[dict[int, float]], texts: Sequence[Any]) -> Answer:
+    for i in range(1, len(ids)):
+        own = tops[i].setdefault(ids[i], logprobs[i])
+        if own != logprobs[i] and not abs(own - logprobs[i]) < _ABOVE:
+            raise BadAnswerError(f"row {i} has {logprobs[i]} and {own} for the same token")
+        total = sum(map(math.exp, tops[i].values()))
+        if total > 1 + _ABOVE:
+            raise BadAnswerError(f"the probabilities of row {i} add up to {total:.4g}")
+    width = max(map(len, tops), default=0)
+    top_ids = np.full((len(ids), width), -1, np.int64)
+    top_logprobs = np.zeros((len(ids), width), np.float32)
+    for i, row in enumerate(tops):
+        top_ids[i, : len(row)] = list(row)
+        top_logprobs[i, : len(row)] = list(row.values())
+    best = np.array([max(row.values(), default=math.nan) for row in tops], np.float32)
+    return Answer(np.array(logprobs, np.float32), top_ids, top_logprobs, best, list(texts))
+
+
+# ---- the client --------------------------------------------------------------------------------------------------
+
+
+def check_url(url: str) -> None:
+    """Whether this can be a server's URL, and has no secret in it; the message repeats nothing of what it has.
+
+    Raises:
+        XTokMapError: it cannot.
+    """
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        parts, named = urlsplit(""), False
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise XTokMapError(
+            f"teacher_url: leave out user names, passwords and queries; a key goes into the variable {KEY_VARIABLE}"
+        )
+    if parts.scheme not in ("http", "https") or not named:
+        raise XTokMapError(f"teacher_url={url!r}: expected http://host:port or https://host")
+
+
+class Client:
+    """Asks a server for the logprobs of rows of token ids: several at once, and again where that can help.
+
+    A request is made again after a time-out, a cut connection, a status of 408, 425, 429 or 5xx, and an answer that is
+    no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long as the server's
+    Retry-After says, which then holds for all requests. Other statuses are for good.
+
+    Args:
+        url: of the server, up to and without `/v1`.
+        protocol: a name of `PROTOCOLS`, or `auto`: whichever answers, in their order.
+        model: the name under which the server has the model; empty: the only one that it has.
+        concurrency: most requests at a time.
+        timeout: seconds for one request, from its start to the end of its answer.
+        retries: attempts after the first.
+        key: sent as `Authorization: Bearer`; None takes the environment variable `XTOKMAP_TEACHER_KEY`, if it is set.
+        spell: the bytes of a token id, by which texts are checked where a protocol gives no ids.
+        pause: seconds before the second attempt.
+
+    Attributes:
+        figures: counts: `requests`, `answers` that could be used, and the causes of further attempts.
+
+    Raises:
+        XTokMapError: a URL or protocol that cannot be.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        protocol: str = "auto",
+        model: str = "",
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        retries: int = 5,
+        key: str | None = None,
+        spell: Spell | None = None,
+        pause: float = 0.5,
+    ) -> None:
+        import httpx
+
+        check_url(url)
+        if protocol != "auto" and protocol not in PROTOCOLS:
+            raise XTokMapError(f"protocol={protocol!r}: use one of auto, {', '.join(PROTOCOLS)}")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.model, self.concurrency, self.timeout, self.retries = model, concurrency, timeout, retries
+        self.spell, self.pause = spell, pause
+        self.figures: Counter[str] = Counter()
+        self._dialect = PROTOCOLS.get(protocol)
+        self._lock = threading.Lock()
+        self._not_before = 0.0
+        self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
+        if self._key != self._key.strip() or not self._key.isascii() or not self._key.isprintable():
+            raise XTokMapError(f"{KEY_VARIABLE}: the key has white space around it, or characters that no header takes")
+        # No certificates are read where none are needed.
+        self._verify = httpx.create_ssl_context() if self.url.startswith("https") else False
+
+    def __repr__(self) -> str:
+        return f"Client({self.url!r}, protocol={self._dialect.name if self._dialect else 'auto'!r})"
+
+    def _connections(self) -> Any:
+        """For one batch: a server drops connections that idle through an update, and the next request with them."""
+        import httpx
+
+        return httpx.Client(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=self.timeout,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency),
+            verify=self._verify,
+        )
+
+    @property
+    def protocol(self) -> str:
+        """What the server speaks; `auto` where nobody has asked yet."""
+        return self._dialect.name if self._dialect else "auto"
+
+    def connect(self, ids: Sequence[int], topk: int = 0) -> str:
+        """Finds the protocol and the model's name, where they are open, by asking about some ids; returns the protocol.
+
+        Raises:
+            TeacherError: nothing that answers, or no protocol in which the answer can be used, with each one's reason.
+        """
+        dialects = [self._dialect] if self._dialect else list(PROTOCOLS.values())
+        with self._connections() as http:
+            if not self.model and any(dialect.path.startswith("/v1") for dialect in dialects):
+                self.model = self._only_model(http, optional=self._dialect is None)
+            if self._dialect is not None:
+                self._ask(http, self._dialect, ids, topk, threading.Event())
+                return self._dialect.name
+            refusals = []
+            for dialect in dialects:
+                refusal = self._refusal_of(http, dialect, ids, topk)
+                if refusal is None:
+                    self._dialect = dialect
+                    return dialect.name
+                refusals.append(f"{dialect.name}: {refusal}")
+        raise TeacherError(f"{self.url}: no protocol works here; {'; '.join(refusals)}")
+
+    def _refusal_of(self, http: Any, dialect: Dialect, ids: Sequence[int], topk: int) -> str | None:
+        try:
+            self._ask(http, dialect, ids, topk, threading.Event(), probing=True)
+        except TeacherUnreachableError:
+            raise
+        except TeacherError as error:
+            return str(error).removeprefix(self.url)
+        return None
+
+    def score(self, rows: Sequence[Sequence[int]], topk: int = 0) -> list[Answer]:
+        """Answers for every row, in their order.
+
+        Args:
+            rows: of at least two ids each.
+            topk: how many of the likeliest tokens of each place; 0: the logprobs alone.
+
+        Raises:
+            TeacherError: there is no answer for one of them, with the reason. The others are given up then.
+        """
+        if self._dialect is None and rows:
+            self.connect(rows[0], topk)
+        dialect, stop = self._dialect, threading.Event()
+        assert dialect is not None or not rows
+        pool = ThreadPoolExecutor(min(self.concurrency, max(len(rows), 1)), thread_name_prefix="teacher")
+        http = self._connections()
+        try:
+            futures = [pool.submit(self._ask, http, dialect, row, topk, stop) for row in rows]
+            done = wait(futures, return_when=FIRST_EXCEPTION).done
+            failed = next((e for f in futures if f in done and (e := f.exception()) is not None), None)
+            if failed is not None:
+                raise failed
+            return [future.result() for future in futures]
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            # Requests that are under way when another one failed, or Ctrl-C came, are not waited for.
+            threading.Thread(target=_close_after, args=(pool, http), daemon=True).start()
+
+    def _ask(
+        self,
+        http: Any,
+        dialect: Dialect | None,
+        ids: Sequence[int],
+        topk: int,
+        stop: threading.Event,
+        *,
+        probing: bool = False,
+    ) -> Answer:
+        assert dialect is not None
+        payload = dialect.payload(ids, topk, self.model)
+
+        def attempt() -> Answer:
+            return dialect.parse(self._request(http, "POST", dialect.path, payload), ids, topk, self.spell)
+
+        answer: Answer = self._again(attempt, stop, dialect.path, probing=probing)
+        with self._lock:
+            self.figures["answers"] += 1
+        return answer
+
+    def _again(self, attempt: Callable[[], Any], stop: threading.Event, path: str, *, probing: bool = False) -> Any:
+        """What the attempt gives, made again where that may help; the only place from which errors go out."""
+        pause = self.pause
+        for number in range(1, self.retries + 2):
+            stop.wait(self._not_before - time.monotonic())
+            if stop.is_set():
+                raise TeacherError(f"{self.url}: given up, as another request of the batch failed")
+            found, error = self._caught(attempt, path)
+            if error is None:
+                return found
+            if probing and isinstance(error, BadAnswerError):
+                break  # another protocol's
+            if number <= self.retries and error.after is None:
+                stop.wait(min(pause, _LONGEST_PAUSE) * (1 + random.random()) / 2)
+                pause *= 2
+        kind = TeacherError if isinstance(error, BadAnswerError) else TeacherUnreachableError
+        raise kind(self._clean(f"{self.url}{path}: gave up after {number} attempts, the last: {error}"))
+
+    def _caught(self, attempt: Callable[[], Any], path: str) -> tuple[Any, _AgainError | None]:
+        try:
+            return attempt(), None
+        except _AgainError as error:
+            with self._lock:
+                self.figures[error.kind] += 1
+                if error.after is not None:
+                    self._not_before = max(self._not_before, time.monotonic() + error.after)
+            return None, error
+        except TeacherError as error:
+            raise TeacherError(self._clean(f"{self.url}{path}: {error}")) from None
+
+    def _request(self, http: Any, method: str, path: str, payload: Any = None) -> Any:
+        """The JSON of an answer; raises `_AgainError` or, without the URL and not yet cleaned, `TeacherError`."""
+        import httpx
+
+        deadline = time.monotonic() + self.timeout
+        with self._lock:
+            self.figures["requests"] += 1
+        try:
+            with http.stream(method, self.url + path, json=payload) as response:
+                parts = []
+                # httpx has a limit for each read; an answer that trickles would never end.
+                for part in response.iter_bytes():
+                    parts.append(part)
+                    if time.monotonic() > deadline:
+                        raise _AgainError("time-out", f"no whole answer within {self.timeout:g} s")
+                content = b"".join(parts)
+        except httpx.TimeoutException:
+            raise _AgainError("time-out", f"no answer within {self.timeout:g} s") from None
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            raise _AgainError("connection", f"the connection failed: {' '.join(str(error).split())}") from None
+        if response.status_code != httpx.codes.OK:
+            raise self._refusal(response.status_code, response.headers, content)
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise BadAnswerError(f"{len(content)} bytes that are no JSON") from None
+
+    def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
+        said = _said(content)
+        if status in (408, 425, 429) or status >= 500:
+            return _AgainError(f"status {status}", f"status {status}{said}", _retry_after(headers.get("retry-after")))
+        hint = ""
+        if status in (401, 403):
+            hint = f"; set {KEY_VARIABLE} to the server's key" if not self._key else f"; the key of {KEY_VARIABLE}?"
+        elif status == 404:
+            hint = "; another protocol, or a model that it does not have (teacher_model)?"
+        elif 300 <= status < 400:
+            hint = "; redirects are not followed, as they would take the key along: give the server's own URL"
+        return TeacherError(f"refused with status {status}{said}{hint}")
+
+    def _only_model(self, http: Any, *, optional: bool) -> str:
+        """The name of the one model that the server has; empty where it does not say, if that may be."""
+        try:
+            body = self._again(lambda: self._request(http, "GET", "/v1/models"), threading.Event(), "/v1/models")
+            names = [entry["id"] for entry in body["data"]]
+        except TeacherUnreachableError:
+            raise
+        except TeacherError:
+            if optional:
+                return ""
+            raise
+        except (KeyError, TypeError):
+            return ""
+        if len(names) > 1:
+            raise TeacherError(f"{self.url} has several models, set teacher_model to one: {', '.join(names)}")
+        return str(names[0]) if names else ""
+
+    def _clean(self, message: str) -> str:
+        """A message without the key, which a server may well repeat."""
+        return message.replace(self._key, "***") if self._key else message
+
+
+def _close_after(pool: ThreadPoolExecutor, http: Any) -> None:
+    pool.shutdown(wait=True)
+    http.close()
+
+
+def _said(content: bytes) -> str:
+    """What an error's body says, in one short line."""
+    try:
+        body = json.loads(content)
+        error = body.get("error", body)
+        text = error.get("message", error.get("detail", error)) if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        text = content.decode(errors="replace")
+    line = " ".join(str(text).split())
+    return f": {line[:300]}" if line else ""
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, which has seconds or a date; None where it has neither."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0.0), _LONGEST_ASKED_PAUSE) if math.isfinite(seconds) else None
+
+
+# ---- the self-test -----------------------------------------------------------------------------------------------
+
+
+def self_test(
+    client: Client, ids: Sequence[int], others: Sequence[int], *, topk: int = 0, spell: Spell | None = None
+) -> str | None:
+    """Whether a server repeats itself, scores each token at its own row, and has the tokenizer that is thought.
+
+    The same ids are asked twice. Then the token in the middle becomes each of `others`. What precedes it cannot know;
+    its own row scores other tokens then, from the same distribution; the next row's distribution is another. So the
+    first logprob that changes is the changed token's, and the first largest logprob of a row that changes is the next
+    row's, unless rows are shifted. That needs no model that has learned anything.
+
+    Args:
+        client: of the server.
+        ids: of a known text; a dozen tokens or more.
+        others: other tokens, all different, and different from the middle one.
+        topk: how many of the likeliest tokens to ask for.
+        spell: the bytes of a token id.
+
+    Returns:
+        None, or what could not be told, and why.
+
+    Raises:
+        TeacherError: a server that must not be a teacher.
+    """
+    middle = len(ids) // 2
+    variants = [[*ids[:middle], other, *ids[middle + 1 :]] for other in others]
+    # Of every row something that does not depend on the token that is there. OpenAI's dialect has that anyway.
+    topk = topk if client.protocol == OpenAI.name else max(topk, 1)
+    first, second, *rest = client.score([ids, ids, *variants], topk)
+    with np.errstate(invalid="ignore"):
+        gap = np.nan_to_num(np.abs(first.logprobs - second.logprobs))
+    apart = float(gap.max())
+    # Low precisions in batches of other sizes differ; more so where a logprob is far from 0.
+    if (gap > 0.25 + 0.02 * np.abs(np.nan_to_num(first.logprobs, neginf=0))).any():
+        raise TeacherError(
+            f"{client.url}: the same ids have logprobs that differ by {apart:.3g} nats when asked again; is a "
+            "sampling setting applied to them, or are there several models behind this URL?"
+        )
+    if spell is not None:
+        known = [(text, i, spells(text, spell(i))) for text, i in zip(first.texts, ids, strict=True) if text]
+        wrong = [(text, i) for text, i, same in known if same is False]
+        if len(wrong) * 2 > sum(same is not None for *_, same in known):
+            text, i = wrong[0]
+            raise TeacherError(
+                f"{client.url}: token {i} is {text!r} there and {spell(i)!r} in the tokenizer of --teacher: these are "
+                "two vocabularies"
+            )
+    answers = (first, *rest)
+    views = [("token", middle, [a.logprobs for a in answers]), ("row", middle + 1, [a.best for a in answers])]
+    for what, due, rows in views:
+        spread = np.ptp(np.stack([np.nan_to_num(row, neginf=_NOTHING) for row in rows]), axis=0)
+        noise = max(float(spread[1 : max(2, middle // 2)].max()), apart)
+        changed = np.flatnonzero(spread > 10 * noise + 1e-4)
+        if not len(changed):
+            return (
+                f"no {what} changes with token {middle} (noise {noise:.2g} nats): whether rows are shifted is not known"
+            )
+        if changed[0] != due:
+            raise TeacherError(
+                f"{client.url}: with token {middle} changed, the first {what} to change is {changed[0]} instead of "
+                f"{due}: rows are shifted"
+            )
+    return None

@@ -1,0 +1,621 @@
+"""A served teacher says what a local one says, over every protocol, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from email.utils import formatdate
+
+import numpy as np
+import pytest
+import torch
+
+import faults
+import tiny
+import xtokmap
+from xtokmap import Aligner, served
+from xtokmap.losses import chunk_credit, strict_kl
+from xtokmap.rollouts import sample
+from xtokmap.served import PROTOCOLS, Client
+from xtokmap.teacher import LocalTeacher, ServerTeacher, TeacherError, render
+from xtokmap.torch import ChunkIndex, Logits
+from xtokmap.train import Config, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
+
+KEY = "sk-not-to-be-seen-0123456789"
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+COMPLETIONS = [[300, 301], [], [20, 21, 22, 23]]
+FAST = {"pause": 0.001, "timeout": 20.0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.teacher_model()
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        yield server
+
+
+def teacher_of(server, **options):
+    return ServerTeacher(server.url, tiny.teacher_tokenizer(), **{**FAST, **options})
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Samples of the student, retokenised: prompts and completions in the teacher's ids, their index and queries."""
+    student, tokenizer = tiny.student_model(), tiny.student_tokenizer()
+    torch.manual_seed(3)
+    aligner = Aligner(tokenizer, tiny.teacher_tokenizer())
+    asked = ["the sky", "the dog", "a fox?", "1 + 2", "hello"]
+    ids, _ = sample(student, render(tokenizer, asked), aligner.student.stop_ids, Config(max_new_tokens=24))
+    teacher_ids, aligned = aligner.retokenize(ids)
+    prompts = render(tiny.teacher_tokenizer(), asked)
+    rows = [row.tolist() for row in teacher_ids]
+    return prompts, rows, ChunkIndex.from_alignment(aligned), aligner.cover_queries(aligned)
+
+
+# ---- the same scores ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, "auto"])
+def test_scores_are_the_local_teachers(model, server, protocol):
+    teacher = teacher_of(server, protocol=protocol)
+    want = LocalTeacher(model, tiny.teacher_tokenizer()).score(PROMPTS, COMPLETIONS)
+    got = teacher.score(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(got.logprobs, want.logprobs, atol=2e-5, rtol=0)
+    assert torch.equal(got.mask, want.mask)
+    assert got.logprobs.dtype == torch.float32
+    assert got.transferred is None
+    assert teacher.client.protocol == ("vllm" if protocol == "auto" else protocol)
+    assert teacher.self_test() is None
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_cover_from_all_of_every_row_is_the_local_one(model, server, batch, protocol):
+    prompts, rows, index, queries = batch
+    want = LocalTeacher(model, tiny.teacher_tokenizer()).score(prompts, rows, queries=queries)
+    teacher = teacher_of(server, protocol=protocol, topk=model.config.vocab_size)
+    got = teacher.score(prompts, rows, queries=queries)
+    torch.testing.assert_close(got.logprobs, want.logprobs, atol=2e-5, rtol=0)
+    torch.testing.assert_close(got.transferred, want.transferred, atol=1e-4, rtol=0, equal_nan=True)
+    own = torch.full(index.student_chunk.shape, -3.0)
+    credits = [chunk_credit(own, s.logprobs, index, "cover", s.transferred) for s in (got, want)]
+    torch.testing.assert_close(credits[0].advantages, credits[1].advantages, atol=1e-4, rtol=0)
+    assert torch.equal(credits[0].scored, credits[1].scored)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_small_k_leaves_mass_out_and_never_the_token_that_is_there(model, server, batch, protocol):
+    prompts, rows, _, queries = batch
+    whole = LocalTeacher(model, tiny.teacher_tokenizer()).score(prompts, rows, queries=queries)
+    teacher = teacher_of(server, protocol=protocol, topk=2)
+    got = teacher.score(prompts, rows, queries=queries)
+    torch.testing.assert_close(got.logprobs, whole.logprobs, atol=2e-5, rtol=0)
+    assert (got.missing[got.mask] > 1e-3).all()
+    assert (got.missing[~got.mask] == 0).all()
+    known = torch.isfinite(whole.transferred)
+    assert (torch.isnan(got.transferred) == torch.isnan(whole.transferred)).all()
+    assert (got.transferred[known] < whole.transferred[known] - 1e-3).any()
+    # Each row: the two likeliest, and the token that is there; the rest of the mass is not shown.
+    answer = teacher.client.score([prompts[0] + rows[0]], topk=2)[0]
+    ids = [*prompts[0], *rows[0]]
+    for i in range(1, len(ids)):
+        shown = answer.top_ids[i][answer.top_ids[i] >= 0]
+        assert ids[i] in shown
+        assert 2 <= len(shown) <= 3
+        assert np.exp(answer.top_logprobs[i][: len(shown)]).sum() < 1 - 1e-3
+
+
+def test_strict_kl_from_all_of_every_row_is_the_local_one(model, server, batch):
+    prompts, rows, index, _ = batch
+    got = teacher_of(server, protocol="vllm", topk=model.config.vocab_size).score(prompts, rows, top=True)
+    assert got.transferred is None
+    assert got.top.shape == got.mask.shape
+    assert got.missing.abs().max() < 1e-5
+    maps = Aligner(tiny.student_tokenizer(), tiny.teacher_tokenizer()).vocab_map.torch()
+    torch.manual_seed(0)
+    student = Logits(torch.randn(*index.student_chunk.shape, len(tiny.student_tokenizer())))
+    local = LocalTeacher(model, tiny.teacher_tokenizer())
+    whole = torch.zeros(*got.mask.shape, model.config.vocab_size)
+    for b, row in enumerate(rows):
+        whole[b, : len(row)] = local.rows([prompts[b]], [row]).slice(0, len(row))
+    losses = [strict_kl(student, teacher, index, maps, k=None) for teacher in (got.top, Logits(whole))]
+    assert losses[0].loss.item() == pytest.approx(losses[1].loss.item(), abs=1e-4)
+    assert losses[0].loss.item() > 0.1
+
+
+def test_whole_rows_are_refused(server, batch):
+    prompts, rows, _, queries = batch
+    with pytest.raises(xtokmap.XTokMapError, match="a served teacher gives no whole rows; take the credit 'cover'"):
+        teacher_of(server).score(prompts, rows, queries=queries, keep=True)
+    with pytest.raises(xtokmap.XTokMapError, match="queries need rows: set topk"):
+        teacher_of(server, topk=0).score(prompts, rows, queries=queries)
+    with pytest.raises(xtokmap.XTokMapError, match="queries are of other completions"):
+        teacher_of(server).score(prompts, [*rows[1:], rows[0]], queries=queries)
+    with pytest.raises(xtokmap.XTokMapError, match=r"prompt_ids\[1\] is empty"):
+        teacher_of(server).score([[1], []], [[2], [3]])
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_a_passing_fault_is_survived(model, protocol, fault):
+    plan = faults.Plan()
+    want = LocalTeacher(model, tiny.teacher_tokenizer()).score(PROMPTS, COMPLETIONS).logprobs
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        # A slow answer runs into its time-out here.
+        teacher = teacher_of(server, protocol=protocol, timeout=0.3 if fault == "slow" else 20.0)
+        teacher.client.connect(PROMPTS[0])
+        plan.faults = [fault, None, fault]
+        got = teacher.score(PROMPTS, COMPLETIONS).logprobs
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    assert plan.log == [fault] * 2
+    figures = teacher.client.figures
+    assert figures["answers"] == 1 + 2
+    names = {"429": "status 429", "429 in 0.05 s": "status 429", "500": "status 500", "503": "status 503"}
+    names |= {"no answer": "connection", "cut body": "connection", "slow": "time-out"}
+    assert figures[names.get(fault, "bad answer")] == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "protocol", "message"),
+    [
+        ("500", "vllm", "gave up after 3 attempts, the last: status 500: 500 of"),
+        ("429", "sglang", "the last: status 429"),
+        ("no answer", "vllm", "the last: the connection failed"),
+        ("cut body", "vllm", "the last: the connection failed"),
+        ("slow", "openai", r"the last: no answer within 0\.3 s"),
+        ("broken JSON", "vllm", "bytes that are no JSON"),
+        ("NaN", "vllm", "row 3 has logprob nan"),
+        ("NaN", "sglang", "row 3 has logprob nan"),
+        ("positive", "openai", r"row 3 has logprob 0\.5"),
+        ("one row short", "vllm", "prompt_logprobs has 5 rows for 6 tokens"),
+        ("one row short", "sglang", "input_token_logprobs has 5 rows for 6 tokens"),
+        ("one row short", "openai", r"5 logprobs\.tokens for 6 ids"),
+        ("shifted", "vllm", r"row 0 of prompt_logprobs is not null: rows are shifted"),
+        ("shifted", "sglang", r"input_token_logprobs\[0\] is of token 9; 8 is there"),
+        ("shifted", "openai", r"token_logprobs\[0\] is not null: rows are shifted"),
+        ("other ids", "vllm", "prompt_token_ids are not the ids that were sent"),
+        ("other ids", "sglang", r"input_token_logprobs\[3\] is of token 10; 20 is there"),
+        ("other ids", "openai", r"logprobs.tokens\[0\] is token 9; 8 is there"),
+        ("sum above 1", "vllm", r"the probabilities of row 3 add up to 3\.9"),
+    ],
+)
+def test_a_lasting_fault_is_named_and_nothing_is_handed_on(model, fault, protocol, message):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        teacher = teacher_of(server, protocol=protocol, retries=2, timeout=0.3 if fault == "slow" else 20.0)
+        teacher.client.connect([8, 9])
+        plan.faults = [fault] * 3
+        with pytest.raises(TeacherError, match=message) as caught:
+            teacher.client.score([[8, 9, 10, 20, 21, 22]], topk=3)
+    assert str(caught.value).startswith(server.url)
+    assert "\n" not in str(caught.value)
+    assert plan.log == [fault] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "message"),
+    [
+        ({"model": "other"}, [[1, 2]], "status 404: the model 'other' does not exist.*teacher_model"),
+        ({}, [[1, 2**20]], r"status 400: prompt\[1\] is 1048576; the model has token ids 0 to"),
+        ({}, [[1] * 60], "status 400: prompt has 60 tokens, and 1 new; the model takes 50"),
+    ],
+)
+def test_what_cannot_get_better_is_asked_once(model, options, rows, message):
+    with faults.serving(model, tiny.teacher_tokenizer(), limits=xtokmap_limits(max_length=50)) as server:
+        client = teacher_of(server, protocol="vllm", **options).client
+        client.model = client.model or "teacher"
+        with pytest.raises(TeacherError, match=message):
+            client.score(rows)
+    assert client.figures["requests"] == 1
+
+
+def xtokmap_limits(**values):
+    from xtokmap.serve import Limits
+
+    return Limits(**values)
+
+
+def test_no_request_is_lost_and_none_is_doubled(model):
+    rng = np.random.default_rng(0)
+    rows = [[b // 100, b % 100, *rng.integers(4, 300, 6).tolist()] for b in range(300)]
+    local = LocalTeacher(model, tiny.teacher_tokenizer())
+    want = local.score([row[:1] for row in rows], [row[1:] for row in rows]).logprobs
+    passing = [name for name in faults.FAULTS if name not in ("slow", "429 in 0.05 s")]
+    plan = faults.Plan(rate=0.2, names=passing)
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        client = Client(server.url, protocol="vllm", model="teacher", retries=12, **FAST)
+        answers = client.score(rows, topk=2)
+    got = torch.from_numpy(np.stack([answer.logprobs[1:] for answer in answers]))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    assert len(plan.log) > 30
+    assert client.figures["answers"] == 300
+    assert client.figures["requests"] == 300 + len(plan.log)
+
+
+def test_requests_at_a_time_are_bound(model):
+    most = 0
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        answer = server.answer
+
+        def watched(*args):
+            nonlocal most
+            most = max(most, server._busy)
+            return answer(*args)
+
+        server.answer = watched
+        teacher = teacher_of(server, protocol="vllm", concurrency=3)
+        teacher.client.score([[1, 2, 3]] * 40)
+    assert 2 <= most <= 3
+
+
+def test_a_pause_that_the_server_asks_for_holds_for_all():
+    assert served._retry_after("1.5") == 1.5
+    assert served._retry_after(formatdate(time.time() + 100, usegmt=True)) == pytest.approx(100, abs=5)
+    assert served._retry_after(formatdate(time.time() - 100, usegmt=True)) == 0
+    assert served._retry_after("1e9") == 600
+    assert [served._retry_after(text) for text in (None, "soon", "nan", "")] == [None] * 4
+
+
+def test_a_pause_is_waited_for(model):
+    plan = faults.Plan(["429 in 0.05 s"])
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        client = teacher_of(server, protocol="sglang").client
+        start = time.monotonic()
+        client.score([[1, 2, 3]])
+        assert client._not_before >= start + 0.05
+        assert time.monotonic() >= client._not_before
+
+
+# ---- who is a teacher --------------------------------------------------------------------------------------------
+
+
+def altered(server, change):
+    """Answers of a real server, changed one and all."""
+    answer = server.answer
+
+    def changed(method, path, body):
+        found = answer(method, path, body)
+        return change(found, body) if method == "POST" else found
+
+    server.answer = changed
+
+
+def shift(by):
+    def change(found, body):
+        rows = found["choices"][0]["prompt_logprobs"]
+        later = rows[by:] + rows[1 : 1 + by] if by > 0 else [None, *rows[1 : 1 - by], *rows[1:by]]
+        found["choices"][0]["prompt_logprobs"] = [None, *later[1:]] if by > 0 else later
+        return found
+
+    return change
+
+
+@pytest.mark.parametrize("by", [1, 2, -1])
+def test_shifted_rows_are_found_where_ids_do_not_show_them(model, by):
+    # Every row has every token: the ids fit whichever row it is.
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, shift(by))
+        teacher = teacher_of(server, protocol="vllm", topk=model.config.vocab_size)
+        with pytest.raises(TeacherError, match=r"first .* to change is .*: rows are shifted"):
+            teacher.self_test()
+
+
+@pytest.mark.parametrize("by", [1, -1])
+def test_shifted_logprobs_are_found_where_there_is_nothing_else(model, by):
+    def change(found, body):
+        rows = found["choices"][0]["logprobs"]["token_logprobs"]
+        moved = [*rows[2:], -1.0] if by > 0 else [-1.0, *rows[1:-1]]
+        found["choices"][0]["logprobs"]["token_logprobs"] = [None, *moved]
+        return found
+
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, change)
+        with pytest.raises(TeacherError, match=r"first token to change is .*: rows are shifted"):
+            teacher_of(server, protocol="openai", topk=0).self_test()
+
+
+def test_tokens_that_are_looked_up_in_the_next_row_are_found(model):
+    """What llama-cpp-python 0.3 does with `echo`: the logprob of each token after itself."""
+    teacher = LocalTeacher(model, tiny.teacher_tokenizer())
+
+    def change(found, body):
+        ids = body["prompt"]
+        rows = torch.cat([teacher.rows([ids[:1]], [ids[1:]]).slice(0, len(ids)).log_softmax(-1)])
+        given = found["choices"][0]["logprobs"]
+        given["token_logprobs"] = [None, *(rows[i, token].item() for i, token in enumerate(ids) if i), -1.0]
+        given["top_logprobs"] = [None, *({"?": rows[i].max().item()} for i in range(1, len(ids))), None]
+        given["tokens"] = [tiny.teacher_tokenizer().decode([i]) for i in [*ids, 5]]
+        return found
+
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, change)
+        with pytest.raises(TeacherError, match=r"first row to change is .*: rows are shifted"):
+            teacher_of(server, protocol="openai", topk=0).self_test()
+
+
+def test_a_server_that_does_not_repeat_itself_is_refused(model):
+    calls = 0
+
+    def change(found, body):
+        nonlocal calls
+        calls += 1
+        for row in found["choices"][0]["prompt_logprobs"][1:]:
+            for entry in row.values():
+                entry["logprob"] -= calls
+        return found
+
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, change)
+        with pytest.raises(TeacherError, match=r"the same ids have logprobs that differ by [0-9.]+ nats"):
+            teacher_of(server, protocol="vllm").self_test()
+
+
+def test_another_vocabulary_is_refused(model):
+    with faults.serving(model, tiny.student_tokenizer()) as server:  # spells the model's ids as another would
+        teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), protocol="vllm", **FAST)
+        with pytest.raises(TeacherError, match=r"in the tokenizer of --teacher: these are two vocabularies"):
+            teacher.self_test()
+
+
+def test_what_cannot_be_told_is_said(model):
+    def change(found, body):
+        for row in found["choices"][0]["prompt_logprobs"][1:]:
+            for entry in row.values():
+                entry["logprob"] = -6.0
+        return found
+
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, change)
+        assert "whether rows are shifted is not known" in teacher_of(server, protocol="vllm", topk=0).self_test()
+
+
+def test_texts_for_ids_are_checked_by_their_bytes(model):
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        answer = server.answer
+
+        def as_texts(method, path, body):
+            return answer(method, path, {k: v for k, v in (body or {}).items() if k != "return_tokens_as_token_ids"})
+
+        server.answer = as_texts
+        teacher = teacher_of(server, protocol="openai", topk=0)
+        want = LocalTeacher(model, tiny.teacher_tokenizer()).score(PROMPTS, COMPLETIONS).logprobs
+        torch.testing.assert_close(teacher.score(PROMPTS, COMPLETIONS).logprobs, want, atol=2e-5, rtol=0)
+        assert teacher.self_test() is None
+        with pytest.raises(TeacherError, match=r"its top k cannot be used; set teacher_topk=0"):
+            teacher_of(server, protocol="openai", topk=3).self_test()
+        altered(server, lambda found, body: json.loads(json.dumps(found).replace("he", "it")))
+        teacher = teacher_of(server, protocol="openai", topk=0, retries=0)
+        with pytest.raises(TeacherError, match=r"logprobs.tokens\[.*; token .* spells"):
+            teacher.self_test()
+
+
+def test_what_has_no_mass_is_minus_infinity(model):
+    def change(found, body):
+        found["choices"][0]["prompt_logprobs"][2][str(body["prompt"][2])]["logprob"] = -9999.0
+        return found
+
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, change)
+        answer = teacher_of(server, protocol="vllm").client.score([[1, 2, 3]])[0]
+    assert math.isnan(answer.logprobs[0])
+    assert answer.logprobs[2] == -math.inf
+    assert math.isfinite(answer.logprobs[1])
+
+
+def test_nobody_there_is_named():
+    class Gone:
+        url = "http://127.0.0.1:9"
+
+    for protocol in ("auto", "sglang"):
+        teacher = teacher_of(Gone, protocol=protocol, retries=1)
+        with pytest.raises(TeacherError, match=r"http://127\.0\.0\.1:9/.*gave up after 2 attempts.*connection failed"):
+            teacher.self_test()
+
+
+def test_no_protocol_gives_every_ones_reason(model):
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, lambda found, body: {"choices": [{"message": {"content": "Hello!"}}]})
+        with pytest.raises(
+            TeacherError, match=r"no protocol works here; vllm: .*no prompt_logprobs.*sglang: .*openai: "
+        ):
+            teacher_of(server).self_test()
+
+
+# ---- the key -----------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_sent_and_never_seen(model, prompts, monkeypatch, capsys, recwarn):
+    monkeypatch.setenv("XTOKMAP_TEACHER_KEY", KEY)
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan, key=KEY) as server:
+        settings = config(prompts, teacher_url=server.url, teacher_retries=0, teacher_failures=1, eval_samples=0)
+        teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), **FAST)
+        said = [repr(teacher), repr(teacher.client), repr(settings)]
+        plan.faults = [None] * 7 + [None] * 4 + ["500"] + [None] * 20
+        # The self-test takes 7 requests; the second step's first request is answered with what was sent.
+        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*500 of Bearer"):
+            result = train(settings, models=tiny.pair())
+        plan.faults = [None] * 7 + ["500"] * 99
+        with (
+            pytest.warns(UserWarning, match="is left out"),
+            pytest.raises(TeacherError, match=r"500 of Bearer \*\*\*") as caught,
+        ):
+            train(replace(settings, output=settings.output + "-ended"), models=tiny.pair())
+    said += [str(caught.value), *(str(w.message) for w in recwarn), *capsys.readouterr()]
+    files = [path.read_bytes() for path in result.output.rglob("*") if path.is_file()]
+    assert plan.seen_keys == {f"Bearer {KEY}"}
+    assert all(KEY not in text for text in said)
+    assert len(files) > 4
+    assert all(KEY.encode() not in content for content in files)
+    cause = caught.value
+    while cause is not None:  # a traceback shows these, too
+        assert KEY not in str(cause)
+        cause = cause.__cause__
+
+
+def test_a_missing_or_wrong_key_is_named(model, monkeypatch):
+    with faults.serving(model, tiny.teacher_tokenizer(), key=KEY) as server:
+        monkeypatch.delenv("XTOKMAP_TEACHER_KEY", raising=False)
+        with pytest.raises(TeacherError, match=r"status 401: .*set XTOKMAP_TEACHER_KEY to the server's key"):
+            teacher_of(server, protocol="sglang").self_test()
+        with pytest.raises(TeacherError, match=r"status 401: .*the key of XTOKMAP_TEACHER_KEY"):
+            teacher_of(server, key="another").self_test()
+        assert teacher_of(server, key=KEY).self_test() is None
+        with pytest.raises(xtokmap.XTokMapError, match="XTOKMAP_TEACHER_KEY: the key has white space"):
+            teacher_of(server, key=KEY + "\n")
+
+
+# ---- in the loop -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": t, "split": "train"} for t in ("the sky", "the dog", "a fox?", "1 + 2")]
+    rows += [{"prompt": t, "split": "heldout"} for t in ("the grass", "naïve")]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def config(prompts, **changes) -> Config:
+    values = {"prompts": str(prompts), "output": str(prompts.parent / "out"), "steps": 3, "batch_size": 4}
+    values |= {"max_new_tokens": 12, "learning_rate": 3e-3, "warmup_steps": 1, "micro_batch": 3, "device": "cpu"}
+    return Config(**{**values, **changes})
+
+
+def sharp_pair():
+    """A teacher that prefers something, so that a wrong row would be seen in the loss."""
+    models = tiny.pair()
+    with torch.no_grad():
+        for p in models[2].parameters():
+            p.mul_(2)
+    return models
+
+
+@pytest.mark.parametrize("loss", ["prior", "cover"])
+def test_a_run_is_the_local_teachers_run(prompts, loss):
+    local = train(config(prompts, loss=loss), models=sharp_pair())
+    models = sharp_pair()
+    with faults.serving(models[2], models[3]) as server:
+        settings = config(prompts, teacher_url=server.url, teacher_topk=len(models[3]) if loss == "cover" else 0)
+        assert settings.rule == loss
+        found = train(settings, models=(*models[:2], None, models[3]))
+    assert len(found.metrics) == 3
+    for a, b in zip(found.metrics, local.metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        for name in ("kl_per_byte", "grad_norm", "scored", "response_length"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3)
+        assert a["skipped_batches"] == 0
+        assert a.get("missing", 0) == pytest.approx(0, abs=1e-5)
+    assert found.before.kl_per_byte == pytest.approx(local.before.kl_per_byte, rel=1e-4)
+    assert found.after.kl_per_byte == pytest.approx(local.after.kl_per_byte, rel=1e-3)
+
+
+def test_a_lost_batch_is_left_out_and_counted(prompts, model):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, steps=2)
+        # The self-test takes 7 requests; then one batch, a lost one, and whatever comes.
+        plan.faults = [None] * 7 + [None] * 4 + ["NaN"] * 4
+        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*logprob nan"):
+            result = train(settings, models=tiny.pair())
+    assert [line["skipped_batches"] for line in result.metrics] == [0, 1]
+    assert all(math.isfinite(line["loss"]) for line in result.metrics)
+
+
+def test_a_teacher_that_is_gone_ends_the_run_with_what_there_is(prompts, model, capsys):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        settings = config(prompts, teacher_url=server.url, teacher_retries=0, teacher_failures=2, eval_samples=0)
+        plan.faults = [None] * 7 + [None] * 4 + ["no answer"] * 99
+        with (
+            pytest.warns(UserWarning, match="is left out"),
+            pytest.raises(
+                TeacherError, match=r"ended after 1 steps, which are saved in .*3 batches in a row have no scores"
+            ),
+        ):
+            train(settings, models=tiny.pair())
+    output = prompts.parent / "out"
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (output / "student" / "model.safetensors").exists()
+
+
+def test_an_evaluation_that_fails_costs_itself(prompts, model, capsys):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        settings = config(prompts, teacher_url=server.url, teacher_retries=0, steps=1)
+        plan.faults = [None] * 7 + ["500", "500"]
+        result = train(settings, models=tiny.pair())
+    assert result.before is None
+    assert result.after is not None
+    assert "before: not evaluated: " in capsys.readouterr().out
+
+
+def test_a_server_that_must_not_be_a_teacher_ends_the_run_at_its_start(prompts, model):
+    with (
+        faults.serving(model, tiny.student_tokenizer()) as server,
+        pytest.raises(TeacherError, match="two vocabularies"),
+    ):
+        train(config(prompts, teacher_url=server.url), models=tiny.pair())
+    assert not (prompts.parent / "out").exists()
+
+
+def test_the_tokenizer_is_all_that_is_read_of_the_teacher(prompts, model, tmp_path):
+    folder = tmp_path / "teacher"
+    tiny.teacher_tokenizer().save_pretrained(folder)
+    tiny.student_model().save_pretrained(tmp_path / "student")
+    tiny.student_tokenizer().save_pretrained(tmp_path / "student")
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        names = {"teacher": str(folder), "student": str(tmp_path / "student"), "teacher_url": server.url}
+        result = train(config(prompts, steps=1, eval_samples=0, **names))
+    assert len(result.metrics) == 1
+    saved = json.loads((result.output / "config.json").read_text())
+    assert saved["teacher_url"] == server.url
+    with pytest.raises(xtokmap.XTokMapError, match="/no/such: no such model"):
+        train(config(prompts, **{**names, "teacher": "/no/such"}))
+
+
+def test_auto_asks_what_there_is():
+    local = Config()
+    assert local.rule == "transfer_kl"
+    assert replace(local, teacher_url="http://a:1").rule == "cover"
+    assert replace(local, teacher_url="http://a:1", teacher_topk=0).rule == "prior"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "transfer_kl"}, "loss='transfer_kl' with teacher_url: a served teacher gives no whole rows"),
+        ({"loss": "byte_kl"}, "loss='byte_kl' with teacher_url"),
+        ({"method": "kd"}, "method='kd' with teacher_url: a served teacher scores and does not sample"),
+        ({"method": "sft"}, "method='sft' with teacher_url"),
+        ({"loss": "cover", "teacher_topk": 0}, "loss='cover' with teacher_topk=0: it needs rows"),
+        ({"teacher_url": "localhost:8000"}, "teacher_url='localhost:8000': expected http://host:port"),
+        ({"teacher_url": "http://"}, "expected http://host:port"),
+        ({"teacher_url": "http://a:99999"}, "expected http://host:port"),
+        ({"teacher_protocol": "grpc"}, "teacher_protocol='grpc': use one of auto, vllm, sglang, openai"),
+        ({"teacher_timeout": 0.0}, r"teacher_timeout=0\.0: must be positive"),
+        ({"teacher_concurrency": 0}, "teacher_concurrency=0: must be at least 1"),
+        ({"teacher_topk": -1}, "teacher_topk=-1: must be finite and not negative"),
+    ],
+)
+def test_settings_that_no_served_teacher_can_use(changes, message):
+    with pytest.raises(xtokmap.XTokMapError, match=message):
+        Config(**{"teacher_url": "http://127.0.0.1:8000", **changes})
+
+
+@pytest.mark.parametrize("url", [f"http://user:{KEY}@a:1", f"http://a:1/?key={KEY}", f"https://{KEY}@a"])
+def test_a_url_with_a_secret_is_refused_without_it(url):
+    with pytest.raises(xtokmap.XTokMapError, match="a key goes into the variable XTOKMAP_TEACHER_KEY") as caught:
+        Config(teacher_url=url)
+    assert KEY not in str(caught.value)
