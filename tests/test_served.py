@@ -439,6 +439,7 @@ def test_the_key_is_sent_and_never_seen(model, prompts, monkeypatch, capsys, rec
     plan = faults.Plan()
     with faults.serving(model, tiny.teacher_tokenizer(), plan, key=KEY) as server:
         settings = config(prompts, teacher_url=server.url, teacher_retries=0, teacher_failures=1, eval_samples=0)
+        settings = replace(settings, save_every=2)
         teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), **FAST)
         said = [repr(teacher), repr(teacher.client), repr(settings)]
         plan.faults = [None] * 7 + [None] * 4 + ["500"] + [None] * 20
@@ -489,7 +490,14 @@ def prompts(tmp_path):
 
 def config(prompts, **changes) -> Config:
     values = {"prompts": str(prompts), "output": str(prompts.parent / "out"), "steps": 3, "batch_size": 4}
-    values |= {"max_new_tokens": 12, "learning_rate": 3e-3, "warmup_steps": 1, "micro_batch": 3, "device": "cpu"}
+    values |= {
+        "max_new_tokens": 12,
+        "learning_rate": 3e-3,
+        "warmup_steps": 1,
+        "micro_batch": 3,
+        "device": "cpu",
+        "save_every": 0,
+    }
     return Config(**{**values, **changes})
 
 
