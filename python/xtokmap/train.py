@@ -27,7 +27,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.checkpoint import CheckpointError, found, restore, save, writing
 from xtokmap.config import Config
 from xtokmap.models import float32_parameters, load, pick_device, write_back
-from xtokmap.processes import launched
+from xtokmap.processes import Processes, is_part, launched, shard, whole_weights
 from xtokmap.report import Progress, evaluation_line, plot
 from xtokmap.rollouts import (
     Clock,
@@ -155,8 +155,15 @@ class Run:
         self.roller, self.config, self.processes = roller, config, roller.processes
         self.prompts = _fitting(prompts, roller)
         self.order = Order(len(self.prompts), config.seed)
+        if config.batch_size < self.processes.count:
+            raise XTokMapError(
+                f"batch_size={config.batch_size}: each of the {self.processes.count} processes needs a prompt"
+            )
+        parameters = float32_parameters(roller.student)
+        # Parted parameters and whole ones, where there are both: the optimizer works on a group at once.
+        groups = [[p for p in parameters if is_part(p) == parted] for parted in (False, True)]
         self.optimizer = torch.optim.AdamW(
-            float32_parameters(roller.student),
+            [{"params": group} for group in groups if group],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.95),
@@ -170,14 +177,15 @@ class Run:
         self.before: Evaluation | None = None
 
     def step(self) -> dict[str, Any]:
-        """Samples, scores and updates once; returns the step's line of `metrics.jsonl`."""
+        """Samples, scores and updates once; returns the step's line of `metrics.jsonl`, the same in every process."""
         start = time.perf_counter()
-        rollouts = self.roller.roll([self.prompts[next(self.order)] for _ in range(self.config.batch_size)])
+        prompts = [self.prompts[next(self.order)] for _ in range(self.config.batch_size)]
+        rollouts = self.roller.roll(self.processes.share(prompts))
         with Clock(self.roller.device, rollouts.seconds)("update"):
             found = update(self.roller, rollouts, self.optimizer)
             self.warmup.step()
         self.done += 1
-        self.history.append(_metrics(self.done, rollouts, found, time.perf_counter() - start))
+        self.history.append(_metrics(self.done, rollouts, found, time.perf_counter() - start, self.processes))
         return self.history[-1]
 
 
@@ -208,36 +216,41 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         device = pick_device(where)
         torch.manual_seed(config.seed)
         if models is None:
-            student, tokenizer = load(config.student, device, config.dtype)
+            # Layers that are to be parted go to the device one by one.
+            half = config.dtype == "auto" and device.type == "cuda"
+            at = (torch.device("cpu"), "bfloat16" if half else config.dtype) if config.shard else (device, config.dtype)
+            student, tokenizer = load(config.student, *at)
             teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
         else:
             student, tokenizer, teacher_model, teacher_tokenizer = models
         teacher = LocalTeacher(
             teacher_model, teacher_tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template
         )
+        if config.shard:
+            shard(student, processes, device)
         roller = Roller(student, tokenizer, teacher, config, processes)
         run = Run(roller, prompts)
+        if processes.count > 1:
+            torch.manual_seed(processes.seed(config.seed))  # answers of its own in each
         resumed = config.resume and restore(run, checkpoints)
 
-        with writing(output):
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "config.json").write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
-            (output / "metrics.jsonl").write_text("")
-        _log(output, *run.history)  # up to the checkpoint's step
+        if processes.first:
+            _begin(output, run)
         after = None
         interrupted = False
         try:
-            with Progress(config.steps) as progress, _asked_to_stop() as asked:
+            with _progress(run) as (say, show), _asked_to_stop() as asked:
                 if resumed:
-                    progress.say(f"going on from step {run.done} of {config.steps}")
+                    say(f"going on from step {run.done} of {config.steps}")
                 elif heldout and config.eval_samples:
-                    progress.say(f"evaluating on {len(heldout)} held-out prompts")
+                    say(f"evaluating on {len(heldout)} held-out prompts")
                     run.before = evaluate(roller, heldout, config.eval_samples)
-                    progress.say(evaluation_line("before", run.before))
-                while run.done < config.steps and not asked():
+                    say(evaluation_line("before", run.before))
+                while run.done < config.steps and not processes.any(asked()):
                     line = run.step()
-                    _log(output, line)
-                    progress.step(line)
+                    if processes.first:
+                        _log(output, line)
+                    show(line)
                     if config.save_every and run.done % config.save_every == 0:
                         save(run, checkpoints, keep=config.keep_checkpoints)
                 if config.save_every:
@@ -245,24 +258,51 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                 interrupted = run.done < config.steps
                 if heldout and config.eval_samples and not interrupted:
                     after = evaluate(roller, heldout, config.eval_samples)
-                    progress.say(evaluation_line("after", after))
+                    say(evaluation_line("after", after))
         except KeyboardInterrupt:
             interrupted = True
-        if interrupted:
-            print(f"interrupted after {len(run.history)} steps: saving to {output}", file=sys.stderr)
-        with writing(output):
-            student.save_pretrained(output / "student")
-            tokenizer.save_pretrained(output / "student")
-            evaluations = {"before": run.before and run.before.as_dict(), "after": after and after.as_dict()}
-            (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
-            if run.history:
-                plot(run.history, output / "curves.png", run.before, after)
+            if processes.count > 1:  # the others are in the middle of something else
+                raise
+        if interrupted and processes.first:
+            print(f"interrupted after {run.done} steps: saving to {output}", file=sys.stderr)
+        weights = whole_weights(student)
+        if processes.first:
+            _end(output, run, weights, after)
         return Result(output, run.history, run.before, after, interrupted)
+
+
+def _begin(output: Path, run: Run) -> None:
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(asdict(run.config), indent=2, ensure_ascii=False)
+        (output / "config.json").write_text(config + "\n")
+        (output / "metrics.jsonl").write_text("")
+    _log(output, *run.history)  # up to the checkpoint's step
+
+
+def _end(output: Path, run: Run, weights: dict[str, Any] | None, after: Evaluation | None) -> None:
+    with writing(output):
+        run.roller.student.save_pretrained(output / "student", state_dict=weights)
+        run.roller.tokenizer.save_pretrained(output / "student")
+        evaluations = {"before": run.before and run.before.as_dict(), "after": after and after.as_dict()}
+        (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
+        if run.history:
+            plot(run.history, output / "curves.png", run.before, after)
 
 
 def _log(output: Path, *lines: dict[str, Any]) -> None:
     with writing(output / "metrics.jsonl"), open(output / "metrics.jsonl", "a", encoding="utf-8") as log:
         log.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@contextmanager
+def _progress(run: Run) -> Iterator[tuple[Callable[[str], None], Callable[[dict[str, Any]], None]]]:
+    """How to say something and to show a step: on the first process, nothing on the others."""
+    if not run.processes.first:
+        yield (lambda text: None), (lambda line: None)
+        return
+    with Progress(run.config.steps) as progress:
+        yield progress.say, progress.step
 
 
 @contextmanager
@@ -298,9 +338,23 @@ def _fitting(prompts: Sequence[str], roller: Roller) -> list[str]:
     return kept
 
 
-def _metrics(step: int, rollouts: Rollouts, found: dict[str, Any], seconds: float) -> dict[str, Any]:
-    tokens = sum(rollouts.lengths)
-    kl, error = ratio_with_error(found["nats"].tolist(), found["bytes"].tolist())
+def _metrics(
+    step: int, rollouts: Rollouts, found: dict[str, Any], seconds: float, processes: Processes
+) -> dict[str, Any]:
+    """A step's line, over the rows of all processes; times are those of the slowest."""
+    own = {
+        "nats": found["nats"].tolist(),
+        "bytes": found["bytes"].tolist(),
+        "lengths": rollouts.lengths,
+        "completed": rollouts.completed,
+    }
+    others = processes.gather((own, coverage_counts(rollouts.index).tolist(), seconds, rollouts.seconds))
+    rows = {name: [value for part, *_ in others for value in part[name]] for name in own}
+    counts = [sum(kind) for kind in zip(*(part for _, part, *_ in others), strict=True)]
+    seconds = max(part for *_, part, _ in others)
+    times = {name: max(part[name] for *_, part in others) for name in rollouts.seconds}
+    tokens = sum(rows["lengths"])
+    kl, error = ratio_with_error(rows["nats"], rows["bytes"])
     figures = {name: float(value) for name, value in found["figures"].items()}
     scored = int(figures.pop("scored"))
     nonfinite = int(figures.pop("nonfinite"))
@@ -311,13 +365,13 @@ def _metrics(step: int, rollouts: Rollouts, found: dict[str, Any], seconds: floa
         "loss": float(found["loss"]),
         "grad_norm": float(found["grad_norm"]),
         "skipped_updates": found["skipped"],
-        "coverage": coverage_shares(coverage_counts(rollouts.index).tolist(), tokens),
+        "coverage": coverage_shares(counts, tokens),
         "scored": scored / max(tokens, 1),
         "nonfinite_tokens": nonfinite,
         **{name: value / max(scored, 1) for name, value in figures.items()},
-        "response_length": tokens / len(rollouts.lengths),
-        "completed": sum(rollouts.completed) / len(rollouts.completed),
+        "response_length": tokens / len(rows["lengths"]),
+        "completed": sum(rows["completed"]) / len(rows["completed"]),
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
-        "time": {name: round(value, 6) for name, value in rollouts.seconds.items()},
+        "time": {name: round(value, 6) for name, value in times.items()},
     }
