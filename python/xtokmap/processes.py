@@ -132,6 +132,7 @@ def shard(student: Any, processes: Processes, device: torch.device) -> None:
         part = fully_shard(layer, mesh=mesh, mp_policy=policy)
         # Sums, as the losses are divided by the tokens of all processes.
         part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
     student.to(device)
     # Over all layers one whose own parameters are left alone, so that a layer is fetched while the one before computes.
     body = student.base_model
