@@ -32,6 +32,7 @@ from torch import Tensor
 from xtokmap._core import XTokMapError
 from xtokmap.config import Config
 from xtokmap.models import one_line, write_back
+from xtokmap.processes import is_part
 from xtokmap.rollouts import Evaluation
 
 if TYPE_CHECKING:
@@ -210,9 +211,8 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
 def _whole(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """Each tensor on the CPU, one at a time, its parts gathered where processes have a part each."""
     for tensor in tensors.values():
-        if hasattr(tensor, "full_tensor"):
-            tensor = tensor.full_tensor()  # noqa: PLW2901
-        yield tensor.detach().cpu().contiguous()
+        whole = tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+        yield whole.detach().cpu().contiguous()
 
 
 class _Hashing:
@@ -422,7 +422,7 @@ def _load_tensors(run: Run, path: Path) -> None:
 def _like(tensor: Any, value: Tensor) -> Tensor:
     """A whole tensor on another's device, and in parts where the other is."""
     value = value.to(tensor.device)
-    if not hasattr(tensor, "placements"):
+    if not is_part(tensor):
         return value
     from torch.distributed.tensor import distribute_tensor
 

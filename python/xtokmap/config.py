@@ -77,6 +77,9 @@ class Config:
     aggregate: str = _doc("response", "mean of the loss over `response` tokens (the paper) or `scored` tokens")
     plain_template: str = _doc(PLAIN_TEMPLATE, "prompt format for a model without a chat template")
     eval_samples: int = _doc(1, "samples for each held-out prompt, before and after; 0: no evaluation")
+    shard: bool = _doc(
+        False, "with several processes: part the student's layers and their optimizer among them (FSDP2), float32"
+    )
     save_every: int = _doc(50, "steps between checkpoints, one more at the end; 0: none at all")
     keep_checkpoints: int = _doc(2, "how many of the last checkpoints to keep, each 12 bytes a weight")
     resume: bool = _doc(False, "go on from the last whole checkpoint in the output folder, if there is one")

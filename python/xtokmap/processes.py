@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -55,6 +55,10 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so in any process."""
+        return any(self.gather(value))
+
     def seed(self, seed: int) -> int:
         """A seed for each process, the first one's as it is; 64 bits."""
         mixed = (seed + self.rank * 0x9E3779B97F4A7C15) % 2**64
@@ -98,3 +102,119 @@ def launched(device: str = "auto") -> Iterator[tuple[Processes, str]]:
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def shard(student: Any, processes: Processes, device: torch.device) -> None:
+    """Parts the layers of a transformers model among the processes (FSDP2), in place.
+
+    Each process has 1/count of every layer and of its gradients and optimizer state in float32; a layer is put together
+    while it computes, in the model's own dtype. What is not a layer (embedding, last norm, output head) is whole in
+    every process.
+
+    Args:
+        student: on the CPU or on the device; the layers are moved one by one.
+        processes: two or more.
+        device: of this process.
+
+    Raises:
+        XTokMapError: a single process, or a model without a list of layers.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if processes.count == 1:
+        raise XTokMapError("shard=True needs several processes: start them with accelerate launch or torchrun")
+    layers = _layers(student)
+    mesh = init_device_mesh(device.type, (processes.count,))
+    policy = MixedPrecisionPolicy(param_dtype=student.dtype, reduce_dtype=torch.float32)
+    for layer in layers:
+        layer.float()
+        part = fully_shard(layer, mesh=mesh, mp_policy=policy)
+        # Sums, as the losses are divided by the tokens of all processes.
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    student.to(device)
+    # Over all layers one whose own parameters are left alone, so that a layer is fetched while the one before computes.
+    body = student.base_model
+    fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not is_part(p)})
+
+
+def _layers(student: Any) -> list[torch.nn.Module]:
+    """The decoder's blocks: the longest list of modules, as transformers has it in every family."""
+    lists = [module for module in student.modules() if isinstance(module, torch.nn.ModuleList)]
+    longest = max(lists, key=len, default=None)
+    if longest is None or len(longest) == 0:
+        raise XTokMapError(f"shard=True: {type(student).__name__} has no list of layers to part among the processes")
+    return list(longest)
+
+
+def _sharded_layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "set_gradient_divide_factor")]
+
+
+def is_part(parameter: Tensor) -> bool:
+    """Whether this process has but a part of it."""
+    return hasattr(parameter, "placements")
+
+
+def whole_weights(model: Any) -> dict[str, Tensor] | None:
+    """A parted model's weights as it was loaded, whole, on the CPU of the first process; None for another model."""
+    if not is_sharded(model):
+        return None
+    dtype, first = model.get_input_embeddings().weight.dtype, dist.get_rank() == 0
+    weights = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor().to(dtype) if is_part(value) else value
+        if first:
+            weights[name] = whole.cpu()
+    return weights
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether `shard` has parted it."""
+    return bool(_sharded_layers(model))
+
+
+@contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """Every layer whole, for as many forward passes as each process likes; nothing to do where no layer is parted."""
+    layers = _sharded_layers(model)
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reshard()
+            layer.set_reshard_after_forward(True)
+
+
+@torch.no_grad()
+def add_up_and_clip(parameters: Iterable[torch.nn.Parameter], largest: float, processes: Processes) -> Tensor:
+    """Sums gradients over the processes and shortens the whole where it is longer than `largest`; returns its norm.
+
+    Gradients of parted layers are summed already, by their backward pass.
+    """
+    parameters = list(parameters)
+    if processes.count == 1:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    whole, parts = [], []
+    for p in parameters:
+        if is_part(p):
+            parts += [] if p.grad is None else [p.grad.to_local()]  # type: ignore[attr-defined]
+            continue
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        processes.sum(p.grad)
+        whole.append(p.grad)
+    device = parameters[0].device
+    squares = [torch.zeros((), device=device)] * 2
+    for k, gradients in enumerate((whole, parts)):
+        if gradients:
+            squares[k] = torch.nn.utils.get_total_norm(gradients).to(device) ** 2
+    norm = (squares[0] + processes.sum(squares[1].clone())).sqrt()
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in (*whole, *parts):
+        gradient.mul_(factor)
+    return norm

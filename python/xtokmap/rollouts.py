@@ -17,7 +17,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.alignment import Aligner, Kind
 from xtokmap.config import WHOLE, Config
 from xtokmap.losses import chunk_gap
-from xtokmap.processes import Processes
+from xtokmap.processes import Processes, gathered
 from xtokmap.teacher import LocalTeacher, Scores, Teacher, batched_logprobs, completion_rows, render, stop_id
 from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
 
@@ -102,7 +102,8 @@ class Roller:
         with clock("sample"):
             if on_policy:
                 stops = self.aligner.student.stop_ids
-                sampled, completed = sample(self.student, prompt_ids, stops, config)
+                with gathered(self.student):
+                    sampled, completed = sample(self.student, prompt_ids, stops, config)
             else:
                 sampled, completed = self.answers(prompts, teacher_prompts)
         with clock("retokenise"):
@@ -135,13 +136,14 @@ class Roller:
 
     def all_logprobs(self, rollouts: Rollouts) -> Tensor:
         """The student's logprobs of all rows, float32 `[B, Ts]`, without a gradient."""
-        return batched_logprobs(
-            self.student,
-            rollouts.prompt_ids,
-            rollouts.completion_ids,
-            self.config.micro_batch,
-            temperature=self.config.temperature,
-        )
+        with gathered(self.student):
+            return batched_logprobs(
+                self.student,
+                rollouts.prompt_ids,
+                rollouts.completion_ids,
+                self.config.micro_batch,
+                temperature=self.config.temperature,
+            )
 
 
 @torch.no_grad()
@@ -277,29 +279,38 @@ def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: 
         prompts: held-out prompts.
         samples: for each prompt.
         seed: of the samples; the state of the random generators is restored afterwards.
+
+    Every process of the run has to call it, and samples its share of the answers.
     """
     # Whatever the run learns from: the student's samples, and the logprobs of their text.
     config, n = replace(roller.config, method="opd", loss="full"), len(prompts)
     nats, nbytes = [0.0] * n, [0.0] * n
     responses = [""] * n
     completed, lengths, counts = 0, 0, torch.zeros(len(Kind), dtype=torch.long, device=roller.device)
+    processes = roller.processes
+    found: list[tuple[int, float, float, str]] = []
     devices = [roller.device] if roller.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        work = [i for i in range(n) for _ in range(samples)]
-        for first in range(0, len(work), config.batch_size):
-            batch = work[first : first + config.batch_size]
+        torch.manual_seed(processes.seed(seed))
+        work = processes.share([i for i in range(n) for _ in range(samples)])
+        size = -(-config.batch_size // processes.count)
+        for first in range(0, len(work), size):
+            batch = work[first : first + size]
             rollouts = roller.roll([prompts[i] for i in batch], config)
             own = roller.all_logprobs(rollouts)
             assert rollouts.teacher is not None
-            gap, size = chunk_gap(own, rollouts.teacher.logprobs, rollouts.index, stops=config.score_stop)
+            gap, bytes_of = chunk_gap(own, rollouts.teacher.logprobs, rollouts.index, stops=config.score_stop)
             counts += coverage_counts(rollouts.index)
-            for i, x, y, ids in zip(batch, gap.tolist(), size.tolist(), rollouts.completion_ids, strict=True):
-                nats[i] += x
-                nbytes[i] += y
-                responses[i] = responses[i] or roller.tokenizer.decode(ids, skip_special_tokens=True)
+            answers = roller.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
+            found += zip(batch, gap.tolist(), bytes_of.tolist(), answers, strict=True)
             completed += sum(rollouts.completed)
             lengths += sum(rollouts.lengths)
+    for i, x, y, answer in (row for part in processes.gather(found) for row in part):
+        nats[i] += x
+        nbytes[i] += y
+        responses[i] = responses[i] or answer
+    completed, lengths = map(sum, zip(*processes.gather((completed, lengths)), strict=True))
+    counts = processes.sum(counts)
     total = max(n * samples, 1)
     coverage = coverage_shares(counts.tolist(), lengths)
     return Evaluation(list(prompts), nats, nbytes, responses, completed / total, lengths / total, coverage)

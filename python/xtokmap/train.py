@@ -28,7 +28,7 @@ from xtokmap.checkpoint import CheckpointError, found, restore, save, writing
 from xtokmap.config import Config
 from xtokmap.flops import ModelFlops, StepFlops
 from xtokmap.models import float32_parameters, load, load_tokenizer, pick_device, write_back
-from xtokmap.processes import launched
+from xtokmap.processes import Processes, is_part, launched, shard, whole_weights
 from xtokmap.report import Progress, evaluation_line, plot
 from xtokmap.rollouts import (
     Clock,
@@ -157,8 +157,15 @@ class Run:
         self.roller, self.config, self.processes = roller, config, roller.processes
         self.prompts = _fitting(prompts, roller)
         self.order = Order(len(self.prompts), config.seed)
+        if config.batch_size < self.processes.count:
+            raise XTokMapError(
+                f"batch_size={config.batch_size}: each of the {self.processes.count} processes needs a prompt"
+            )
+        parameters = float32_parameters(roller.student)
+        # Parted parameters and whole ones, where there are both: the optimizer works on a group at once.
+        groups = [[p for p in parameters if is_part(p) == parted] for parted in (False, True)]
         self.optimizer = torch.optim.AdamW(
-            float32_parameters(roller.student),
+            [{"params": group} for group in groups if group],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.95),
@@ -186,38 +193,55 @@ class Run:
         return rollouts
 
     def _scored(self) -> Rollouts | None:
+        prompts = [self.prompts[next(self.order)] for _ in range(self.config.batch_size)]
+        rollouts, failure = None, None
         try:
-            return self.roller.roll([self.prompts[next(self.order)] for _ in range(self.config.batch_size)])
+            rollouts = self.roller.roll(self.processes.share(prompts))
         except TeacherError as error:
-            self.lost += 1
-            if self.lost > self.config.teacher_failures:
-                raise TeacherError(f"{self.lost} batches in a row have no scores; the last: {error}") from None
-            warnings.warn(f"this batch has no scores and is left out: {error}", stacklevel=4)
-            return None
+            failure = str(error)
+        # What one process has no scores for, none learns from.
+        failures = [text for text in self.processes.gather(failure) if text is not None]
+        if not failures:
+            return rollouts
+        self.lost += 1
+        if self.lost > self.config.teacher_failures:
+            raise TeacherError(f"{self.lost} batches in a row have no scores; the last: {failures[0]}")
+        warnings.warn(f"this batch has no scores and is left out: {failures[0]}", stacklevel=4)
+        return None
 
     def step(self) -> dict[str, Any]:
-        """Samples, scores and updates once; returns the step's line of `metrics.jsonl`."""
+        """Samples, scores and updates once; returns the step's line of `metrics.jsonl`, the same in every process."""
         start = time.perf_counter()
         rollouts = self.rollouts()
         with Clock(self.roller.device, rollouts.seconds)("update"):
             found = update(self.roller, rollouts, self.optimizer)
             self.warmup.step()
         self.done += 1
-        metrics = _metrics(self.done, rollouts, found, time.perf_counter() - start)
+        metrics = _metrics(self.done, rollouts, found, time.perf_counter() - start, self.processes)
         metrics["skipped_batches"], self.lost = self.lost, 0
-        teacher = rollouts.teacher
-        if teacher is not None and teacher.missing is not None:
-            metrics["missing"] = float(teacher.missing.sum() / teacher.mask.sum().clamp(min=1))
-        if self.flops is not None:
-            metrics["flops"] = self._flops(self.flops, rollouts)
+        metrics |= self._account(rollouts)
         self.history.append(metrics)
         return metrics
 
-    def _flops(self, flops: StepFlops, rollouts: Rollouts) -> dict[str, int]:
+    def _account(self, rollouts: Rollouts) -> dict[str, Any]:
+        """What the step took, and what a served teacher did not show; over the rows of all processes."""
         sides = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.teacher_prompt_ids, rollouts.teacher_ids)
-        config = self.config
-        lengths = [[len(row) for row in side] for side in sides]
-        return flops.step(config.rule, *lengths, updates=config.updates, on_policy=config.method == "opd")
+        config, teacher = self.config, rollouts.teacher
+        own: dict[str, Any] = {}
+        if self.flops is not None:
+            lengths = [[len(row) for row in side] for side in sides]
+            on_policy = config.method == "opd"
+            own["flops"] = self.flops.step(config.rule, *lengths, updates=config.updates, on_policy=on_policy)
+        if teacher is not None and teacher.missing is not None:
+            own["missing"] = (float(teacher.missing.sum()), int(teacher.mask.sum()))
+        parts = self.processes.gather(own)
+        found: dict[str, Any] = {}
+        if self.flops is not None:
+            found["flops"] = {name: sum(part["flops"][name] for part in parts) for name in own["flops"]}
+        if "missing" in own:
+            mass, tokens = map(sum, zip(*(part["missing"] for part in parts), strict=True))
+            found["missing"] = mass / max(tokens, 1)
+        return found
 
 
 def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) -> Result:
@@ -249,7 +273,10 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         device = pick_device(where)
         torch.manual_seed(config.seed)
         if models is None:
-            student, tokenizer = load(config.student, device, config.dtype)
+            # Layers that are to be parted go to the device one by one.
+            half = config.dtype == "auto" and device.type == "cuda"
+            at = (torch.device("cpu"), "bfloat16" if half else config.dtype) if config.shard else (device, config.dtype)
+            student, tokenizer = load(config.student, *at)
             if config.teacher_url:
                 teacher_model, teacher_tokenizer = None, load_tokenizer(config.teacher)
             else:
@@ -257,60 +284,87 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         else:
             student, tokenizer, teacher_model, teacher_tokenizer = models
         teacher = _teacher(config, teacher_model, teacher_tokenizer, device)
+        if config.shard:
+            shard(student, processes, device)
         roller = Roller(student, tokenizer, teacher, config, processes)
         run = Run(roller, prompts)
+        if processes.count > 1:
+            torch.manual_seed(processes.seed(config.seed))  # answers of its own in each
         resumed = config.resume and restore(run, checkpoints)
 
-        with writing(output):
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "config.json").write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
-            (output / "metrics.jsonl").write_text("")
-        _log(output, *run.history)  # up to the checkpoint's step
+        if processes.first:
+            _begin(output, run)
         after = None
         interrupted, failure = False, None
         try:
-            with Progress(config.steps) as progress, _asked_to_stop() as asked:
+            with _progress(run) as (say, show), _asked_to_stop() as asked:
                 if resumed:
-                    progress.say(f"going on from step {run.done} of {config.steps}")
+                    say(f"going on from step {run.done} of {config.steps}")
                 elif heldout and config.eval_samples:
-                    progress.say(f"evaluating on {len(heldout)} held-out prompts")
-                    run.before = _evaluated("before", roller, heldout, progress)
-                while run.done < config.steps and not asked():
+                    say(f"evaluating on {len(heldout)} held-out prompts")
+                    run.before = _evaluated("before", roller, heldout, say)
+                while run.done < config.steps and not processes.any(asked()):
                     line = run.step()
-                    _log(output, line)
-                    progress.step(line)
+                    if processes.first:
+                        _log(output, line)
+                    show(line)
                     if config.save_every and run.done % config.save_every == 0:
                         save(run, checkpoints, keep=config.keep_checkpoints)
                 if config.save_every:
                     save(run, checkpoints, keep=config.keep_checkpoints)
                 interrupted = run.done < config.steps
                 if heldout and config.eval_samples and not interrupted:
-                    after = _evaluated("after", roller, heldout, progress)
+                    after = _evaluated("after", roller, heldout, say)
         except KeyboardInterrupt:
             interrupted = True
+            if processes.count > 1:  # the others are in the middle of something else
+                raise
         except TeacherError as error:
             failure = error
             if config.save_every:
                 save(run, checkpoints, keep=config.keep_checkpoints)
-        if interrupted:
-            print(f"interrupted after {len(run.history)} steps: saving to {output}", file=sys.stderr)
-        with writing(output):
-            student.save_pretrained(output / "student")
-            tokenizer.save_pretrained(output / "student")
-            evaluations = {"before": run.before and run.before.as_dict(), "after": after and after.as_dict()}
-            (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
-            if run.history:
-                plot(run.history, output / "curves.png", run.before, after)
+        if interrupted and processes.first:
+            print(f"interrupted after {run.done} steps: saving to {output}", file=sys.stderr)
+        weights = whole_weights(student)
+        if processes.first:
+            _end(output, run, weights, after)
         if failure is not None:
-            raise TeacherError(
-                f"ended after {len(run.history)} steps, which are saved in {output}: {failure}"
-            ) from failure
+            raise TeacherError(f"ended after {run.done} steps, which are saved in {output}: {failure}") from failure
         return Result(output, run.history, run.before, after, interrupted)
+
+
+def _begin(output: Path, run: Run) -> None:
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(asdict(run.config), indent=2, ensure_ascii=False)
+        (output / "config.json").write_text(config + "\n")
+        (output / "metrics.jsonl").write_text("")
+    _log(output, *run.history)  # up to the checkpoint's step
+
+
+def _end(output: Path, run: Run, weights: dict[str, Any] | None, after: Evaluation | None) -> None:
+    with writing(output):
+        run.roller.student.save_pretrained(output / "student", state_dict=weights)
+        run.roller.tokenizer.save_pretrained(output / "student")
+        evaluations = {"before": run.before and run.before.as_dict(), "after": after and after.as_dict()}
+        (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
+        if run.history:
+            plot(run.history, output / "curves.png", run.before, after)
 
 
 def _log(output: Path, *lines: dict[str, Any]) -> None:
     with writing(output / "metrics.jsonl"), open(output / "metrics.jsonl", "a", encoding="utf-8") as log:
         log.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@contextmanager
+def _progress(run: Run) -> Iterator[tuple[Callable[[str], None], Callable[[dict[str, Any]], None]]]:
+    """How to say something and to show a step: on the first process, nothing on the others."""
+    if not run.processes.first:
+        yield (lambda text: None), (lambda line: None)
+        return
+    with Progress(run.config.steps) as progress:
+        yield progress.say, progress.step
 
 
 @contextmanager
@@ -356,14 +410,16 @@ def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device) -
     return teacher
 
 
-def _evaluated(name: str, roller: Roller, heldout: Sequence[str], progress: Progress) -> Evaluation | None:
+def _evaluated(name: str, roller: Roller, heldout: Sequence[str], say: Callable[[str], None]) -> Evaluation | None:
     """An evaluation, said; None where a served teacher failed on it, which costs no more than that."""
     try:
         found = evaluate(roller, heldout, roller.config.eval_samples)
     except TeacherError as error:
-        progress.say(f"{name}: not evaluated: {error}")
+        if roller.processes.count > 1:  # the others wait for this one's answers, and will be ended with it
+            raise XTokMapError(f"the evaluation {name} has no scores: {error}") from error
+        say(f"{name}: not evaluated: {error}")
         return None
-    progress.say(evaluation_line(name, found))
+    say(evaluation_line(name, found))
     return found
 
 
@@ -378,9 +434,23 @@ def _fitting(prompts: Sequence[str], roller: Roller) -> list[str]:
     return kept
 
 
-def _metrics(step: int, rollouts: Rollouts, found: dict[str, Any], seconds: float) -> dict[str, Any]:
-    tokens = sum(rollouts.lengths)
-    kl, error = ratio_with_error(found["nats"].tolist(), found["bytes"].tolist())
+def _metrics(
+    step: int, rollouts: Rollouts, found: dict[str, Any], seconds: float, processes: Processes
+) -> dict[str, Any]:
+    """A step's line, over the rows of all processes; times are those of the slowest."""
+    own = {
+        "nats": found["nats"].tolist(),
+        "bytes": found["bytes"].tolist(),
+        "lengths": rollouts.lengths,
+        "completed": rollouts.completed,
+    }
+    others = processes.gather((own, coverage_counts(rollouts.index).tolist(), seconds, rollouts.seconds))
+    rows = {name: [value for part, *_ in others for value in part[name]] for name in own}
+    counts = [sum(kind) for kind in zip(*(part for _, part, *_ in others), strict=True)]
+    seconds = max(part for *_, part, _ in others)
+    times = {name: max(part[name] for *_, part in others) for name in rollouts.seconds}
+    tokens = sum(rows["lengths"])
+    kl, error = ratio_with_error(rows["nats"], rows["bytes"])
     figures = {name: float(value) for name, value in found["figures"].items()}
     scored = int(figures.pop("scored"))
     nonfinite = int(figures.pop("nonfinite"))
@@ -391,13 +461,13 @@ def _metrics(step: int, rollouts: Rollouts, found: dict[str, Any], seconds: floa
         "loss": float(found["loss"]),
         "grad_norm": float(found["grad_norm"]),
         "skipped_updates": found["skipped"],
-        "coverage": coverage_shares(coverage_counts(rollouts.index).tolist(), tokens),
+        "coverage": coverage_shares(counts, tokens),
         "scored": scored / max(tokens, 1),
         "nonfinite_tokens": nonfinite,
         **{name: value / max(scored, 1) for name, value in figures.items()},
-        "response_length": tokens / len(rollouts.lengths),
-        "completed": sum(rollouts.completed) / len(rollouts.completed),
+        "response_length": tokens / len(rows["lengths"]),
+        "completed": sum(rows["completed"]) / len(rows["completed"]),
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
-        "time": {name: round(value, 6) for name, value in rollouts.seconds.items()},
+        "time": {name: round(value, 6) for name, value in times.items()},
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from xtokmap.alignment import Kind
 from xtokmap.config import WHOLE, Config
 from xtokmap.losses import byte_kl, chunk_credit, chunk_gap, policy_loss, transfer_kl
+from xtokmap.processes import add_up_and_clip, is_sharded
 from xtokmap.rollouts import Roller, Rollouts
 from xtokmap.teacher import by_length, padded_logprobs, padded_places
 from xtokmap.torch import ChunkIndex, Logits
@@ -21,10 +22,14 @@ from xtokmap.torch import ChunkIndex, Logits
 def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """One or more optimizer steps on a batch; gradients of micro-batches add up to the whole batch's.
 
+    Of several processes each has its share of the batch's rows, at least one, and the gradients add up as well.
+
     Returns:
         Per-row sums of nats and bytes of the gap to the teacher (reverse KL on the student's samples, forward KL on the
-        teacher's), counts, and the gradient norm, all of the policy before the update.
+        teacher's) for this process' rows; loss, counts, and the gradient norm of the whole batch; all of the policy
+        before the update.
     """
+    processes = roller.processes
     config, student, index, teacher = roller.config, roller.student, rollouts.index, rollouts.teacher
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     width = index.student_chunk.shape[1]
@@ -37,7 +42,7 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
         scored = response
     elif config.rule == "strict":
         scored &= index.strict_teacher_pos() >= 0
-    denominator = response.sum() if config.aggregate == "response" else scored.sum().clamp(min=1)
+    denominator = processes.sum((response if config.aggregate == "response" else scored).sum()).clamp(min=1)
 
     student.eval()  # no dropout: what is updated is the policy that sampled
     old_logprobs = roller.all_logprobs(rollouts) if config.updates > 1 and loss_of is _policy_loss else None
@@ -46,9 +51,12 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
     nbytes = torch.zeros(len(rollouts.prompts), dtype=torch.long, device=roller.device)
     figures: dict[str, Tensor] = {}
     skipped = 0
+    batches = list(by_length(rollouts.prompt_ids, rollouts.completion_ids, config.micro_batch))
+    # A layer that is parted is put together by all processes at once: they make as many passes, the last for nothing.
+    more = max(processes.gather(len(batches))) - len(batches) if is_sharded(student) else 0
     for turn in range(config.updates):
         loss_sum = torch.zeros((), device=roller.device)
-        for rows in by_length(rollouts.prompt_ids, rollouts.completion_ids, config.micro_batch):
+        for rows in batches:
             at = torch.tensor(rows, device=roller.device)
             flat = roller.rows(rollouts, rows)
             loss, own, found = loss_of(roller, rollouts, rows, flat, old_logprobs, response[at], denominator)
@@ -61,7 +69,10 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
                     nats[at] = gap if config.method == "opd" else -gap
                 for name, value in found.items():
                     figures[name] = figures.get(name, 0) + value
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        for _ in range(more):
+            (roller.rows(rollouts, batches[0][:1]).rows.sum() * 0).backward()  # type: ignore[no-untyped-call]
+        loss_sum = processes.sum(loss_sum)
+        norm = add_up_and_clip(parameters, config.grad_clip, processes)
         # The step's only question to the device.
         if bool(torch.isfinite(norm) & torch.isfinite(loss_sum)):
             optimizer.step()
@@ -69,6 +80,8 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
             skipped += 1
             warnings.warn("the loss or the gradient is not finite: this update was skipped", stacklevel=2)
         optimizer.zero_grad(set_to_none=True)
+    for name in sorted(processes.gather(sorted(figures))[0]) if processes.count > 1 else ():
+        figures[name] = processes.sum(figures[name])
     counts = {"nats": nats, "bytes": nbytes, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
     return {**counts, "figures": figures}
 

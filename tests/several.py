@@ -1,0 +1,151 @@
+"""Several processes on this machine, forked as in `killable`, and what they find."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import killable
+import tiny
+from xtokmap import rollouts as rolling
+from xtokmap import train as loop
+from xtokmap.processes import Processes, is_part, launched, shard
+from xtokmap.teacher import LocalTeacher, render
+from xtokmap.train import Config, Roller, Run, train
+
+PROMPTS = ["the sky", "the dog", "a fox?", "1 + 2", "hello"]
+
+
+def launch(function: Callable[..., Any], folder: Path, *args: Any, count: int = 2) -> list[Any]:
+    """Calls a function of this module in `count` processes; returns what each gave, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = [
+        killable.processes.Process(target=_start, args=(function.__name__, rank, count, port, str(folder), args))
+        for rank in range(count)
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    logs = "\n".join((folder / f"{rank}.log").read_text() for rank in range(count))
+    assert [process.exitcode for process in running] == [0] * count, logs
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def _start(name: str, rank: int, count: int, port: int, folder: str, args: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    with open(Path(folder) / f"{rank}.log", "a") as log:
+        sys.stdout = sys.stderr = log
+        warnings.simplefilter("always")
+        found = globals()[name](rank, *args)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+
+
+def answers(empty: int) -> dict[tuple[int, ...], list[int]]:
+    """To every prompt an answer of other length; from number `empty` on just the end of turn, which is not scored."""
+    generator = torch.Generator().manual_seed(4)
+    stop = tiny.student_tokenizer().eos_token_id
+    given = {}
+    for k, prompt in enumerate(render(tiny.student_tokenizer(), PROMPTS)):
+        ids = torch.randint(3, 300, (3 + 2 * k,), generator=generator).tolist()
+        given[tuple(prompt)] = [stop] if k >= empty else [*ids, stop]
+    return given
+
+
+def compare(rank: int, values: dict[str, Any], empty: int, dtype: str) -> dict[str, Any]:
+    """Two steps on given answers, here alone and with the others: the largest differences."""
+    given = answers(empty)
+    rolling.sample = lambda model, prompts, stops, config: (
+        [given[tuple(p)] for p in prompts],
+        [True] * len(prompts),
+    )
+    config = Config(**values)
+
+    def steps(processes: Processes) -> tuple[Run, list[torch.Tensor], list[torch.Tensor]]:
+        student, tokenizer, teacher, teacher_tokenizer = killable.models(dtype)
+        if processes.count > 1 and config.shard:
+            shard(student, processes, torch.device("cpu"))
+        teacher = LocalTeacher(teacher, teacher_tokenizer)
+        run = Run(Roller(student, tokenizer, teacher, config, processes), PROMPTS)
+        gradients = []
+
+        def keep(optimizer: Any, *_: Any) -> None:
+            if not gradients:
+                gradients.extend(_by_name(run, lambda p: p.grad))
+
+        run.optimizer.register_step_pre_hook(keep)
+        for _ in range(2):
+            run.step()
+        return run, gradients, _by_name(run, lambda p: p.detach())
+
+    alone, gradients, weights = steps(Processes())
+    with launched("cpu") as (processes, _):
+        together, their_gradients, their_weights = steps(processes)
+    parts = sum(is_part(p) for group in together.optimizer.param_groups for p in group["params"])
+    lines = [run.history for run in (alone, together)]
+    for line in (*lines[0], *lines[1]):
+        for name in (*killable.TIMINGS, "coverage"):
+            del line[name]
+    return {
+        "gradients": _difference(gradients, their_gradients),
+        "gradient": float(max(g.abs().max() for g in gradients)),
+        "weights": _difference(weights, their_weights),
+        "metrics": max(abs(a[k] - b[k]) for a, b in zip(*lines, strict=True) for k in a if a[k] == a[k]),
+        "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(*lines, strict=True)),
+        "parts": parts,
+        "scored": alone.history[0]["scored"],
+        "digest": [float(w.double().sum()) for w in their_weights],
+    }
+
+
+def _by_name(run: Run, of: Callable[[Any], Any]) -> list[torch.Tensor]:
+    from xtokmap.checkpoint import _parameters
+
+    found = []
+    for _, p in sorted(_parameters(run), key=lambda pair: pair[0]):
+        value = of(p)
+        found.append((value.full_tensor() if is_part(value) else value).clone())
+    return found
+
+
+def _difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
+
+
+def loop_of(rank: int, values: dict[str, Any], stop_at: int | None, dtype: str) -> Any:
+    """`train`; process 1 alone is asked to stop in step `stop_at`."""
+    loop.plot = lambda *_: None
+    real, calls = loop.update, []
+
+    def update(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == stop_at and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    loop.update = update
+    result = train(Config(**values), models=killable.models(dtype))
+    evaluation = result.after and [result.after.nats, result.after.nbytes, result.after.responses, result.after.length]
+    return [len(result.metrics), result.interrupted, evaluation]
+
+
+def refuse(rank: int, values: dict[str, Any]) -> str:
+    """The error of a run that cannot be."""
+    try:
+        train(Config(**values), models=killable.models())
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
