@@ -96,6 +96,7 @@ def compare(rank: int, values: dict[str, Any], empty: int, dtype: str) -> dict[s
         together, their_gradients, their_weights = steps(processes)
     parts = sum(is_part(p) for group in together.optimizer.param_groups for p in group["params"])
     lines = [run.history for run in (alone, together)]
+    assert [line.pop("flops") for line in lines[0]] == [line.pop("flops") for line in lines[1]]
     for line in (*lines[0], *lines[1]):
         for name in (*killable.TIMINGS, "coverage"):
             del line[name]
