@@ -32,7 +32,7 @@ class Config:
     student: str = _doc("", "the model to train: a directory, a .gguf file, or a hub id")
     teacher: str = _doc("", "the model to learn from, of any family: a directory, a .gguf file, or a hub id")
     prompts: str = _doc("", "prompts: .jsonl with a field `prompt` (and `split`: train, heldout) or .txt, one a line")
-    output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, config.json and curves.png")
+    output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, report.html, config.json and curves.png")
     steps: int = _doc(100, "updates of the student's samples")
     batch_size: int = _doc(32, "prompts a step, one sample each (the paper: 128)")
     max_prompt_tokens: int = _doc(1024, "longer prompts are left out, with a warning (the paper: 1024)")
@@ -65,6 +65,9 @@ class Config:
     aggregate: str = _doc("response", "mean of the loss over `response` tokens (the paper) or `scored` tokens")
     plain_template: str = _doc(PLAIN_TEMPLATE, "prompt format for a model without a chat template")
     eval_samples: int = _doc(1, "samples for each held-out prompt, before and after; 0: no evaluation")
+    report_every: int = _doc(
+        10, "steps after which report.html and samples.jsonl are written again; 0: at the end only"
+    )
     seed: int = _doc(0, "of samples and shuffling")
     device: str = _doc("auto", "auto (cuda, mps, cpu), or a torch device")
     dtype: str = _doc(
@@ -78,7 +81,15 @@ class Config:
         for name in ("temperature", "learning_rate", "grad_clip", "clamp"):
             if not 0 < getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
-        for name in ("warmup_steps", "weight_decay", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high"):
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "max_chunk_tokens",
+            "eval_samples",
+            "clip_low",
+            "clip_high",
+            "report_every",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be finite and not negative")
         if not 1 < self.clip_dual < math.inf:

@@ -10,18 +10,23 @@ teacher's logprob, handed over by `losses.chunk_credit`, minus the student's own
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import xtokmap
+from xtokmap import page
 from xtokmap._core import XTokMapError
 from xtokmap.config import Config
+from xtokmap.health import Monitor, measure
 from xtokmap.models import float32_parameters, load, pick_device, write_back
 from xtokmap.report import Progress, evaluation_line, plot
 from xtokmap.rollouts import (
@@ -33,6 +38,7 @@ from xtokmap.rollouts import (
     evaluate,
     ratio_with_error,
 )
+from xtokmap.samples import Samples
 from xtokmap.teacher import LocalTeacher, render
 from xtokmap.torch import coverage_counts
 from xtokmap.updates import update
@@ -111,6 +117,8 @@ class Run:
 
     Attributes:
         done: steps made.
+        monitor: watches over its health.
+        samples: some of what was sampled.
     """
 
     def __init__(self, roller: Roller, prompts: Sequence[str]) -> None:
@@ -129,6 +137,8 @@ class Run:
             self.optimizer, lambda k: min(1.0, (k + 1) / max(1, config.warmup_steps))
         )
         self.done = 0
+        self.monitor = Monitor(config, (len(roller.aligner.student), len(roller.aligner.teacher)))
+        self.samples = Samples()
 
     def step(self) -> dict[str, Any]:
         """Samples, scores and updates once; returns the step's line of `metrics.jsonl`."""
@@ -137,15 +147,20 @@ class Run:
         with Clock(self.roller.device, rollouts.seconds)("update"):
             found = update(self.roller, rollouts, self.optimizer)
             self.warmup.step()
-        self.done += 1
-        return _metrics(self.done, rollouts, found, time.perf_counter() - start)
+        with Clock(self.roller.device, rollouts.seconds)("health"):
+            seen = measure(self.roller, rollouts, found, probe=not self.monitor.lines)
+            self.done += 1
+            self.samples.add(self.done, self.roller, rollouts, found["logprobs"])
+        line = {**_metrics(self.done, rollouts, found, time.perf_counter() - start), **seen}
+        line["warnings"] = self.monitor.check(line)
+        return line
 
 
 def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) -> Result:
     """Distil the teacher into the student, on the student's own samples.
 
-    Writes `config.json`, `metrics.jsonl` (a line a step), `curves.png` and `student/` (safetensors) into
-    `config.output`. Ctrl-C ends the loop after saving what there is.
+    Writes `config.json`, `metrics.jsonl` (a line a step), `samples.jsonl`, `report.html`, `curves.png` and `student/`
+    (safetensors) into `config.output`. Ctrl-C ends the loop after saving what there is.
 
     Args:
         config: the run.
@@ -171,6 +186,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.json").write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
+    (output / "environment.json").write_text(json.dumps(_environment(roller), indent=2, ensure_ascii=False) + "\n")
     history: list[dict[str, Any]] = []
     before = after = None
     interrupted = False
@@ -185,6 +201,10 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                 log.write(json.dumps(history[-1]) + "\n")
                 log.flush()
                 progress.step(history[-1])
+                for warning in history[-1]["warnings"]:
+                    progress.say(f"warning: {warning['text']}")
+                if config.report_every and run.done % config.report_every == 0:
+                    _report(run, output, before)
             if heldout and config.eval_samples:
                 after = evaluate(roller, heldout, config.eval_samples)
                 progress.say(evaluation_line("after", after))
@@ -193,11 +213,39 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         print(f"interrupted after {len(history)} steps: saving to {output}", file=sys.stderr)
     student.save_pretrained(output / "student")
     tokenizer.save_pretrained(output / "student")
-    evaluations = {"before": before and before.as_dict(), "after": after and after.as_dict()}
-    (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
+    _report(run, output, before, after)
     if history:
         plot(history, output / "curves.png", before, after)
     return Result(output, history, before, after, interrupted)
+
+
+def _report(run: Run, output: Path, before: Evaluation | None, after: Evaluation | None = None) -> None:
+    evaluations = {"before": before and before.as_dict(), "after": after and after.as_dict()}
+    (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
+    run.samples.add_evaluations(before, after)
+    run.samples.write(output / "samples.jsonl")
+    page.write(output)
+
+
+def _environment(roller: Roller) -> dict[str, Any]:
+    """What a run ran on, for its report."""
+
+    def model(side: Any, vocabulary: int) -> str:
+        parameters = sum(p.numel() for p in side.parameters())
+        return f"{type(side).__name__}, {parameters:,} parameters, {side.dtype}, {vocabulary:,} tokens"
+
+    aligner = roller.aligner
+    return {
+        "student": model(roller.student, len(aligner.student)),
+        "teacher": model(roller.teacher.model, len(aligner.teacher)),
+        "device": str(roller.device),
+        "versions": {
+            "xtokmap": xtokmap.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        },
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
 
 
 def _fitting(prompts: Sequence[str], roller: Roller) -> list[str]:

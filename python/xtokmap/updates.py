@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xtokmap.alignment import Kind
 from xtokmap.config import WHOLE, Config
+from xtokmap.health import ENTROPY_ROWS, entropy_sum
 from xtokmap.losses import byte_kl, chunk_credit, chunk_gap, policy_loss, transfer_kl
 from xtokmap.rollouts import Roller, Rollouts
 from xtokmap.teacher import by_length, padded_logprobs, padded_places
@@ -23,7 +24,8 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
 
     Returns:
         Per-row sums of nats and bytes of the gap to the teacher (reverse KL on the student's samples, forward KL on the
-        teacher's), counts, and the gradient norm, all of the policy before the update.
+        teacher's), logprobs `[B, Ts]`, entropies (their sum and number), counts, and the gradient norm, all of the
+        policy before the update.
     """
     config, student, index, teacher = roller.config, roller.student, rollouts.index, rollouts.teacher
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -44,6 +46,9 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
 
     nats = torch.zeros(len(rollouts.prompts), device=roller.device)
     nbytes = torch.zeros(len(rollouts.prompts), dtype=torch.long, device=roller.device)
+    logprobs = torch.zeros(response.shape, device=roller.device)
+    entropy = torch.zeros(2, dtype=torch.float64, device=roller.device)
+    every = -(-sum(rollouts.lengths) // ENTROPY_ROWS) or 1
     figures: dict[str, Tensor] = {}
     skipped = 0
     for turn in range(config.updates):
@@ -55,6 +60,8 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum = loss_sum + loss.detach()
             if turn == 0:
+                logprobs[at] = own
+                entropy += entropy_sum(flat, every)
                 if teacher is not None:
                     theirs = teacher.logprobs.to(roller.device)[at]
                     gap, nbytes[at] = chunk_gap(own, theirs, index.rows(at), stops=config.score_stop)
@@ -70,7 +77,7 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
             warnings.warn("the loss or the gradient is not finite: this update was skipped", stacklevel=2)
         optimizer.zero_grad(set_to_none=True)
     counts = {"nats": nats, "bytes": nbytes, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
-    return {**counts, "figures": figures}
+    return {**counts, "figures": figures, "logprobs": logprobs, "entropy": entropy}
 
 
 #: A loss over some rows of a batch, the policy's own logprobs of their tokens, and sums over tokens to report.
