@@ -237,7 +237,7 @@ def test_a_student_that_no_longer_stops_is_seen(score_stop, cause):
                 student.lm_head.bias[tokenizer.eos_token_id] = -30.0
 
     names, lines = run(11, models=models, before_step=unlearn, score_stop=score_stop)
-    assert not any([name for step in names[:6] for name in step])
+    assert names[:6] == [[]] * 6
     said = [w["text"] for line in lines for w in line["warnings"] if w["name"] == "length"]
     assert len(said) == 1
     assert "of max_new_tokens=40" in said[0]

@@ -346,8 +346,8 @@ def _clamped(m: Monitor) -> str | None:
         return None
     return (
         f"{fmean(values):.0%} of the scored tokens have clamped advantages (clamp={m.config.clamp:g}): the teacher "
-        "finds the student's text nearly impossible; is it the right teacher, prompt format and tokenizer? A distant pair "
-        "starts better with method=kd or sft"
+        "finds the student's text nearly impossible; is it the right teacher, prompt format and tokenizer? A distant "
+        "pair starts better with method=kd or sft"
     )
 
 
