@@ -99,7 +99,8 @@ def _figure(x: Any, form: str = ".3f") -> str:
 
 
 def _header(folder: Path, config: dict[str, Any], environment: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
-    pair = " ← ".join(escape(Path(str(config.get(side) or "?")).name) for side in ("student", "teacher"))
+    names = (config.get(side) or environment.get(side, "?").split(",")[0] for side in ("student", "teacher"))
+    pair = " ← ".join(escape(Path(str(name)).name) for name in names)
     how = f"{config.get('method', 'opd')} · {config.get('loss', 'auto')}"
     started = f" · {environment['started']}" if "started" in environment else ""
     tiles = [("steps", f"{len(metrics)} <small>of {escape(str(config.get('steps', '?')))}</small>")]
@@ -120,7 +121,8 @@ def _header(folder: Path, config: dict[str, Any], environment: dict[str, Any], m
     shown = "".join(f"<div class=tile><span>{name}</span><b>{value}</b></div>" for name, value in tiles)
     return (
         f"<header><h1>{escape(folder.resolve().name)}</h1><p>{pair} "
-        f"<span class=dim>· {escape(how + started)}</span></p></header><section class=tiles aria-label='last step'>{shown}</section>"
+        f"<span class=dim>· {escape(how + started)}</span></p></header>"
+        f"<section class=tiles aria-label='last step'>{shown}</section>"
     )
 
 
