@@ -44,6 +44,13 @@ class Config:
     warmup_steps: int = _doc(10, "steps over which the learning rate rises to its value (the paper: 10)")
     weight_decay: float = _doc(0.01, "AdamW's (the paper: 0.01)")
     grad_clip: float = _doc(1.0, "largest gradient norm (the paper: 1)")
+    lora_rank: int = _doc(
+        0, "train an adapter of this rank (needs peft) and leave the student as it is; 0: train it all"
+    )
+    lora_alpha: float = _doc(32.0, "the adapter's product is scaled by lora_alpha / lora_rank")
+    lora_targets: str = _doc(
+        "all-linear", "modules that get an adapter, parted by commas; all-linear: all but the head"
+    )
     method: str = _doc(
         "opd",
         "opd: the student's samples, on-policy distillation; kd: the teacher's samples, with the same losses of whole "
@@ -78,7 +85,7 @@ class Config:
         for name in ("steps", "batch_size", "max_new_tokens", "updates", "micro_batch", "max_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("temperature", "learning_rate", "grad_clip", "clamp"):
+        for name in ("temperature", "learning_rate", "grad_clip", "clamp", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
         for name in (

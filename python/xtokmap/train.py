@@ -27,7 +27,7 @@ from xtokmap import page
 from xtokmap._core import XTokMapError
 from xtokmap.config import Config
 from xtokmap.health import Monitor, measure
-from xtokmap.models import float32_parameters, load, pick_device, write_back
+from xtokmap.models import float32_parameters, load, pick_device, with_adapter, without_wrapper, write_back
 from xtokmap.report import Progress, evaluation_line, plot
 from xtokmap.rollouts import (
     Clock,
@@ -177,6 +177,8 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
     else:
         student, tokenizer, teacher_model, teacher_tokenizer = models
+    if config.lora_rank:
+        student = with_adapter(student, config.lora_rank, config.lora_alpha, config.lora_targets)
     teacher = LocalTeacher(
         teacher_model, teacher_tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template
     )
@@ -232,7 +234,10 @@ def _environment(roller: Roller) -> dict[str, Any]:
 
     def model(side: Any, vocabulary: int) -> str:
         parameters = sum(p.numel() for p in side.parameters())
-        return f"{type(side).__name__}, {parameters:,} parameters, {side.dtype}, {vocabulary:,} tokens"
+        trained = sum(p.numel() for p in side.parameters() if p.requires_grad)
+        part = f" ({trained:,} trained)" if 0 < trained < parameters else ""
+        inner = without_wrapper(side)
+        return f"{type(inner).__name__}, {parameters:,} parameters{part}, {inner.dtype}, {vocabulary:,} tokens"
 
     aligner = roller.aligner
     return {
