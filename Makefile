@@ -82,7 +82,7 @@ docs: $(VENV)/built
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
 	$(VENV)/bin/pdoc --output-directory docs/build --docformat google \
 		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.cache xtokmap.encoding xtokmap.cover xtokmap.chat xtokmap.torch \
-		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.config xtokmap.models xtokmap.rollouts xtokmap.updates xtokmap.report xtokmap.train
+		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.config xtokmap.models xtokmap.rollouts xtokmap.updates xtokmap.health xtokmap.samples xtokmap.report xtokmap.page xtokmap.track xtokmap.train
 
 clean:
 	rm -rf $(VENV) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

@@ -9,6 +9,7 @@ from typing import Any
 from xtokmap._core import XTokMapError
 from xtokmap.losses import CREDITS
 from xtokmap.teacher import PLAIN_TEMPLATE
+from xtokmap.track import TRACKERS
 
 #: Losses of whole distributions: they need a teacher that gives whole rows.
 WHOLE = ("transfer_kl", "byte_kl")
@@ -75,6 +76,7 @@ class Config:
     report_every: int = _doc(
         10, "steps after which report.html and samples.jsonl are written again; 0: at the end only"
     )
+    track: str = _doc("", "also send every step's figures to a tracker: trackio or wandb")
     seed: int = _doc(0, "of samples and shuffling")
     device: str = _doc("auto", "auto (cuda, mps, cpu), or a torch device")
     dtype: str = _doc(
@@ -112,6 +114,8 @@ class Config:
                 f"loss={self.loss!r} with method='kd': a policy gradient needs the student's own samples; use one of "
                 f"{', '.join(WHOLE)}, or method='opd'"
             )
+        if self.track not in ("", *TRACKERS):
+            raise XTokMapError(f"track={self.track!r}: use one of {', '.join(TRACKERS)}, or nothing")
         if not 0 <= self.beta <= 1:
             raise XTokMapError(f"beta={self.beta}: must lie between 0 and 1")
         if self.aggregate not in ("response", "scored"):

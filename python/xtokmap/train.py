@@ -41,6 +41,7 @@ from xtokmap.rollouts import (
 from xtokmap.samples import Samples
 from xtokmap.teacher import LocalTeacher, render
 from xtokmap.torch import coverage_counts
+from xtokmap.track import tracker
 from xtokmap.updates import update
 
 __all__ = [
@@ -193,7 +194,11 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
     before = after = None
     interrupted = False
     try:
-        with open(output / "metrics.jsonl", "w", encoding="utf-8") as log, Progress(config.steps) as progress:
+        with (
+            open(output / "metrics.jsonl", "w", encoding="utf-8") as log,
+            tracker(config.track, output.name, asdict(config)) as track,
+            Progress(config.steps) as progress,
+        ):
             if heldout and config.eval_samples:
                 progress.say(f"evaluating on {len(heldout)} held-out prompts")
                 before = evaluate(roller, heldout, config.eval_samples)
@@ -202,6 +207,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                 history.append(run.step())
                 log.write(json.dumps(history[-1]) + "\n")
                 log.flush()
+                track(history[-1])
                 progress.step(history[-1])
                 for warning in history[-1]["warnings"]:
                     progress.say(f"warning: {warning['text']}")
