@@ -17,7 +17,11 @@ from xtokmap.train import Config, Roller, Run, evaluate, train
 
 peft = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:fastokens gives other ids",
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # peft's own, where it loads an adapter
+    "ignore:Model has .tie_word_embeddings=True.:UserWarning",
+)
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 COMPLETIONS = [[300, 301], [], [20, 21, 22, 23]]

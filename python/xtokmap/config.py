@@ -98,6 +98,7 @@ class Config:
             "clip_low",
             "clip_high",
             "report_every",
+            "lora_rank",
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be finite and not negative")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def with_adapter(model: Any, rank: int, alpha: float = 32.0, targets: str = "all
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
+            return get_peft_model(model, config)
     except ValueError as error:
         raise XTokMapError(f"lora_targets={targets!r}: {one_line(error)}") from error
 
