@@ -12,8 +12,8 @@ import tiny
 import xtokmap
 from xtokmap import teacher as scoring
 from xtokmap.models import float32_parameters, with_adapter, without_wrapper
-from xtokmap.teacher import LocalTeacher, completion_logprobs, completion_rows
-from xtokmap.train import Config, Roller, Run, evaluate, train
+from xtokmap.teacher import completion_logprobs, completion_rows
+from xtokmap.train import Config, train
 
 peft = pytest.importorskip("peft")
 
@@ -112,21 +112,18 @@ def test_a_run_changes_and_saves_the_adapter_alone(tmp_path, dtype):
     assert " trained)" in json.loads((result.output / "environment.json").read_text())["student"]
 
 
-def test_an_adapter_moves_the_student_towards_the_teacher(tmp_path):
-    student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
-    model = with_adapter(student, 8)
-    settings = config(tmp_path, batch_size=16, loss="transfer_kl", learning_rate=2e-2)
-    roller = Roller(model, tokenizer, LocalTeacher(teacher, teacher_tokenizer), settings)
-    kept = model.generation_config, student.generation_config
-    prompts = ["the sky", "the dog"]
-    before = evaluate(roller, prompts, 40)
-    torch.manual_seed(0)
-    run = Run(roller, prompts)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_learns(dtype):
+    model = with_adapter(tiny.student_model().to(dtype), 8)
+    optimizer = torch.optim.AdamW(float32_parameters(model), lr=2e-2)
+    losses = []
     for _ in range(40):
-        run.step()
-    after = evaluate(roller, prompts, 40)
-    assert after.kl_per_byte[0] < before.kl_per_byte[0] - 3 * before.kl_per_byte[1]
-    assert (model.generation_config, student.generation_config) == kept
+        loss = -completion_logprobs(model, PROMPTS, COMPLETIONS).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 6  # nats, of six tokens
 
 
 def test_what_cannot_be_adapted_is_named(monkeypatch):
