@@ -94,7 +94,7 @@ docs: $(VENV)/built
 		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.cache xtokmap.encoding xtokmap.cover xtokmap.chat xtokmap.torch \
 		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.served xtokmap.serve \
 		xtokmap.config xtokmap.models xtokmap.rollouts xtokmap.updates xtokmap.report xtokmap.train xtokmap.checkpoint \
-		xtokmap.processes xtokmap.flops xtokmap.reproduce
+		xtokmap.processes xtokmap.flops xtokmap.health xtokmap.samples xtokmap.page xtokmap.track xtokmap.reproduce
 
 clean:
 	rm -rf $(VENV) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

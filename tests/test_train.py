@@ -56,7 +56,7 @@ def test_a_run_leaves_everything_that_it_promises(prompts, capsys):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines == result.metrics
     for line in lines:
-        assert set(line["time"]) == {"sample", "retokenise", "teacher", "align", "update"}
+        assert set(line["time"]) == {"sample", "retokenise", "teacher", "align", "update", "health"}
         assert sum(line["coverage"].values()) == pytest.approx(1)
         assert 0 < line["scored"] <= 1
         assert 0 <= line["undetermined"] <= 1

@@ -1,4 +1,4 @@
-"""The command line: `xtokmap align`, `inspect`, `train`, `serve-teacher`, `demo` and `reproduce`."""
+"""The command line: `xtokmap align`, `inspect`, `train`, `report`, `serve-teacher`, `demo` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import xtokmap
 from xtokmap import Aligner, Alignment, Kind, UnsupportedTokenizerError, XTokMapError
+from xtokmap.page import visible, write
 from xtokmap.tokenizers import text_codec
 
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_serve(commands)
         _add_demo(commands)
         _add_reproduce(commands)
+        _add_report(commands)
         args = parser.parse_args(argv)
         return int(args.run(args))
     except (XTokMapError, OSError) as error:
@@ -159,10 +161,8 @@ def _as_json(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]]) ->
 
 
 def _visible(spelled: bytes) -> str:
-    """Token bytes as one line of text: spaces and line ends can be seen, what is not UTF-8 is hexadecimal."""
-    text = spelled.decode(errors="backslashreplace")
-    shown = {" ": "·", "\n": "⏎", "\t": "→"}
-    return "".join(shown.get(c, c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
+    """Token bytes as one line of text; what is not UTF-8 is hexadecimal."""
+    return visible(spelled.decode(errors="backslashreplace"))
 
 
 def _show(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]], width: int) -> None:
@@ -321,12 +321,24 @@ def _reproduce(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_report(commands: Any) -> None:
+    p = commands.add_parser("report", help="write the report.html of a run folder, also while it runs")
+    p.add_argument("folder", type=Path, help="what `xtokmap train` had as --output")
+    p.add_argument("--output", type=Path, help="the page (report.html in the folder)")
+    p.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    print(write(args.folder, args.output))
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
     from xtokmap.train import Config, train
 
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     result = train(Config(**values))
-    print(f"student, metrics, config and curves are in {result.output}")
+    print(f"student, metrics, report.html and curves are in {result.output}")
     return 130 if result.interrupted else 0
 
 

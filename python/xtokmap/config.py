@@ -10,6 +10,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.losses import CREDITS
 from xtokmap.served import KEY_VARIABLE, PROTOCOLS, check_url
 from xtokmap.teacher import PLAIN_TEMPLATE
+from xtokmap.track import TRACKERS
 
 #: Losses of whole distributions: they need a teacher that gives whole rows.
 WHOLE = ("transfer_kl", "byte_kl")
@@ -45,7 +46,7 @@ class Config:
     teacher_retries: int = _doc(5, "further attempts where a request fails and that may change, with growing pauses")
     teacher_failures: int = _doc(3, "batches in a row that the server may fail for good, before the run is ended")
     prompts: str = _doc("", "prompts: .jsonl with a field `prompt` (and `split`: train, heldout) or .txt, one a line")
-    output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, config.json and curves.png")
+    output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, report.html, config.json and curves.png")
     steps: int = _doc(100, "updates of the student's samples")
     batch_size: int = _doc(32, "prompts a step, one sample each (the paper: 128)")
     max_prompt_tokens: int = _doc(1024, "longer prompts are left out, with a warning (the paper: 1024)")
@@ -57,6 +58,13 @@ class Config:
     warmup_steps: int = _doc(10, "steps over which the learning rate rises to its value (the paper: 10)")
     weight_decay: float = _doc(0.01, "AdamW's (the paper: 0.01)")
     grad_clip: float = _doc(1.0, "largest gradient norm (the paper: 1)")
+    lora_rank: int = _doc(
+        0, "train an adapter of this rank (needs peft) and leave the student as it is; 0: train it all"
+    )
+    lora_alpha: float = _doc(32.0, "the adapter's product is scaled by lora_alpha / lora_rank")
+    lora_targets: str = _doc(
+        "all-linear", "modules that get an adapter, parted by commas; all-linear: all but the head"
+    )
     method: str = _doc(
         "opd",
         "opd: the student's samples, on-policy distillation; kd: the teacher's samples, with the same losses of whole "
@@ -83,6 +91,10 @@ class Config:
     save_every: int = _doc(50, "steps between checkpoints, one more at the end; 0: none at all")
     keep_checkpoints: int = _doc(2, "how many of the last checkpoints to keep, each 12 bytes a weight")
     resume: bool = _doc(False, "go on from the last whole checkpoint in the output folder, if there is one")
+    report_every: int = _doc(
+        10, "steps after which report.html and samples.jsonl are written again; 0: at the end only"
+    )
+    track: str = _doc("", "also send every step's figures to a tracker: trackio or wandb")
     seed: int = _doc(0, "of samples and shuffling")
     device: str = _doc("auto", "auto (cuda, mps, cpu), or a torch device")
     dtype: str = _doc(
@@ -94,11 +106,12 @@ class Config:
         for name in (*counts, "keep_checkpoints", "teacher_concurrency"):
             if getattr(self, name) < 1:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("temperature", "learning_rate", "grad_clip", "clamp", "teacher_timeout"):
+        for name in ("temperature", "learning_rate", "grad_clip", "clamp", "teacher_timeout", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
         amounts = ("warmup_steps", "weight_decay", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high")
-        for name in (*amounts, "save_every", "teacher_topk", "teacher_retries", "teacher_failures"):
+        more = ("save_every", "report_every", "lora_rank", "teacher_topk", "teacher_retries", "teacher_failures")
+        for name in (*amounts, *more):
             if not 0 <= getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be finite and not negative")
         if not 1 < self.clip_dual < math.inf:
@@ -130,6 +143,8 @@ class Config:
                 )
             if self.rule == "cover" and not self.teacher_topk:
                 raise XTokMapError("loss='cover' with teacher_topk=0: it needs rows; ask for some, or use 'prior'")
+        if self.track not in ("", *TRACKERS):
+            raise XTokMapError(f"track={self.track!r}: use one of {', '.join(TRACKERS)}, or nothing")
         if not 0 <= self.beta <= 1:
             raise XTokMapError(f"beta={self.beta}: must lie between 0 and 1")
         if self.aggregate not in ("response", "scored"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,43 @@ def _place(source: str) -> tuple[Path, str, dict[str, str]]:
     if (kwargs or source.startswith((".", "/", "~"))) and not path.exists():
         raise XTokMapError(f"{path}: no such model; pass a directory, a .gguf file or a hub id")
     return path, source, kwargs
+
+
+def with_adapter(model: Any, rank: int, alpha: float = 32.0, targets: str = "all-linear") -> Any:
+    """The model with a LoRA adapter (arXiv 2106.09685), which alone is trained: float32 whatever the model is.
+
+    Args:
+        model: a transformers causal language model; its own weights are frozen, in place.
+        rank: of the adapter.
+        alpha: its product is scaled by alpha / rank.
+        targets: names of modules, parted by commas, or "all-linear": every linear layer but the output head.
+
+    Raises:
+        XTokMapError: peft is not installed, or the model has no such modules.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise XTokMapError("lora_rank needs the package peft: pip install 'xtokmap[lora]'") from None
+    names = [name.strip() for name in targets.split(",")]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=names[0] if names == ["all-linear"] else names,
+        lora_dropout=0.0,  # the policy that is updated is the one that sampled
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise XTokMapError(f"lora_targets={targets!r}: {one_line(error)}") from error
+
+
+def without_wrapper(model: Any) -> Any:
+    """The transformers model inside a PEFT one, with the adapter in its layers; another model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def one_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.alignment import Aligner, Kind
 from xtokmap.config import WHOLE, Config
 from xtokmap.losses import chunk_gap
+from xtokmap.models import without_wrapper
 from xtokmap.processes import Processes, gathered
 from xtokmap.teacher import LocalTeacher, Scores, Teacher, batched_logprobs, completion_rows, render, stop_id
 from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
@@ -176,6 +177,7 @@ def sample(
         **({} if greedy else {"temperature": config.temperature, "top_k": 0, "top_p": 1.0}),
     )
     model.eval()
+    model = without_wrapper(model)
     with _only(model, how):
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
     completions, completed = [], []

@@ -20,6 +20,7 @@ from torch import Tensor
 from xtokmap import cover
 from xtokmap._core import XTokMapError
 from xtokmap.cover import CoverQueries
+from xtokmap.models import without_wrapper
 from xtokmap.served import Answer, Client, TeacherError, self_test
 from xtokmap.tokenizers import byte_table
 from xtokmap.torch import Logits, TopK, token_logprobs, token_logprobs_from_hidden
@@ -519,8 +520,9 @@ _plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 def _parts(model: Any) -> tuple[Any, Any]:
     """The body that gives hidden states and the linear head, or None where a model is not made of just these two."""
-    body, head = getattr(model, "base_model", None), model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or body is None or body is model:
+    inner = without_wrapper(model)  # an adapter's wrapper calls its tuner `base_model`
+    body, head = getattr(inner, "base_model", None), inner.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or body is None or body is inner:
         return None, None
     if model not in _plain:
         _plain[model] = _is_plain(model, body, head)

@@ -10,6 +10,7 @@ teacher's logprob, handed over by `losses.chunk_credit`, minus the student's own
 from __future__ import annotations
 
 import json
+import platform
 import signal
 import sys
 import threading
@@ -18,16 +19,28 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import xtokmap
+from xtokmap import page
 from xtokmap._core import XTokMapError
 from xtokmap.checkpoint import CheckpointError, found, restore, save, writing
 from xtokmap.config import Config
 from xtokmap.flops import ModelFlops, StepFlops
-from xtokmap.models import float32_parameters, load, load_tokenizer, pick_device, write_back
+from xtokmap.health import Monitor, measure
+from xtokmap.models import (
+    float32_parameters,
+    load,
+    load_tokenizer,
+    pick_device,
+    with_adapter,
+    without_wrapper,
+    write_back,
+)
 from xtokmap.processes import Processes, is_part, launched, shard, whole_weights
 from xtokmap.report import Progress, evaluation_line, plot
 from xtokmap.rollouts import (
@@ -39,8 +52,10 @@ from xtokmap.rollouts import (
     evaluate,
     ratio_with_error,
 )
+from xtokmap.samples import Samples
 from xtokmap.teacher import LocalTeacher, ServerTeacher, Teacher, TeacherError, render
 from xtokmap.torch import coverage_counts
+from xtokmap.track import tracker
 from xtokmap.updates import update
 
 __all__ = [
@@ -143,6 +158,7 @@ class Run:
     Args:
         roller: student, teacher and config.
         prompts: to draw from, each once in random order and then again.
+        watch: whether to look after the run's health and to keep samples, a tenth of a step's time and less.
 
     Attributes:
         done: steps made.
@@ -150,10 +166,13 @@ class Run:
         before: the evaluation before the first one, where it was made.
         saved: the step of the checkpoint that this run wrote or read last; -1: none.
         lost: batches in a row that a served teacher did not score.
+        monitor: watches over its health.
+        samples: some of what was sampled.
     """
 
-    def __init__(self, roller: Roller, prompts: Sequence[str]) -> None:
+    def __init__(self, roller: Roller, prompts: Sequence[str], *, watch: bool = True) -> None:
         config = roller.config
+        self.watch = watch
         self.roller, self.config, self.processes = roller, config, roller.processes
         self.prompts = _fitting(prompts, roller)
         self.order = Order(len(self.prompts), config.seed)
@@ -177,6 +196,8 @@ class Run:
         self.done, self.saved, self.lost = 0, -1, 0
         self.history: list[dict[str, Any]] = []
         self.before: Evaluation | None = None
+        self.monitor = Monitor(config, (len(roller.aligner.student), len(roller.aligner.teacher)))
+        self.samples = Samples()
         self.flops: StepFlops | None = None
         if isinstance(roller.teacher, LocalTeacher):  # of a served one nothing is known
             with suppress(XTokMapError):  # nobody knows what a mixture of experts costs
@@ -217,11 +238,29 @@ class Run:
             found = update(self.roller, rollouts, self.optimizer)
             self.warmup.step()
         self.done += 1
+        seen = self._watched(rollouts, found) if self.watch else {}
         metrics = _metrics(self.done, rollouts, found, time.perf_counter() - start, self.processes)
         metrics["skipped_batches"], self.lost = self.lost, 0
-        metrics |= self._account(rollouts)
+        metrics |= self._account(rollouts) | seen
+        if self.watch:
+            metrics["warnings"] = self.monitor.check(metrics)
         self.history.append(metrics)
         return metrics
+
+    def _watched(self, rollouts: Rollouts, found: dict[str, Any]) -> dict[str, Any]:
+        """The step's health, by the rows of the first process."""
+        with Clock(self.roller.device, rollouts.seconds)("health"):
+            alone = self.processes.count == 1 and isinstance(self.roller.teacher, LocalTeacher)
+            seen = measure(self.roller, rollouts, found, probe=alone and not self.monitor.lines)
+            self.samples.add(self.done, self.roller, rollouts, found["logprobs"])
+            return self.processes.gather(seen)[0]
+
+    def catch_up(self, samples: Path) -> None:
+        """After a resume: the health of the steps before, and the samples that were kept of them."""
+        for line in self.history:
+            self.monitor.check(line)
+        if samples.is_file():
+            self.samples.read(samples)
 
     def _account(self, rollouts: Rollouts) -> dict[str, Any]:
         """What the step took, and what a served teacher did not show; over the rows of all processes."""
@@ -247,9 +286,9 @@ class Run:
 def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) -> Result:
     """Distil the teacher into the student, on the student's own samples.
 
-    Writes `config.json`, `metrics.jsonl` (a line a step), `curves.png`, `student/` (safetensors) and `checkpoints/`
-    into `config.output`. Ctrl-C and SIGTERM end the loop after the step that is being made and save what there is; a
-    second Ctrl-C does so at once, without a checkpoint of the half step.
+    Writes `config.json`, `metrics.jsonl` (a line a step), `samples.jsonl`, `report.html`, `curves.png`, `student/`
+    (safetensors) and `checkpoints/` into `config.output`. Ctrl-C and SIGTERM end the loop after the step that is being
+    made and save what there is; a second Ctrl-C does so at once, without a checkpoint of the half step.
 
     Args:
         config: the run.
@@ -283,6 +322,8 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                 teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
         else:
             student, tokenizer, teacher_model, teacher_tokenizer = models
+        if config.lora_rank:
+            student = with_adapter(student, config.lora_rank, config.lora_alpha, config.lora_targets)
         teacher = _teacher(config, teacher_model, teacher_tokenizer, device)
         if config.shard:
             shard(student, processes, device)
@@ -291,6 +332,8 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         if processes.count > 1:
             torch.manual_seed(processes.seed(config.seed))  # answers of its own in each
         resumed = config.resume and restore(run, checkpoints)
+        if resumed:
+            run.catch_up(output / "samples.jsonl")
 
         if processes.first:
             _begin(output, run)
@@ -308,6 +351,10 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                     if processes.first:
                         _log(output, line)
                     show(line)
+                    for warning in line["warnings"]:
+                        say(f"warning: {warning['text']}")
+                    if processes.first and config.report_every and run.done % config.report_every == 0:
+                        _report(run, output)
                     if config.save_every and run.done % config.save_every == 0:
                         save(run, checkpoints, keep=config.keep_checkpoints)
                 if config.save_every:
@@ -338,6 +385,8 @@ def _begin(output: Path, run: Run) -> None:
         output.mkdir(parents=True, exist_ok=True)
         config = json.dumps(asdict(run.config), indent=2, ensure_ascii=False)
         (output / "config.json").write_text(config + "\n")
+        environment = json.dumps(_environment(run.roller), indent=2, ensure_ascii=False)
+        (output / "environment.json").write_text(environment + "\n")
         (output / "metrics.jsonl").write_text("")
     _log(output, *run.history)  # up to the checkpoint's step
 
@@ -346,8 +395,7 @@ def _end(output: Path, run: Run, weights: dict[str, Any] | None, after: Evaluati
     with writing(output):
         run.roller.student.save_pretrained(output / "student", state_dict=weights)
         run.roller.tokenizer.save_pretrained(output / "student")
-        evaluations = {"before": run.before and run.before.as_dict(), "after": after and after.as_dict()}
-        (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
+        _report(run, output, after)
         if run.history:
             plot(run.history, output / "curves.png", run.before, after)
 
@@ -363,8 +411,17 @@ def _progress(run: Run) -> Iterator[tuple[Callable[[str], None], Callable[[dict[
     if not run.processes.first:
         yield (lambda text: None), (lambda line: None)
         return
-    with Progress(run.config.steps) as progress:
-        yield progress.say, progress.step
+    config = run.config
+    with (
+        tracker(config.track, Path(config.output).name, asdict(config)) as track,
+        Progress(config.steps) as progress,
+    ):
+
+        def show(line: dict[str, Any]) -> None:
+            track(line)
+            progress.step(line)
+
+        yield progress.say, show
 
 
 @contextmanager
@@ -421,6 +478,42 @@ def _evaluated(name: str, roller: Roller, heldout: Sequence[str], say: Callable[
         return None
     say(evaluation_line(name, found))
     return found
+
+
+def _report(run: Run, output: Path, after: Evaluation | None = None) -> None:
+    before = run.before
+    evaluations = {"before": before and before.as_dict(), "after": after and after.as_dict()}
+    (output / "evaluation.json").write_text(json.dumps(evaluations, indent=2) + "\n")
+    run.samples.add_evaluations(before, after)
+    run.samples.write(output / "samples.jsonl")
+    page.write(output)
+
+
+def _environment(roller: Roller) -> dict[str, Any]:
+    """What a run ran on, for its report."""
+
+    def model(side: Any, vocabulary: int) -> str:
+        parameters = sum(p.numel() for p in side.parameters())
+        trained = sum(p.numel() for p in side.parameters() if p.requires_grad)
+        part = f" ({trained:,} trained)" if 0 < trained < parameters else ""
+        inner = without_wrapper(side)
+        return f"{type(inner).__name__}, {parameters:,} parameters{part}, {inner.dtype}, {vocabulary:,} tokens"
+
+    aligner, side = roller.aligner, roller.teacher
+    teacher = f"served, {len(aligner.teacher):,} tokens"
+    if isinstance(side, LocalTeacher):
+        teacher = model(side.model, len(aligner.teacher))
+    return {
+        "student": model(roller.student, len(aligner.student)),
+        "teacher": teacher,
+        "device": str(roller.device),
+        "versions": {
+            "xtokmap": xtokmap.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        },
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
 
 
 def _fitting(prompts: Sequence[str], roller: Roller) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xtokmap.alignment import Kind
 from xtokmap.config import WHOLE, Config
+from xtokmap.health import ENTROPY_ROWS, entropy_sum
 from xtokmap.losses import byte_kl, chunk_credit, chunk_gap, policy_loss, transfer_kl
 from xtokmap.processes import add_up_and_clip, is_sharded
 from xtokmap.rollouts import Roller, Rollouts
@@ -26,8 +27,8 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
 
     Returns:
         Per-row sums of nats and bytes of the gap to the teacher (reverse KL on the student's samples, forward KL on the
-        teacher's) for this process' rows; loss, counts, and the gradient norm of the whole batch; all of the policy
-        before the update.
+        teacher's) for this process' rows, with the logprobs `[B, Ts]` and the entropies (their sum and number); loss,
+        counts, and the gradient norm of the whole batch; all of the policy before the update.
     """
     processes = roller.processes
     config, student, index, teacher = roller.config, roller.student, rollouts.index, rollouts.teacher
@@ -49,6 +50,9 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
 
     nats = torch.zeros(len(rollouts.prompts), device=roller.device)
     nbytes = torch.zeros(len(rollouts.prompts), dtype=torch.long, device=roller.device)
+    logprobs = torch.zeros(response.shape, device=roller.device)
+    entropy = torch.zeros(2, dtype=torch.float64, device=roller.device)
+    every = -(-sum(rollouts.lengths) // ENTROPY_ROWS) or 1
     figures: dict[str, Tensor] = {}
     skipped = 0
     batches = list(by_length(rollouts.prompt_ids, rollouts.completion_ids, config.micro_batch))
@@ -63,6 +67,8 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum = loss_sum + loss.detach()
             if turn == 0:
+                logprobs[at] = own
+                entropy += entropy_sum(flat, every)
                 if teacher is not None:
                     theirs = teacher.logprobs.to(roller.device)[at]
                     gap, nbytes[at] = chunk_gap(own, theirs, index.rows(at), stops=config.score_stop)
@@ -83,7 +89,7 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
     for name in sorted(processes.gather(sorted(figures))[0]) if processes.count > 1 else ():
         figures[name] = processes.sum(figures[name])
     counts = {"nats": nats, "bytes": nbytes, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
-    return {**counts, "figures": figures}
+    return {**counts, "figures": figures, "logprobs": logprobs, "entropy": entropy}
 
 
 #: A loss over some rows of a batch, the policy's own logprobs of their tokens, and sums over tokens to report.

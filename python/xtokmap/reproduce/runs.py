@@ -184,7 +184,7 @@ class Bench:
         roller = self._roller(student, setting)
         pooled = roller.config.method != "opd"
         torch.manual_seed(setting.seed)
-        run = Run(roller, self.prompts)
+        run = Run(roller, self.prompts, watch=False)
         flops = {"sample": 0, "teacher": 0, "update": 0}
         seconds, steps, low = 0.0, max(points), 0
         found = [self._point(0, flops, seconds, student)]

@@ -1,0 +1,411 @@
+"""Is a run still well? Figures of every step that show what goes wrong, and warnings that name the likely cause.
+
+`measure` takes what a step has anyway: the student's logprobs and hidden states of its update, the teacher's scores,
+and the alignment. `Monitor` reads nothing but lines of `metrics.jsonl`, so that it can judge a run from its file, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtokmap.alignment import Kind
+from xtokmap.config import Config
+from xtokmap.rollouts import Roller, Rollouts
+from xtokmap.teacher import batched_logprobs, padded_logprobs
+from xtokmap.torch import Logits
+from xtokmap.transfer import boundary_leak
+
+#: Rows of the student whose entropy is worked out in a step, evenly spaced over its tokens: each costs a head pass.
+ENTROPY_ROWS = 1024
+#: Rows of the teacher looked at in a step, likewise: `boundary_leak` and the fit of neighbours.
+TEACHER_ROWS = 64
+#: Responses whose prompt is exchanged for another's, in the first step.
+PROMPT_ROWS = 8
+
+
+@torch.no_grad()
+def entropy_sum(rows: Logits, every: int) -> Tensor:
+    """The entropies of every so manieth of the flat rows, a slice at a time: float64 `[2]`, sum in nats and number."""
+    total = torch.zeros(2, dtype=torch.float64, device=rows.rows.device)
+    picked = rows.detach().at(torch.arange(0, rows.shape.numel(), every, device=rows.rows.device))
+    n, size = picked.shape.numel(), max(1, 2**24 // rows.vocab_size)
+    for a in range(0, n, size):
+        log_p = picked.slice(a, min(n, a + size)).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1).double()  # 0 * -inf would be NaN
+        finite = torch.isfinite(entropy)
+        total += torch.stack([torch.where(finite, entropy, 0).sum(), finite.sum().double()])
+    return total
+
+
+@torch.no_grad()
+def measure(roller: Roller, rollouts: Rollouts, found: dict[str, Any], *, probe: bool = False) -> dict[str, Any]:
+    """What a step shows of its health, for its line of `metrics.jsonl`; None where there is nothing to measure.
+
+    Args:
+        roller: student and teacher.
+        rollouts: of the step.
+        found: what `update` returned for them.
+        probe: whether to exchange prompts, which costs forward passes of `PROMPT_ROWS` rows: one of the teacher, two of
+            the student.
+
+    Returns:
+        `entropy`: of the student where it sampled, nats, mean over `ENTROPY_ROWS` places. `stops_scored`: of the turns
+        that ended, the share whose end of turn is scored. `boundary_leak`: nats, mean over `TEACHER_ROWS` places.
+        `health`, for `Monitor`: `broken_text`, share of the responses that are not UTF-8 before their last character;
+        of ONE_TO_ONE chunks `pairs`, their number, `student_nats` and `teacher_nats`, mean negative logprobs, `lag`,
+        the correlations of the student's logprobs with the teacher's one chunk earlier, at the same and one later, and
+        `lag_pairs`, how many neighbours these are of; `row_fit`, mean logprobs of the teacher's tokens in the row
+        before their own, in their own and in the row after, and `row_fit_error`, the standard error of the difference
+        of own and better neighbour; `prompt_gain`, how many nats a response is likelier after its own prompt than after
+        another's, to student and teacher, and `prompt_gain_error` of both.
+    """
+    total, n = found["entropy"].tolist()
+    stop = rollouts.index.kind_of_student() == int(Kind.STOP)
+    met = rollouts.index.to_student((rollouts.index.teacher_count > 0).long()) > 0
+    ended = sum(rollouts.completed)
+    scored = int((stop & met).sum()) if roller.config.score_stop else 0
+    health: dict[str, Any] = {"broken_text": _broken_text(roller, rollouts)}
+    leak = None
+    if rollouts.teacher is not None:
+        health |= _pairs(rollouts, found["logprobs"])
+        if isinstance(rollouts.teacher.rows, Logits):
+            fit, leak = _teacher_rows(roller, rollouts, rollouts.teacher.rows)
+            health |= fit
+        if probe and roller.config.method == "opd":
+            health |= _prompt_gain(roller, rollouts)
+    return {
+        "entropy": total / n if n else None,
+        "stops_scored": scored / ended if ended else None,
+        "boundary_leak": leak,
+        "health": health,
+    }
+
+
+def _broken_text(roller: Roller, rollouts: Rollouts) -> float:
+    texts = [roller.aligner.student.decode(ids).decode(errors="replace") for ids in rollouts.completion_ids]
+    return sum("\ufffd" in text.rstrip("\ufffd") for text in texts) / max(len(texts), 1)
+
+
+def _pairs(rollouts: Rollouts, student_logprobs: Tensor) -> dict[str, Any]:
+    assert rollouts.teacher is not None
+    index = rollouts.index
+    s = index.sum_student(student_logprobs)
+    t = index.sum_teacher(rollouts.teacher.logprobs.to(s.device))
+    good = (index.kind == int(Kind.ONE_TO_ONE)) & torch.isfinite(s) & torch.isfinite(t)
+    if not good.any():
+        return {"pairs": 0}
+    near = good[:, 1:] & good[:, :-1]
+    correlations = [
+        _correlation(s[:, 1:][near], t[:, :-1][near]),
+        _correlation(s[good], t[good]),
+        _correlation(s[:, :-1][near], t[:, 1:][near]),
+    ]
+    nats = {"student_nats": -float(s[good].mean()), "teacher_nats": -float(t[good].mean())}
+    return {"pairs": int(good.sum()), **nats, "lag": correlations, "lag_pairs": int(near.sum())}
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    if len(x) < 2:
+        return 0.0
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    scale = float(x.norm() * y.norm())
+    return float(x @ y) / scale if scale > 0 else 0.0
+
+
+def _teacher_rows(roller: Roller, rollouts: Rollouts, rows: Logits) -> tuple[dict[str, Any], float | None]:
+    """Rows lie flat, one more for each response than it has tokens."""
+    device = rows.rows.device
+    places = [(b, i) for b, ids in enumerate(rollouts.teacher_ids) for i in range(1, len(ids))]
+    places = places[:: max(1, math.ceil(len(places) / TEACHER_ROWS))]
+    if len(places) < 2:
+        return {}, None
+    first, before = [], 0
+    for row in rollouts.teacher_ids:
+        first.append(before)
+        before += len(row) + 1
+    at = torch.tensor([first[b] + i for b, i in places], device=device)
+    ids = torch.tensor([rollouts.teacher_ids[b][i] for b, i in places], device=device)
+    near = (replace(rows, rows=rows.rows[at + step]) for step in (-1, 0, 1))
+    fit = torch.cat([padded_logprobs(part, [ids.tolist()]) for part in near]).double()
+    fit = fit[:, torch.isfinite(fit).all(0)]
+    found: dict[str, Any] = {}
+    if fit.shape[1] > 1:
+        means = fit.mean(1)
+        better = 0 if means[0] > means[2] else 2
+        error = float((fit[better] - fit[1]).std()) / math.sqrt(fit.shape[1])
+        found = {"row_fit": means.tolist(), "row_fit_error": error}
+    leak = boundary_leak(replace(rows, rows=rows.rows[at]), ids, roller.aligner.vocab_map)
+    leak = leak[torch.isfinite(leak)]
+    return found, float(leak.mean()) if len(leak) else None
+
+
+def _prompt_gain(roller: Roller, rollouts: Rollouts) -> dict[str, Any]:
+    assert rollouts.teacher is not None
+    n = len(rollouts.prompts)
+    pairs: list[tuple[int, int]] = []
+    for b in range(n):
+        other = next((c % n for c in range(b + 1, b + n) if rollouts.prompts[c % n] != rollouts.prompts[b]), None)
+        if other is not None and rollouts.teacher_ids[b] and len(pairs) < PROMPT_ROWS:
+            pairs.append((b, other))
+    if len(pairs) < 4:
+        return {}
+    rows, others = ([pair[side] for pair in pairs] for side in (0, 1))
+    config = roller.config
+    completions = [rollouts.completion_ids[b] for b in rows]
+    # Both by the policy as it is after the update.
+    student, theirs = (
+        batched_logprobs(roller.student, p, completions, config.micro_batch, temperature=config.temperature).sum(1)
+        for p in ([rollouts.prompt_ids[b] for b in rows], [rollouts.prompt_ids[b] for b in others])
+    )
+    student = student - theirs
+    prompts = roller.teacher.render([rollouts.prompts[b] for b in others])
+    scores = roller.teacher.score(prompts, [rollouts.teacher_ids[b] for b in rows])
+    own = rollouts.teacher.logprobs[rows]
+    teacher = own.sum(1) - scores.logprobs.to(own).sum(1)
+    gains = [x[torch.isfinite(x)].double() for x in (student, teacher)]
+    if min(map(len, gains)) < 4:
+        return {}
+    errors = [float(x.std()) / math.sqrt(len(x)) for x in gains]
+    return {"prompt_gain": [float(x.mean()) for x in gains], "prompt_gain_error": errors}
+
+
+class Monitor:
+    """Watches a run by its lines of `metrics.jsonl`, and says once what is wrong until it is well again.
+
+    A run that is gone on with is watched on from its lines: `check` each of them again.
+
+    Args:
+        config: of the run.
+        vocab_sizes: of student and teacher.
+
+    Attributes:
+        active: names of the warnings that hold now.
+    """
+
+    #: Steps without its cause after which a warning may come again.
+    CLEARS_AFTER = 3
+
+    def __init__(self, config: Config, vocab_sizes: tuple[int, int]) -> None:
+        self.config, self.vocab_sizes = config, vocab_sizes
+        self.lines: list[dict[str, Any]] = []
+        self.active: dict[str, int] = {}
+
+    def check(self, line: dict[str, Any]) -> list[dict[str, str]]:
+        """The new warnings after one more step: `name` and `text`, with the figures and what to do."""
+        self.lines.append(line)
+        new = []
+        for name, rule in _RULES.items():
+            text = rule(self)
+            if text is not None:
+                if name not in self.active:
+                    new.append({"name": name, "text": f"step {line['step']}: {text}"})
+                self.active[name] = 0
+            elif name in self.active:
+                self.active[name] += 1
+                if self.active[name] >= self.CLEARS_AFTER:
+                    del self.active[name]
+        return new
+
+    def _values(self, key: str, lines: Sequence[dict[str, Any]] | None = None) -> list[float]:
+        """A figure of every step that has it."""
+        values = ((m | m.get("health", {})).get(key) for m in (self.lines if lines is None else lines))
+        return [v for v in values if v is not None and math.isfinite(v)]
+
+    def _then_and_now(self, key: str) -> tuple[float, float] | None:
+        """Means over the first steps and over the last three, where these do not overlap."""
+        values = self._values(key)
+        if len(values) < 5:
+            return None
+        return fmean(values[: min(5, len(values) - 3)]), fmean(values[-3:])
+
+
+def _length(m: Monitor) -> str | None:
+    length, completed = m._then_and_now("response_length"), m._then_and_now("completed")
+    if length is None or completed is None or length[1] < 0.9 * m.config.max_new_tokens:
+        return None
+    if not (length[1] > 1.5 * length[0] or (completed[0] >= 0.5 and completed[1] < 0.5 * completed[0])):
+        return None
+    scored = m._values("stops_scored")
+    if not m.config.score_stop:
+        cause = "ends of turns are not scored (score_stop=False): score them, if the teacher knows when to stop"
+    elif scored and scored[-1] < 0.5:
+        cause = (
+            f"only {scored[-1]:.0%} of the ends of turns are scored: no end of turn of the teacher corresponds; set "
+            "its tokenizer's eos_token, or give it its chat template"
+        )
+    else:
+        cause = (
+            "the teacher gives the end of turn little probability: is it a base model, or its chat template missing? "
+            "Use one that ends its turns, or score_stop=False with a lower learning_rate"
+        )
+    return (
+        f"responses run on: length {length[0]:.0f} -> {length[1]:.0f} of max_new_tokens={m.config.max_new_tokens}, "
+        f"completed {completed[0]:.0%} -> {completed[1]:.0%}; {cause}"
+    )
+
+
+def _entropy(m: Monitor) -> str | None:
+    pair = m._then_and_now("entropy")
+    if pair is None or pair[1] > max(0.25 * pair[0], 0.02) or pair[0] < 0.04:
+        return None
+    return (
+        f"the student's entropy collapses: {pair[0]:.3f} -> {pair[1]:.3f} nats a token, its samples repeat themselves; "
+        "lower learning_rate, or beta (towards the forward KL, which keeps all that the teacher says)"
+    )
+
+
+def _coverage(m: Monitor) -> str | None:
+    lost = [c["UNALIGNED"] + c["REWRITTEN"] for c in (line["coverage"] for line in m.lines)]
+    broken = m._values("broken_text")
+    first, now = fmean(lost[: min(5, max(1, len(lost) - 3))]), fmean(lost[-3:])
+    if len(lost) >= 5 and now > first + 0.15:
+        if broken and fmean(broken[-3:]) > 0.5:
+            cause = "the student writes bytes that are no UTF-8 text: has it collapsed? Lower learning_rate"
+        else:
+            cause = "the student now writes what the teacher's tokenizer spells otherwise: see the report's chunks"
+        return f"coverage drops: {first:.0%} -> {now:.0%} of the tokens are REWRITTEN or unaligned; {cause}"
+    if len(lost) >= 3 and min(lost[-3:]) > 0.25 and (not broken or max(broken[-3:]) < 0.2):
+        last = m.lines[-1]["coverage"]
+        return (
+            f"{now:.0%} of the tokens are REWRITTEN ({last['REWRITTEN']:.0%}) or unaligned ({last['UNALIGNED']:.0%}): "
+            "the teacher's tokenizer changes the text (a normalizer, a lossy decoder), or one side adds text of its "
+            "own (a chat template); `xtokmap align` shows where"
+        )
+    return None
+
+
+def _shift(m: Monitor) -> str | None:
+    line = m.lines[-1].get("health", {})
+    if "row_fit" in line:
+        before, own, after = line["row_fit"]
+        better = max(before, after)
+        half = -0.5 * math.log(m.vocab_sizes[1])  # a neighbour that fits no better than this is none
+        if own < half < better and better - own > max(1.0, 4 * line["row_fit_error"]):
+            return (
+                f"the teacher's rows look shifted by one: its tokens have mean logprob {own:.2f} in their own rows, "
+                f"{better:.2f} in the row {'before' if before > after else 'after'}; row i must score token i given "
+                "what precedes it"
+            )
+    lines = [h for h in (x.get("health", {}) for x in m.lines[-5:]) if h.get("lag_pairs", 0) > 1]
+    n = sum(h["lag_pairs"] for h in lines)
+    if n < 300:
+        return None
+    early, same, late = (sum(h["lag"][k] * h["lag_pairs"] for h in lines) / n for k in range(3))
+    best = max(early, late)
+    # The Fisher transforms' difference in standard errors.
+    z = (math.atanh(min(best, 0.999)) - math.atanh(max(-0.999, min(same, 0.999)))) / math.sqrt(2 / (n - 3))
+    if best < 0.3 or best - same < 0.2 or z < 5:
+        return None
+    return (
+        f"the teacher's logprobs look shifted by one: over {n} ONE_TO_ONE chunks the student's correlate with them at "
+        f"{same:.2f}, with those one chunk {'earlier' if early > late else 'later'} at {best:.2f}; logprobs[i] must "
+        "score ids[i] given ids[<i]"
+    )
+
+
+def _lost(m: Monitor) -> str | None:
+    lines = [h for h in (x.get("health", {}) for x in m.lines[-3:]) if h.get("pairs")]
+    n = sum(h["pairs"] for h in lines)
+    if n < 50:
+        return None
+    student, teacher = (sum(h[k] * h["pairs"] for h in lines) / n for k in ("student_nats", "teacher_nats"))
+    log_s, log_t = map(math.log, m.vocab_sizes)
+    if teacher < 0.75 * log_t or student > 0.5 * log_s:
+        return None
+    return (
+        f"the teacher is near uniform: {teacher:.1f} nats a token on ONE_TO_ONE chunks (log of its vocabulary: "
+        f"{log_t:.1f}), the student {student:.1f}; are its weights loaded, are the ids those of its tokenizer, are its "
+        "logprobs shifted by one?"
+    )
+
+
+def _prompt(m: Monitor) -> str | None:
+    gain = m.lines[-1].get("health", {}).get("prompt_gain")
+    if gain is None:
+        return None
+    (student, teacher), (error, _) = gain, m.lines[-1]["health"]["prompt_gain_error"]
+    if student < max(1.0, 2 * error) or teacher > 0.1 * student:
+        return None
+    return (
+        f"the teacher seems to see another prompt: a response is {student:.1f} nats likelier to the student after its "
+        f"own prompt than after another's, and {teacher:.1f} to the teacher; look at what its chat template or "
+        "plain_template makes of a prompt (LocalTeacher.render)"
+    )
+
+
+def _clamped(m: Monitor) -> str | None:
+    values = m._values("clamped")[-3:]
+    if len(values) < 3 or min(values) < 0.5:
+        return None
+    return (
+        f"{fmean(values):.0%} of the scored tokens have clamped advantages (clamp={m.config.clamp:g}): the teacher "
+        "finds the student's text nearly impossible; is it the right teacher, prompt format and tokenizer? A distant "
+        "pair starts better with method=kd or sft"
+    )
+
+
+def _nonfinite(m: Monitor) -> str | None:
+    n = m.lines[-1]["nonfinite_tokens"]
+    if not n:
+        return None
+    return (
+        f"{n} tokens have a logprob that is NaN or infinite, and are unscored: a half-precision teacher or student "
+        "that overflows (dtype=bfloat16 or float32), or a served teacher that leaves tokens out"
+    )
+
+
+def _gradient(m: Monitor) -> str | None:
+    line = m.lines[-1]
+    if line["skipped_updates"]:
+        return "the loss or the gradient is not finite, the update was skipped: lower learning_rate, or dtype=float32"
+    earlier = m._values("grad_norm", m.lines[-51:-1])
+    norm = line["grad_norm"]
+    if len(earlier) < 4 or not norm > max(10 * median(earlier), m.config.grad_clip):
+        return None
+    return (
+        f"the gradient norm explodes: {norm:.3g}, before {median(earlier):.3g} (median), clipped to "
+        f"grad_clip={m.config.grad_clip:g}; lower learning_rate, or look at the report's worst chunks"
+    )
+
+
+def _scored(m: Monitor) -> str | None:
+    if m.lines[-1]["scored"] > 0 or m.lines[-1]["coverage"].get("STOP", 0) == 1:
+        return None
+    coverage = {name: share for name, share in m.lines[-1]["coverage"].items() if share > 0}
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in coverage.items())
+    cause = "the teacher's logprobs are not finite" if m.lines[-1]["nonfinite_tokens"] else "no chunk can be scored"
+    return (
+        f"nothing is scored, so nothing is learned: {cause} ({shares or 'no tokens'}; "
+        f"max_chunk_tokens={m.config.max_chunk_tokens}, score_stop={m.config.score_stop})"
+    )
+
+
+def _kl(m: Monitor) -> str | None:
+    pair = m._then_and_now("kl_per_byte")
+    errors = m._values("kl_error")
+    if pair is None or not errors or pair[0] <= 0 or pair[1] < 2 * pair[0] + 4 * errors[-1]:
+        return None
+    return f"the KL grows: {pair[0]:.3f} -> {pair[1]:.3f} nats/byte; lower learning_rate"
+
+
+#: What is looked for, in the order in which it is said.
+_RULES: dict[str, Callable[[Monitor], str | None]] = {
+    "nothing_scored": _scored,
+    "nonfinite": _nonfinite,
+    "teacher_shifted": _shift,
+    "teacher_lost": _lost,
+    "teacher_prompt": _prompt,
+    "coverage": _coverage,
+    "gradient": _gradient,
+    "kl": _kl,
+    "length": _length,
+    "entropy": _entropy,
+    "clamped": _clamped,
+}
