@@ -31,11 +31,13 @@ TIMINGS = ("time", "seconds", "tokens_per_second")
 #: Forks of a process that has imported everything and run nothing: a new one is there at once, with no threads.
 processes: Any = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["killable"])
-# The server looks for it where Python itself does.
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    patch.setenv("MPLBACKEND", "agg")
-    if multiprocessing.current_process().name == "MainProcess" and "killable" in sys.modules:
+
+
+def serve() -> None:
+    """Starts the server, which looks for modules where Python itself does; never when it imports this module itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        patch.setenv("MPLBACKEND", "agg")
         forkserver.ensure_running()
 
 
@@ -104,6 +106,7 @@ def _count(touched: Callable[[], None]) -> None:
 
 
 def start(values: dict[str, Any], **kwargs: Any) -> Any:
+    serve()
     process = processes.Process(target=_quietly, args=(values, kwargs))
     process.start()
     return process

@@ -30,6 +30,7 @@ def launch(function: Callable[..., Any], folder: Path, *args: Any, count: int = 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    killable.serve()
     running = [
         killable.processes.Process(target=_start, args=(function.__name__, rank, count, port, str(folder), args))
         for rank in range(count)
