@@ -80,7 +80,7 @@ def compare(rank: int, values: dict[str, Any], empty: int, dtype: str) -> dict[s
         if processes.count > 1 and config.shard:
             shard(student, processes, torch.device("cpu"))
         teacher = LocalTeacher(teacher, teacher_tokenizer)
-        run = Run(Roller(student, tokenizer, teacher, config, processes), PROMPTS)
+        run = Run(Roller(student, tokenizer, teacher, config, processes), PROMPTS, watch=False)
         gradients = []
 
         def keep(optimizer: Any, *_: Any) -> None:

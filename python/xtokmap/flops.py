@@ -3,8 +3,8 @@
 
 The convention is that of model FLOPs (PaLM, arXiv 2204.02311, appendix B): a multiplication and an addition count as
 two, rows are counted at their own lengths without padding, attention as the whole square of a row, and element-wise
-work not at all. `torch.utils.flop_counter` counts the same matrix products where nothing is padded; the tests hold the
-two against each other.
+work and what is measured for the report not at all. `torch.utils.flop_counter` counts the same matrix products where
+nothing is padded; the tests hold the two against each other.
 """
 
 from __future__ import annotations

@@ -365,8 +365,9 @@ def _gradient(m: Monitor) -> str | None:
     line = m.lines[-1]
     if line["skipped_updates"]:
         return "the loss or the gradient is not finite, the update was skipped: lower learning_rate, or dtype=float32"
-    earlier = m._values("grad_norm", m.lines[-51:-1])
-    norm = line["grad_norm"]
+    # One batch with a large gradient is what clipping is for.
+    earlier = m._values("grad_norm", m.lines[-52:-2])
+    norm = min(m._values("grad_norm", m.lines[-2:]), default=0.0)
     if len(earlier) < 4 or not norm > max(10 * median(earlier), m.config.grad_clip):
         return None
     return (
