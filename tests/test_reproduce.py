@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,6 +244,16 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     with pytest.raises(xtokmap.XTokMapError, match=r"chain_sum needs pip install 'xtokmap\[reproduce\]'"):
         reproduce.reproduce(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stored_teachers_can_do_their_task():
+    stored = Path(__file__).parents[1] / "benches" / "teachers"
+    for cut in ("numbers", "digits", "after"):
+        made = tokenizer(cut, "addition")
+        path = reproduce.teacher_path(stored, "addition", cut)
+        teacher = reproduce._load(families.teacher_model(len(made)), path)
+        problems = runs.heldout_problems(ADDITION, 64)
+        assert runs.judge(teacher, made, ADDITION, teacher_template(1), problems, greedy=True) > 0.95
 
 
 def test_the_student_and_the_teacher_are_asked_the_same_problem():
