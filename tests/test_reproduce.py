@@ -124,18 +124,21 @@ def test_the_cost_of_an_accuracy_lies_between_the_points_around_it():
 def test_ratios_pair_the_seeds_and_say_what_they_do_not_know():
     fast = [run_of("opd", seed, [(0, 0.2), (10, 0.6)]) for seed in (0, 1)]
     slow = [run_of("sft", 0, [(0, 0.2), (100, 0.6)]), run_of("sft", 1, [(0, 0.2), (400, 0.6)])]
-    ratio = tables.Ratio(slow, fast, 0.6)
+    ratio = tables.Ratio(slow, fast, 0.4)
     assert ratio.mean == pytest.approx(20)
+    assert tables.gains({"sft": slow, "opd": fast}) == pytest.approx(
+        {"nine tenths of what sft gains": 0.36, "half of the best gain": 0.2}
+    )
     half = 12.706 * math.log(2)  # one degree of freedom; the logarithms are log 20 -+ log 2
     assert ratio.low == pytest.approx(20 / math.exp(half))
     assert ratio.high == pytest.approx(20 * math.exp(half))
     stuck = [run_of("sft", 0, [(0, 0.2), (100, 0.3)]), slow[1]]
-    bounded = tables.Ratio(stuck, fast, 0.6)
+    bounded = tables.Ratio(stuck, fast, 0.4)
     assert bounded.bounded == 1
     assert bounded.mean == pytest.approx(20)
     assert math.isinf(bounded.high)
     assert str(bounded).startswith("≥ 20")
-    failed = tables.Ratio(slow, [run_of("opd", seed, [(0, 0.2), (10, 0.3)]) for seed in (0, 1)], 0.6)
+    failed = tables.Ratio(slow, [run_of("opd", seed, [(0, 0.2), (10, 0.3)]) for seed in (0, 1)], 0.4)
     assert failed.failed == 2
     assert str(failed) == "- (not there on 2 seeds)"
 

@@ -3,12 +3,12 @@
 `measure` takes what a step has anyway: the student's logprobs and hidden states of its update, the teacher's scores,
 and the alignment. `Monitor` reads nothing but lines of `metrics.jsonl`, so that it can judge a run from its file, too.
 
-The limits were set on small models and held against two steps of SmolLM2 135M with Gemma 3 270M, which warned of nothing:
-there the logprobs of the two on ONE_TO_ONE chunks correlate at .85, and at .17 and .19 with those one chunk earlier and
-later; the teacher's tokens have mean logprob -3.3 in their own rows and -10.4 and -12.9 in the rows beside; a response is
-40.7 nats likelier to the student after its own prompt than after another's, 22.7 to the teacher. Not found reliably: a
-teacher that gets the prompts of other rows. Not said: responses that have run to `max_new_tokens` from the start. Of
-several processes the first one's rows are looked at.
+The limits were set on small models and held against two steps of SmolLM2 135M with Gemma 3 270M, which warned of
+nothing: there the logprobs of the two on ONE_TO_ONE chunks correlate at .85, and at .17 and .19 with those one chunk
+earlier and later; the teacher's tokens have mean logprob -3.3 in their own rows and -10.4 and -12.9 in those beside; a
+response is 40.7 nats likelier to the student after its own prompt than after another's, 22.7 to the teacher. Not found
+reliably: a teacher that gets the prompts of other rows. Not said: responses that have run to `max_new_tokens` from the
+start. Of several processes the first one's rows are looked at.
 """
 
 from __future__ import annotations
