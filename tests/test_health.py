@@ -345,9 +345,9 @@ def test_a_run_that_moves_away_is_seen():
         if step == 6:
             with torch.no_grad():
                 for p in models[2].parameters():
-                    p.mul_(2)
+                    p.mul_(4)
 
-    names, _ = run(10, models=models, before_step=spoil)
+    names, _ = run(10, models=models, before_step=spoil, batch_size=30)
     assert sum("kl" in step for step in names) == 1
 
 

@@ -234,6 +234,8 @@ class Monitor:
 
 
 def _length(m: Monitor) -> str | None:
+    if m.config.method != "opd":  # the teacher's samples
+        return None
     length, completed = m._then_and_now("response_length"), m._then_and_now("completed")
     if length is None or completed is None or length[1] < 0.9 * m.config.max_new_tokens:
         return None
@@ -259,6 +261,8 @@ def _length(m: Monitor) -> str | None:
 
 
 def _entropy(m: Monitor) -> str | None:
+    if m.config.method != "opd":  # it is not what is sampled from
+        return None
     pair = m._then_and_now("entropy")
     if pair is None or pair[1] > max(0.25 * pair[0], 0.02) or pair[0] < 0.04:
         return None
