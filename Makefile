@@ -22,7 +22,7 @@ help:
 	@echo "make test   every test, Rust and Python"
 	@echo "make fuzz   fuzz the Rust core and the file readers, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
-	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for ten minutes of it"
+	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for a part of it"
 	@echo "make lint   formatting, clippy, ruff, mypy, stubtest"
 	@echo "make docs   API documentation in target/doc and docs/build"
 	@echo "make clean  remove what these make"
