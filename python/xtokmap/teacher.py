@@ -119,8 +119,7 @@ class LocalTeacher:
         """
         _check_pairs(prompt_ids, completion_ids)
         device = next(self.model.parameters()).device
-        lengths = torch.tensor([len(row) for row in completion_ids], device=device)
-        mask = torch.arange(max(map(len, completion_ids), default=0), device=device) < lengths[:, None]
+        mask = _mask(completion_ids, device)
         asked = queries is not None if transferred is None else transferred
         if not asked and not keep:
             return Scores(batched_logprobs(self.model, prompt_ids, completion_ids, self.micro_batch), mask)
@@ -133,7 +132,7 @@ class LocalTeacher:
             own = self.rows([prompt_ids[b] for b in rows], [completion_ids[b] for b in rows])
             if keep:  # in the order of the batch, and worked on below
                 if kept is None:
-                    kept = replace(own, rows=own.rows.new_zeros(len(flat) + len(lengths), own.rows.shape[-1]))
+                    kept = replace(own, rows=own.rows.new_zeros(len(flat) + len(completion_ids), own.rows.shape[-1]))
                 kept.rows[_spans(cu + np.arange(len(cu)), rows).to(device)] = own.rows
             elif queries is not None:
                 part = transfer(own, _flat([completion_ids[b] for b in rows], device), queries.select(rows))
@@ -145,7 +144,7 @@ class LocalTeacher:
             flat, found = part.logprobs.float(), part.transferred.float()
             target = TransferTarget.of(kept, part, queries)
         elif kept is not None:
-            rows_of_tokens = _spans(cu + np.arange(len(cu)), range(len(lengths)), but_last=True).to(device)
+            rows_of_tokens = _spans(cu + np.arange(len(cu)), range(len(completion_ids)), but_last=True).to(device)
             flat = _logprobs(replace(kept, rows=kept.rows[rows_of_tokens]), _flat(completion_ids, device))
         logprobs = torch.zeros(mask.shape, device=device).masked_scatter(mask, flat)
         if queries is None:
@@ -273,8 +272,7 @@ class ServerTeacher:
         answers = dict(
             zip(wanted, self.client.score([rows[b] for b in wanted], self.topk if asked else 0), strict=True)
         )
-        lengths = torch.tensor([len(row) for row in completion_ids])
-        mask = torch.arange(max(map(len, completion_ids), default=0)) < lengths[:, None]
+        mask = _mask(completion_ids, torch.device("cpu"))
         logprobs = torch.zeros(mask.shape)
         for b, answer in answers.items():
             first, n = len(prompt_ids[b]), len(completion_ids[b])
@@ -337,6 +335,12 @@ def _spans(cu: npt.NDArray[np.int64], rows: Sequence[int], *, but_last: bool = F
 def _cu(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
     """int64 `[B+1]`: tokens before each row."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum([len(row) for row in rows], dtype=np.int64)])
+
+
+def _mask(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """bool `[B, T]`: where ragged rows have a token."""
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return torch.arange(max(map(len, rows), default=0), device=device) < lengths[:, None]
 
 
 def _flat(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

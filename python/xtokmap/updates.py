@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -63,7 +64,9 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
         for rows in batches:
             at = torch.tensor(rows, device=roller.device)
             flat = roller.rows(rollouts, rows)
-            loss, own, found = loss_of(roller, rollouts, rows, flat, old_logprobs, response[at], denominator)
+            old = None if old_logprobs is None else old_logprobs[at]
+            part = _MicroBatch(roller, rollouts, rows, at, flat, old, response[at], denominator)
+            loss, own, found = loss_of(part)
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum = loss_sum + loss.detach()
             if turn == 0:
@@ -92,49 +95,66 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
     return {**counts, "figures": figures, "logprobs": logprobs, "entropy": entropy}
 
 
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Some rows of a batch, and what a loss over them needs.
+
+    Attributes:
+        roller: student, teacher and config.
+        rollouts: the whole batch.
+        rows: which rows these are; `at`: the same, int64 on the device.
+        flat: the student's rows that score their tokens, with a gradient.
+        old_logprobs: `[b, T]`, of the policy that sampled; None: the one that is updated.
+        response: bool `[b, T]`, where there is a token.
+        denominator: of the whole batch's loss.
+    """
+
+    roller: Roller
+    rollouts: Rollouts
+    rows: list[int]
+    at: Tensor
+    flat: Logits
+    old_logprobs: Tensor | None
+    response: Tensor
+    denominator: Tensor
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """The answers of these rows, as the student's tokens."""
+        return [self.rollouts.completion_ids[b] for b in self.rows]
+
+    @property
+    def logprobs(self) -> Tensor:
+        """`[b, T]`, of the policy that is updated, with a gradient."""
+        return padded_logprobs(self.flat, self.completions, self.response.shape[1])
+
+
 #: A loss over some rows of a batch, the policy's own logprobs of their tokens, and sums over tokens to report.
 _Part: TypeAlias = "tuple[Tensor, Tensor, dict[str, Tensor]]"
 
 
-def _loss_of(config: Config) -> Callable[..., _Part]:
+def _loss_of(config: Config) -> Callable[[_MicroBatch], _Part]:
     if config.rule == "imitation":
         return _imitation_loss
     return _whole_loss if config.rule in WHOLE else _policy_loss
 
 
-def _imitation_loss(
-    roller: Roller,
-    rollouts: Rollouts,
-    rows: list[int],
-    flat: Logits,
-    old_logprobs: Tensor | None,
-    response: Tensor,
-    denominator: Tensor,
-) -> _Part:
+def _imitation_loss(part: _MicroBatch) -> _Part:
     """The negative logprobs of the answers: supervised fine-tuning."""
-    logprobs = padded_logprobs(flat, [rollouts.completion_ids[b] for b in rows], response.shape[1])
+    logprobs, response = part.logprobs, part.response
     finite = torch.isfinite(logprobs.detach())
-    loss = -torch.where(response & finite, logprobs, 0).sum() / denominator
+    loss = -torch.where(response & finite, logprobs, 0).sum() / part.denominator
     figures = {"scored": (response & finite).sum(), "nonfinite": (response & ~finite).sum()}
     return loss, logprobs.detach(), figures
 
 
-def _policy_loss(
-    roller: Roller,
-    rollouts: Rollouts,
-    rows: list[int],
-    flat: Logits,
-    old_logprobs: Tensor | None,
-    response: Tensor,
-    denominator: Tensor,
-) -> _Part:
+def _policy_loss(part: _MicroBatch) -> _Part:
     """The policy gradient: the teacher's logprobs of sampled tokens as advantages."""
-    config, device = roller.config, roller.device
-    at = torch.tensor(rows, device=device)
-    index, teacher = rollouts.index.rows(at), rollouts.teacher
+    config, device, at, response = part.roller.config, part.roller.device, part.at, part.response
+    index, teacher = part.rollouts.index.rows(at), part.rollouts.teacher
     assert teacher is not None
-    logprobs = padded_logprobs(flat, [rollouts.completion_ids[b] for b in rows], response.shape[1])
-    old = logprobs.detach() if old_logprobs is None else old_logprobs[at]
+    logprobs = part.logprobs
+    old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
     given = chunk_credit(
         old,
         teacher.logprobs.to(device)[at],
@@ -154,32 +174,24 @@ def _policy_loss(
         clip_high=config.clip_high,
         clip_dual=config.clip_dual,
         scored=scored,
-        denominator=denominator,
+        denominator=part.denominator,
     )
     names = ("clamped", "fallback", "nonfinite")
     sums = {name: (getattr(given, name) & response).sum() for name in names}
     return loss, old, {"scored": scored.sum(), **sums}
 
 
-def _whole_loss(
-    roller: Roller,
-    rollouts: Rollouts,
-    rows: list[int],
-    flat: Logits,
-    old_logprobs: Tensor | None,
-    response: Tensor,
-    denominator: Tensor,
-) -> _Part:
+def _whole_loss(part: _MicroBatch) -> _Part:
     """A divergence between the student's and the teacher's whole distributions."""
+    roller, rollouts, rows, at, flat = part.roller, part.rollouts, part.rows, part.at, part.flat
     config, device, teacher = roller.config, roller.device, rollouts.teacher
     assert teacher is not None
-    completions = [rollouts.completion_ids[b] for b in rows]
+    completions, response = part.completions, part.response
     width = response.shape[1]
     own = padded_logprobs(flat.detach(), completions, width)
-    at = torch.tensor(rows, device=device)
     places = padded_places(completions, width).to(device)
     student = flat.at(_inverse(places, (len(rows), width)))
-    common: Any = {"beta": config.beta, "mask": response, "denominator": denominator}
+    common: Any = {"beta": config.beta, "mask": response, "denominator": part.denominator}
     if config.rule == "transfer_kl":
         assert teacher.target is not None
         assert teacher.transferred is not None

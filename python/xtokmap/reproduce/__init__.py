@@ -209,7 +209,7 @@ def _start_worker() -> None:
 # ---- the plan, carried out ---------------------------------------------------------------------------------------
 
 
-def _carry_out(pool: ProcessPoolExecutor, title: str, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+def _carry_out(pool: ProcessPoolExecutor, title: str, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
     """Results as they come, with a line of progress for each."""
     if not jobs:
         return
@@ -226,7 +226,7 @@ def _carry_out(pool: ProcessPoolExecutor, title: str, jobs: Sequence[Job]) -> It
                 f"  {done}/{len(jobs)} {job.name}  [{took:.0f} s, {took / done * (len(jobs) - done):.0f} s to go]",
                 flush=True,
             )
-            yield job, future.result()
+            yield future.result()
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ def _run_all(
         for s in wanted
         if s.key not in have
     ]
-    for _, row in _carry_out(pool, title, jobs):
+    for row in _carry_out(pool, title, jobs):
         _append(path, row)
     have = runs.read(path)
     return [have[s.key] for s in wanted]
@@ -307,11 +307,11 @@ def reproduce(
     widest = {(task, arrangement): cell for cell in plan.cells for task, arrangement in [cell[:2]] if cell[2] == 8}
     with ProcessPoolExecutor(workers or os.cpu_count(), context, _start_worker) as pool:
         cuts = dict.fromkeys((task, families.ARRANGEMENTS[arrangement]) for task, arrangement, *_ in plan.cells)
-        missing = [(task, t) for task, (_, t) in cuts if not teacher_path(stored, task, t).exists()]
-        if missing and teachers is not None:
+        needed = dict.fromkeys((task, cut) for task, (_, cut) in cuts)
+        if not all(teacher_path(stored, *one).exists() for one in needed):
             stored = folder / "teachers"
-            missing = [(task, t) for task, (_, t) in cuts if not teacher_path(stored, task, t).exists()]
-        jobs = [Job(f"{task} {cut}", make_teacher, (stored, task, cut)) for task, cut in dict.fromkeys(missing)]
+        missing = [one for one in needed if not teacher_path(stored, *one).exists()]
+        jobs = [Job(f"{task} {cut}", make_teacher, (stored, task, cut)) for task, cut in missing]
         list(_carry_out(pool, "teachers", jobs))
 
         wanted = dict.fromkeys((task, s, seed) for task, (s, _) in cuts for seed in (*plan.sweep_seeds, *plan.seeds))
@@ -333,8 +333,10 @@ def reproduce(
             Job(f"{task} {arrangement} {ways}", judge_teacher, (*folders, task, arrangement, ways))
             for task, arrangement, ways, _ in plan.cells
         ]
-        judged = [row for _, row in _carry_out(pool, "teachers' own answers", jobs)]
-        judged.sort(key=lambda row: (row["task"], row["arrangement"], row["ways"]))
+        judged = sorted(
+            _carry_out(pool, "teachers' own answers", jobs),
+            key=lambda row: (row["task"], row["arrangement"], row["ways"]),
+        )
         (folder / "teachers.json").write_text(json.dumps(judged, indent=2) + "\n")
 
         sweep = [
