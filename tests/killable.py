@@ -26,7 +26,7 @@ from xtokmap import checkpoint
 from xtokmap import train as loop
 from xtokmap.train import Config, train
 
-TIMINGS = ("time", "seconds", "tokens_per_second")
+TIMINGS = ("time", "seconds", "hidden_seconds", "tokens_per_second")
 
 #: Forks of a process that has imported everything and run nothing: a new one is there at once, with no threads.
 processes: Any = multiprocessing.get_context("forkserver")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import faults
 import killable
 import several
 import tiny
@@ -46,12 +47,21 @@ def test_two_processes_make_the_step_of_one(tmp_path, dtype, empty, changes):
     assert one["weights"] < (1e-4 if dtype == "float32" else 4e-3)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_stop_together_and_go_on_to_the_bit(tmp_path, sharded):
+@pytest.fixture(scope="module")
+def url():
+    with faults.serving(tiny.teacher_model(), tiny.teacher_tokenizer()) as server:
+        yield server.url
+
+
+@pytest.mark.parametrize("how", ["plain", "sharded", "overlap"])
+def test_two_processes_stop_together_and_go_on_to_the_bit(tmp_path, how, url):
+    sharded = how == "sharded"
     prompts = tmp_path / "p.jsonl"
     rows = [{"prompt": t, "split": s} for s in ("train", "heldout") for t in ("the sky", "a fox?", "1 + 2")]
     prompts.write_text("\n".join(map(json.dumps, rows)))
     values = killable.settings(tmp_path, prompts=str(prompts), steps=4, batch_size=3, shard=sharded)
+    if how == "overlap":
+        values |= {"teacher_url": url, "overlap": True}
     whole = {**values, "output": str(tmp_path / "whole")}
     (steps, interrupted, after), other = several.launch(several.loop_of, tmp_path, whole, None, "float32")
     assert (steps, interrupted, after) == tuple(other) == (4, False, after)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import threading
 import time
 from dataclasses import replace
 from email.utils import formatdate
@@ -11,17 +14,21 @@ from email.utils import formatdate
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import faults
+import killable
 import tiny
 import xtokmap
 from xtokmap import Aligner, served
+from xtokmap import train as loop
+from xtokmap.checkpoint import found
 from xtokmap.losses import chunk_credit, strict_kl
-from xtokmap.rollouts import sample
+from xtokmap.rollouts import Scoring, sample
 from xtokmap.served import PROTOCOLS, Client
 from xtokmap.teacher import LocalTeacher, ServerTeacher, TeacherError, render
 from xtokmap.torch import ChunkIndex, Logits
-from xtokmap.train import Config, train
+from xtokmap.train import Config, Roller, Run, read_prompts, train, update
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 
@@ -578,6 +585,119 @@ def test_a_server_that_must_not_be_a_teacher_ends_the_run_at_its_start(prompts, 
     assert not (prompts.parent / "out").exists()
 
 
+# ---- overlap -----------------------------------------------------------------------------------------------------
+
+
+def test_overlapped_samples_are_one_update_old_and_corrected(prompts):
+    """Against the same steps, written one after the other: a batch is sampled before the update in front of it."""
+    models = sharp_pair()
+    settings = config(prompts, loss="prior", steps=4, eval_samples=0, learning_rate=0.02)
+    roller = Roller(*models[:2], LocalTeacher(*models[2:]), settings)
+    torch.manual_seed(settings.seed)
+    run = Run(roller, read_prompts(prompts)[0], watch=False)
+
+    def sampled():
+        rollouts = roller.sample(run.draw())
+        rollouts.old_logprobs = roller.all_logprobs(rollouts)
+        return rollouts
+
+    want, shift = [], 0.0
+    following = sampled()
+    for step in range(4):
+        batch, following = following, sampled() if step < 3 else None
+        shift = max(shift, float((roller.all_logprobs(batch) - batch.old_logprobs).abs().max()))
+        found = update(roller, roller.score(batch), run.optimizer)
+        run.warmup.step()
+        want.append((float(found["loss"]), float(found["grad_norm"]), batch.lengths))
+    assert shift > 0.1  # the policy has moved in between
+
+    served = sharp_pair()
+    with faults.serving(served[2], served[3]) as server:
+        changed = replace(settings, teacher_url=server.url, overlap=True)
+        result = train(changed, models=(*served[:2], None, served[3]))
+    for line, (loss, norm, lengths) in zip(result.metrics, want, strict=True):
+        assert line["loss"] == pytest.approx(loss, abs=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert line["response_length"] == pytest.approx(sum(lengths) / len(lengths))
+        assert line["hidden_seconds"] >= 0
+    for a, b in zip(models[0].parameters(), served[0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_the_next_batch_is_scored_while_this_one_updates(prompts, model, monkeypatch):
+    """The second batch's scores wait for the first update: one after the other, neither would ever end."""
+    updating = threading.Event()
+    waited, scored = [], ServerTeacher.score
+
+    def score(teacher, *args, **kwargs):
+        waited.append(updating.wait(20) if waited else True)
+        return scored(teacher, *args, **kwargs)
+
+    def updated(*args):
+        updating.set()
+        return update(*args)
+
+    monkeypatch.setattr(ServerTeacher, "score", score)
+    monkeypatch.setattr(loop, "update", updated)
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        train(config(prompts, teacher_url=server.url, overlap=True, eval_samples=0), models=tiny.pair())
+    assert waited == [True] * 3
+
+
+def test_a_lost_batch_is_left_out_with_overlap(prompts, model):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, overlap=True)
+        plan.faults = [None] * 7 + [None] * 4 + ["NaN"] * 4
+        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*logprob nan"):
+            result = train(settings, models=tiny.pair())
+    assert [line["skipped_batches"] for line in result.metrics] == [0, 1, 0]
+    assert all(math.isfinite(line["loss"]) for line in result.metrics)
+
+
+def test_an_overlapped_run_that_was_stopped_goes_on_to_the_bit(prompts, model, monkeypatch):
+    def stopping(*args):
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    calls = []
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        settings = config(
+            prompts, teacher_url=server.url, overlap=True, eval_samples=0, save_every=50, steps=5, updates=2
+        )
+        whole = train(replace(settings, output=settings.output + "-whole"), models=tiny.pair())
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "update", stopping)
+            stopped = train(settings, models=tiny.pair())
+        assert stopped.interrupted
+        assert len(stopped.metrics) == 3
+        names = load_file(found(stopped.output / "checkpoints")[-1] / "state.safetensors")
+        assert {"ahead.ids.0", "ahead.lengths.0", "ahead.completed.0", "ahead.logprobs.0"} <= set(names)
+        torch.manual_seed(99)
+        result = train(replace(settings, resume=True), models=tiny.pair())
+    assert len(result.metrics) == 5
+    assert killable.left(result.output) == killable.left(whole.output)
+
+
+def test_a_run_that_ends_gives_up_the_scores_that_it_waits_for(prompts, model):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        teacher = teacher_of(server, retries=10**6)
+        assert teacher.self_test() is None
+        plan.faults = ["500"] * 10**5
+        settings = config(prompts, teacher_url=server.url, overlap=True, loss="prior")
+        run = Run(Roller(*tiny.pair()[:2], teacher, settings), ["the sky", "the dog"], watch=False)
+        run.ahead = Scoring(run.roller, run.roller.sample(run.draw()))
+        waiting = run.ahead
+        while not plan.log:
+            time.sleep(0.001)
+        run.close()
+        with pytest.raises(TeacherError, match="given up"):
+            waiting.wait()
+
+
 def test_the_tokenizer_is_all_that_is_read_of_the_teacher(prompts, model, tmp_path):
     folder = tmp_path / "teacher"
     tiny.teacher_tokenizer().save_pretrained(folder)
@@ -615,6 +735,7 @@ def test_auto_asks_what_there_is():
         ({"teacher_timeout": 0.0}, r"teacher_timeout=0\.0: must be positive"),
         ({"teacher_concurrency": 0}, "teacher_concurrency=0: must be at least 1"),
         ({"teacher_topk": -1}, "teacher_topk=-1: must be finite and not negative"),
+        ({"teacher_url": "", "overlap": True}, "overlap=True without teacher_url: a teacher that is loaded here"),
     ],
 )
 def test_settings_that_no_served_teacher_can_use(changes, message):

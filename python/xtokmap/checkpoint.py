@@ -3,7 +3,8 @@
 A checkpoint is a folder `step-00000050` of four files:
 
 - `state.safetensors`: the weights as the optimizer has them (float32, also where the model computes in less), buffers,
-  the optimizer's moments, and every process' random generators;
+  the optimizer's moments, every process' random generators, and its part of the batch that is sampled already
+  (`Config.overlap`);
 - `state.json`: the step, the position in the prompts, the learning rate's schedule, the config, the evaluation before;
 - `metrics.jsonl`: every step's line so far;
 - `manifest.json`: sizes and SHA-256 of the others.
@@ -108,10 +109,11 @@ def save(run: Run, folder: Path, *, keep: int = 2) -> Path:
     path = folder / f"step-{run.done:08d}"
     if run.saved == run.done:
         return path
-    generators = run.processes.gather(_generators(run.roller.device))
+    own = [(f"random.{name}", state) for name, state in _generators(run.roller.device).items()]
+    own += [(f"ahead.{name}", value) for name, value in _ahead(run).items()]
     tensors = _tensors(run)
-    for rank, own in enumerate(generators):
-        tensors.update((f"random.{name}.{rank}", state) for name, state in own.items())
+    for rank, parts in enumerate(run.processes.gather(own)):
+        tensors.update((f"{name}.{rank}", value) for name, value in parts)
     problem = None
     try:
         if run.processes.first:
@@ -206,6 +208,20 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     elif device.type == "mps":
         states["mps"] = torch.mps.get_rng_state()
     return states
+
+
+def _ahead(run: Run) -> dict[str, Tensor]:
+    """What was sampled of the next batch: it cannot be sampled again, as the policy has changed."""
+    if run.ahead is None:
+        return {}
+    rollouts = run.ahead.rollouts
+    assert rollouts.old_logprobs is not None
+    return {
+        "ids": torch.tensor([i for row in rollouts.completion_ids for i in row], dtype=torch.long),
+        "lengths": torch.tensor(rollouts.lengths),
+        "completed": torch.tensor(rollouts.completed),
+        "logprobs": rollouts.old_logprobs.cpu(),
+    }
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
@@ -310,9 +326,12 @@ def restore(run: Run, folder: Path) -> bool:
         return False
     state = json.loads((chosen / "state.json").read_text(encoding="utf-8"))
     _check_same(chosen, state, run)
-    _load_tensors(run, chosen)
+    ahead = _load_tensors(run, chosen)
     run.done = run.saved = state["step"]
-    run.order.skip(state["drawn"])
+    run.order.skip(state["drawn"] - (run.config.batch_size if ahead else 0))
+    if ahead:
+        rows = torch.split(ahead["ids"], ahead["lengths"].tolist())
+        run.take_up([row.tolist() for row in rows], ahead["completed"].tolist(), ahead["logprobs"])
     run.warmup.last_epoch = state["schedule"]["last_epoch"]
     run.warmup._last_lr = state["schedule"]["rates"]
     for group, rate in zip(run.optimizer.param_groups, state["schedule"]["rates"], strict=True):
@@ -390,8 +409,11 @@ def _check_same(path: Path, state: dict[str, Any], run: Run) -> None:
 
 
 @torch.no_grad()
-def _load_tensors(run: Run, path: Path) -> None:
+def _load_tensors(run: Run, path: Path) -> dict[str, Tensor]:
+    """Puts everything where it belongs, but what this process had sampled of the next batch, which is returned."""
     from safetensors import safe_open
+
+    ahead = {}
 
     device = run.roller.device
     with safe_open(path / "state.safetensors", framework="pt") as file:
@@ -409,14 +431,17 @@ def _load_tensors(run: Run, path: Path) -> None:
         by_name = dict(parameters)
         for full in sorted(names - there):
             kind, name = full.split(".", 1)
-            if kind == "random":
-                where, rank = name.split(".")
-                if int(rank) == run.processes.rank:
-                    _set_generator(where, device, file.get_tensor(full))
+            if kind in ("random", "ahead"):
+                what, rank = name.split(".")
+                if int(rank) == run.processes.rank and kind == "random":
+                    _set_generator(what, device, file.get_tensor(full))
+                elif int(rank) == run.processes.rank:
+                    ahead[what] = file.get_tensor(full)
                 continue
             value, p = file.get_tensor(full), by_name[name]
             run.optimizer.state[p][kind] = _like(p, value) if value.shape == p.shape and value.ndim else value
     write_back(run.optimizer)
+    return ahead
 
 
 def _like(tensor: Any, value: Tensor) -> Tensor:

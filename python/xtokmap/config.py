@@ -45,6 +45,11 @@ class Config:
     teacher_timeout: float = _doc(60.0, "seconds for one request to the server")
     teacher_retries: int = _doc(5, "further attempts where a request fails and that may change, with growing pauses")
     teacher_failures: int = _doc(3, "batches in a row that the server may fail for good, before the run is ended")
+    overlap: bool = _doc(
+        False,
+        "with teacher_url: sample the next batch while the server scores this one, update while it scores the next; "
+        "samples are one update old then, and their own logprobs correct for it",
+    )
     prompts: str = _doc("", "prompts: .jsonl with a field `prompt` (and `split`: train, heldout) or .txt, one a line")
     output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, report.html, config.json and curves.png")
     steps: int = _doc(100, "updates of the student's samples")
@@ -143,6 +148,11 @@ class Config:
                 )
             if self.rule == "cover" and not self.teacher_topk:
                 raise XTokMapError("loss='cover' with teacher_topk=0: it needs rows; ask for some, or use 'prior'")
+        elif self.overlap:
+            raise XTokMapError(
+                "overlap=True without teacher_url: a teacher that is loaded here computes where the student does, and "
+                "there is nothing to wait for; serve it, or leave overlap out"
+            )
         if self.track not in ("", *TRACKERS):
             raise XTokMapError(f"track={self.track!r}: use one of {', '.join(TRACKERS)}, or nothing")
         if not 0 <= self.beta <= 1:

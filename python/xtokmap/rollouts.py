@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor
 from xtokmap._core import XTokMapError
 from xtokmap.alignment import Aligner, Kind
 from xtokmap.config import WHOLE, Config
+from xtokmap.cover import CoverQueries
 from xtokmap.losses import chunk_gap
 from xtokmap.models import without_wrapper
 from xtokmap.processes import Processes, gathered
@@ -34,9 +36,12 @@ class Rollouts:
         completed: whether the end of turn came.
         teacher_prompt_ids: what was asked, as the teacher's tokens.
         teacher_ids: the answers, as the teacher's tokens.
-        teacher: what the teacher thinks of them; None where nobody asked it (method sft).
         index: of the alignment of the two.
         seconds: wall time by part.
+        queries: what `cover` and `transfer_kl` ask the teacher's rows.
+        teacher: what the teacher thinks of them; None where nobody asked it (method sft, or not yet).
+        old_logprobs: float32 `[B, Ts]`, of the policy that sampled, where another one may be updated by then.
+        hidden: seconds of the scoring that nobody waited for.
     """
 
     prompts: list[str]
@@ -45,9 +50,12 @@ class Rollouts:
     completed: list[bool]
     teacher_prompt_ids: list[list[int]]
     teacher_ids: list[list[int]]
-    teacher: Scores | None
     index: ChunkIndex
     seconds: dict[str, float]
+    queries: CoverQueries | None = None
+    teacher: Scores | None = None
+    old_logprobs: Tensor | None = None
+    hidden: float = 0.0
 
     @property
     def lengths(self) -> list[int]:
@@ -96,35 +104,66 @@ class Roller:
 
     def roll(self, prompts: Sequence[str], config: Config | None = None) -> Rollouts:
         """One batch: sampled, retokenised, aligned, scored by the teacher; by `config` instead of the roller's own."""
+        return self.score(self.sample(prompts, config), config)
+
+    def sample(self, prompts: Sequence[str], config: Config | None = None) -> Rollouts:
+        """One batch, sampled, retokenised and aligned, that the teacher has not scored yet."""
         config, clock = config or self.config, Clock(self.device)
-        on_policy = config.method == "opd"
         prompt_ids = render(self.tokenizer, prompts, config.plain_template)
-        teacher_prompts = self.teacher.render(prompts)
         with clock("sample"):
-            if on_policy:
+            if config.method == "opd":
                 stops = self.aligner.student.stop_ids
                 with gathered(self.student):
-                    sampled, completed = sample(self.student, prompt_ids, stops, config)
+                    answers, completed = sample(self.student, prompt_ids, stops, config)
             else:
-                sampled, completed = self.answers(prompts, teacher_prompts)
+                answers, completed = self.answers(prompts, self.teacher.render(prompts))
+        return self.pair(prompts, answers, completed, config, clock.seconds)
+
+    def pair(
+        self,
+        prompts: Sequence[str],
+        answers: list[list[int]],
+        completed: list[bool],
+        config: Config | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> Rollouts:
+        """Answers that there are already, as ids of whoever sampled them, retokenised and aligned.
+
+        Args:
+            prompts: what was asked, B.
+            answers: B rows.
+            completed: whether the end of turn came, B.
+            config: instead of the roller's own; says who sampled.
+            seconds: what sampling took, by part.
+        """
+        config, clock = config or self.config, Clock(self.device, seconds)
+        prompt_ids = render(self.tokenizer, prompts, config.plain_template)
         with clock("retokenise"):
-            if on_policy:
-                completions = sampled
-                teacher_ids = _lists(self.aligner.teacher_ids(sampled, stop_id=self.teacher.stop_id))
+            if config.method == "opd":
+                completions = answers
+                teacher_ids = _lists(self.aligner.teacher_ids(answers, stop_id=self.teacher.stop_id))
             else:
-                completions = _lists(self.from_teacher.teacher_ids(sampled, stop_id=self.stop_id))
-                teacher_ids = sampled
+                completions = _lists(self.from_teacher.teacher_ids(answers, stop_id=self.stop_id))
+                teacher_ids = answers
         with clock("align"):
             batch = self.aligner.align_batch(completions, teacher_ids)
             index = ChunkIndex.from_alignment(batch, self.device)
             queries = self.aligner.cover_queries(batch) if config.rule in ("cover", "transfer_kl") else None
-        scores = None
+        sides = (prompt_ids, completions, completed, self.teacher.render(prompts), teacher_ids)
+        return Rollouts(list(prompts), *sides, index, clock.seconds, queries)
+
+    def score(self, rollouts: Rollouts, config: Config | None = None) -> Rollouts:
+        """Adds what the teacher thinks of a batch, where the loss asks for it; the student is not touched."""
+        config = config or self.config
         if config.rule != "imitation":
-            with clock("teacher"):
-                keep = config.rule in WHOLE
-                scores = self.teacher.score(teacher_prompts, teacher_ids, queries=queries, keep=keep)
-        sides = (prompt_ids, completions, completed, teacher_prompts, teacher_ids)
-        return Rollouts(list(prompts), *sides, scores, index, clock.seconds)
+            with Clock(self.device, rollouts.seconds)("teacher"):
+                rollouts.teacher = self.teacher.score(
+                    rollouts.teacher_prompt_ids,
+                    rollouts.teacher_ids,
+                    queries=rollouts.queries,
+                    keep=config.rule in WHOLE,
+                )
+        return rollouts
 
     def rows(self, rollouts: Rollouts, rows: list[int]) -> Logits:
         """The student's logits that score some rows' tokens, flat; with a gradient where grad is enabled."""
@@ -145,6 +184,48 @@ class Roller:
                 self.config.micro_batch,
                 temperature=self.config.temperature,
             )
+
+
+class Scoring:
+    """A batch that the teacher scores in a thread of its own, while the student samples or is updated.
+
+    Args:
+        roller: whose teacher is a served one.
+        rollouts: sampled, not scored.
+        after: the batch before, whose turn comes first: the server is asked for one at a time.
+
+    Attributes:
+        rollouts: the batch.
+    """
+
+    def __init__(self, roller: Roller, rollouts: Rollouts, after: Scoring | None = None) -> None:
+        self.rollouts = rollouts
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(roller, after), daemon=True, name="scoring")
+        self._thread.start()
+
+    def _run(self, roller: Roller, after: Scoring | None) -> None:
+        if after is not None:
+            after._thread.join()
+        try:
+            roller.score(self.rollouts)
+        except BaseException as error:
+            self._failure = error
+
+    def wait(self) -> Rollouts:
+        """The batch with its scores; its time for them becomes that of this call.
+
+        Raises:
+            TeacherError: what `Teacher.score` raised.
+        """
+        start = time.perf_counter()
+        self._thread.join()
+        waited = time.perf_counter() - start
+        if self._failure is not None:
+            raise self._failure
+        self.rollouts.hidden = max(0.0, self.rollouts.seconds["teacher"] - waited)
+        self.rollouts.seconds["teacher"] = waited
+        return self.rollouts
 
 
 @torch.no_grad()

@@ -400,6 +400,7 @@ class Client:
         self._dialect = PROTOCOLS.get(protocol)
         self._lock = threading.Lock()
         self._not_before = 0.0
+        self._batches: set[threading.Event] = set()
         self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
         if self._key != self._key.strip() or not self._key.isascii() or not self._key.isprintable():
             raise XTokMapError(f"{KEY_VARIABLE}: the key has white space around it, or characters that no header takes")
@@ -470,6 +471,7 @@ class Client:
             self.connect(rows[0], topk)
         dialect, stop = self._dialect, threading.Event()
         assert dialect is not None or not rows
+        self._batches.add(stop)
         pool = ThreadPoolExecutor(min(self.concurrency, max(len(rows), 1)), thread_name_prefix="teacher")
         http = self._connections()
         try:
@@ -481,9 +483,15 @@ class Client:
             return [future.result() for future in futures]
         finally:
             stop.set()
+            self._batches.discard(stop)
             pool.shutdown(wait=False, cancel_futures=True)
             # Requests that are under way when another one failed, or Ctrl-C came, are not waited for.
             threading.Thread(target=_close_after, args=(pool, http), daemon=True).start()
+
+    def give_up(self) -> None:
+        """Ends the batches that other threads are waiting for, without further attempts: they get a TeacherError."""
+        for stop in list(self._batches):
+            stop.set()
 
     def _ask(
         self,
@@ -512,7 +520,7 @@ class Client:
         for number in range(1, self.retries + 2):
             stop.wait(self._not_before - time.monotonic())
             if stop.is_set():
-                raise TeacherError(f"{self.url}: given up, as another request of the batch failed")
+                raise TeacherError(f"{self.url}: given up, as another request of the batch failed or the run ended")
             found, error = self._caught(attempt, path)
             if error is None:
                 return found

@@ -48,6 +48,7 @@ from xtokmap.rollouts import (
     Evaluation,
     Roller,
     Rollouts,
+    Scoring,
     coverage_shares,
     evaluate,
     ratio_with_error,
@@ -166,6 +167,7 @@ class Run:
         before: the evaluation before the first one, where it was made.
         saved: the step of the checkpoint that this run wrote or read last; -1: none.
         lost: batches in a row that a served teacher did not score.
+        ahead: the next batch, sampled already and being scored (with `Config.overlap`).
         monitor: watches over its health.
         samples: some of what was sampled.
     """
@@ -194,6 +196,7 @@ class Run:
             self.optimizer, lambda k: min(1.0, (k + 1) / max(1, config.warmup_steps))
         )
         self.done, self.saved, self.lost = 0, -1, 0
+        self.ahead: Scoring | None = None
         self.history: list[dict[str, Any]] = []
         self.before: Evaluation | None = None
         self.monitor = Monitor(config, (len(roller.aligner.student), len(roller.aligner.teacher)))
@@ -203,8 +206,14 @@ class Run:
             with suppress(XTokMapError):  # nobody knows what a mixture of experts costs
                 self.flops = StepFlops(ModelFlops.of(roller.student), ModelFlops.of(roller.teacher.model))
 
+    def draw(self) -> Sequence[str]:
+        """This process' share of the next prompts."""
+        return self.processes.share([self.prompts[next(self.order)] for _ in range(self.config.batch_size)])
+
     def rollouts(self) -> Rollouts:
         """The next batch that the teacher has scored; one that a server fails on is left out, and said.
+
+        With `Config.overlap` the batch behind it is sampled before, and its scoring begun.
 
         Raises:
             TeacherError: more than `Config.teacher_failures` batches in a row.
@@ -213,11 +222,21 @@ class Run:
             pass
         return rollouts
 
+    def _sampled(self) -> Rollouts:
+        rollouts = self.roller.sample(self.draw())
+        with Clock(self.roller.device, rollouts.seconds)("logprobs"):
+            rollouts.old_logprobs = self.roller.all_logprobs(rollouts)
+        return rollouts
+
     def _scored(self) -> Rollouts | None:
-        prompts = [self.prompts[next(self.order)] for _ in range(self.config.batch_size)]
+        waiting, self.ahead = self.ahead, None
+        if self.config.overlap:
+            waiting = waiting or Scoring(self.roller, self._sampled())
+            if self.done + 1 < self.config.steps:
+                self.ahead = Scoring(self.roller, self._sampled(), after=waiting)
         rollouts, failure = None, None
         try:
-            rollouts = self.roller.roll(self.processes.share(prompts))
+            rollouts = waiting.wait() if waiting else self.roller.roll(self.draw())
         except TeacherError as error:
             failure = str(error)
         # What one process has no scores for, none learns from.
@@ -230,6 +249,19 @@ class Run:
         warnings.warn(f"this batch has no scores and is left out: {failures[0]}", stacklevel=4)
         return None
 
+    def take_up(self, answers: list[list[int]], completed: list[bool], old_logprobs: torch.Tensor) -> None:
+        """The next batch, that an earlier run had sampled: this process' rows, and the logprobs of who sampled them."""
+        rollouts = self.roller.pair(self.draw(), answers, completed)
+        rollouts.seconds.update({"sample": 0.0, "logprobs": 0.0})
+        rollouts.old_logprobs = old_logprobs.to(self.roller.device)
+        self.ahead = Scoring(self.roller, rollouts)
+
+    def close(self) -> None:
+        """Gives up the scoring of the batch that comes next; a checkpoint has it sampled."""
+        if self.ahead is not None and isinstance(self.roller.teacher, ServerTeacher):
+            self.roller.teacher.client.give_up()
+        self.ahead = None
+
     def step(self) -> dict[str, Any]:
         """Samples, scores and updates once; returns the step's line of `metrics.jsonl`, the same in every process."""
         start = time.perf_counter()
@@ -241,6 +273,8 @@ class Run:
         seen = self._watched(rollouts, found) if self.watch else {}
         metrics = _metrics(self.done, rollouts, found, time.perf_counter() - start, self.processes)
         metrics["skipped_batches"], self.lost = self.lost, 0
+        if self.config.overlap:
+            metrics["hidden_seconds"] = max(self.processes.gather(rollouts.hidden))
         metrics |= self._account(rollouts) | seen
         if self.watch:
             metrics["warnings"] = self.monitor.check(metrics)
@@ -370,6 +404,8 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
             failure = error
             if config.save_every:
                 save(run, checkpoints, keep=config.keep_checkpoints)
+        finally:
+            run.close()
         if interrupted and processes.first:
             print(f"interrupted after {run.done} steps: saving to {output}", file=sys.stderr)
         weights = whole_weights(student)

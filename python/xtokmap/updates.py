@@ -47,7 +47,9 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
     denominator = processes.sum((response if config.aggregate == "response" else scored).sum()).clamp(min=1)
 
     student.eval()  # no dropout: what is updated is the policy that sampled
-    old_logprobs = roller.all_logprobs(rollouts) if config.updates > 1 and loss_of is _policy_loss else None
+    old_logprobs = rollouts.old_logprobs
+    if old_logprobs is None and config.updates > 1 and loss_of is _policy_loss:
+        old_logprobs = roller.all_logprobs(rollouts)
 
     nats = torch.zeros(len(rollouts.prompts), device=roller.device)
     nbytes = torch.zeros(len(rollouts.prompts), dtype=torch.long, device=roller.device)
