@@ -27,15 +27,15 @@ def test_every_steps_figures_arrive(settings, monkeypatch, name):
     calls = []
     package = types.ModuleType(name)
     package.init = lambda **how: calls.append(("init", how["project"], how["name"], how["config"]["steps"]))
-    package.log = lambda figures: calls.append(("log", figures))
+    package.log = lambda figures, step: calls.append(("log", step, figures))
     package.finish = lambda: calls.append(("finish",))
     monkeypatch.setitem(sys.modules, name, package)
     result = train(Config(**settings, track=name, device="cpu"), models=tiny.pair())
     assert calls[0] == ("init", "xtokmap", "mine", 2)
-    assert [c[1]["step"] for c in calls[1:-1]] == [1, 2]
-    assert calls[1][1] == flat(result.metrics[0])
-    assert calls[1][1]["coverage/ONE_TO_ONE"] == result.metrics[0]["coverage"]["ONE_TO_ONE"]
-    assert calls[1][1]["warnings"] == 0
+    assert [c[1] for c in calls[1:-1]] == [1, 2]
+    assert calls[1][2] | {"step": 1} == flat(result.metrics[0])
+    assert calls[1][2]["coverage/ONE_TO_ONE"] == result.metrics[0]["coverage"]["ONE_TO_ONE"]
+    assert calls[1][2]["warnings"] == 0
     assert calls[-1] == ("finish",)
 
 

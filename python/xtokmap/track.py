@@ -33,8 +33,13 @@ def tracker(name: str, run: str, config: dict[str, Any]) -> Iterator[Callable[[d
     except ImportError:
         raise XTokMapError(f"track={name!r}: the package is not installed; pip install {name}") from None
     package.init(project="xtokmap", name=run, config=config)
+
+    def log(line: dict[str, Any]) -> None:
+        figures = flat(line)
+        package.log(figures, step=figures.pop("step"))  # trackio keeps the name for itself
+
     try:
-        yield lambda line: package.log(flat(line))
+        yield log
     finally:
         package.finish()
 

@@ -1,7 +1,8 @@
 """Two model families, small enough to be trained here: other tokenizers, and other architectures.
 
-Three arrangements of the tokenizers: the student splits numbers into digits and the teacher merges them, the reverse,
-and crossing, where the student joins a sign with the digit behind it and the teacher with the digit before it.
+Three arrangements of the tokenizers: the student splits numbers into digits and the teacher merges them; the student
+takes pairs of digits together and the teacher splits them; and crossing, where the student joins a sign with the digit
+behind it and the teacher with the digit before it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from xtokmap.reproduce.tasks import TASKS, Chain, Problem, problem_of, solve
 #: How the student's and the teacher's tokenizer cut.
 ARRANGEMENTS = {
     "student_finer": ("digits", "numbers"),
-    "teacher_finer": ("numbers", "digits"),
+    "teacher_finer": ("pairs", "digits"),
     "crossing": ("before", "after"),
 }
 
@@ -31,6 +32,7 @@ ARRANGEMENTS = {
 _CUTS: dict[str, tuple[str, int]] = {
     "digits": (r"[0-9]", 102),
     "numbers": (r"[0-9]+", 400),
+    "pairs": (r"[0-9](?=(?:[0-9]{2})+(?![0-9]))|[0-9]{1,2}", 188),
     "before": (r"[-+=;#]?[0-9]", 160),
     "after": (r"[0-9][-+=;#]?", 160),
 }
@@ -49,7 +51,8 @@ def tokenizer(cut: str, task: str) -> Any:
     """A BPE tokenizer learnt from solutions in all ways: a transformers fast tokenizer whose end of turn is `<end>`.
 
     Args:
-        cut: `digits`, `numbers` (merged, up to whole ones), `before` (a sign joins the digit behind it), `after`.
+        cut: `digits`, `numbers` (merged, up to whole ones), `pairs` of digits, counted from the right, `before` (a sign
+            joins the digit behind it), `after`.
         task: name of the task.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -164,7 +167,7 @@ def fit(
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)]
     if muon:
         if not hasattr(torch.optim, "Muon"):
-            raise XTokMapError(f"torch {torch.__version__} has no Muon, with which teachers are trained: 2.9 has it")
+            raise XTokMapError(f"torch {torch.__version__} has no Muon, which trains these models: 2.9 has it")
         optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     model.train()
     began = time.perf_counter()
@@ -230,7 +233,7 @@ def fit_student(
         task: name of the task.
         cut: of its tokenizer.
         seed: of its weights and of the answers.
-        until: asked every 25 steps whether the model is good enough.
+        until: asked every 10 steps whether the model is good enough.
         steps: at most.
         say: hears of the progress.
     """
@@ -243,7 +246,7 @@ def fit_student(
         return encode(made, task, [(p, 1, solve(TASKS[task], p, 0, rng)) for p in problems], lambda _: STUDENT_TEMPLATE)
 
     def enough(step: int) -> bool:
-        return step % 25 == 0 and until(model)
+        return step % 10 == 0 and until(model)
 
-    fit(model, draw, steps=steps, rate=2e-3, seed=f"student {task} {cut} {seed}", until=enough, say=say)
+    fit(model, draw, steps=steps, rate=3e-3, seed=f"student {task} {cut} {seed}", muon=True, until=enough, say=say)
     return model
