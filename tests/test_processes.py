@@ -87,6 +87,10 @@ def test_what_several_processes_cannot_do(tmp_path, monkeypatch):
         assert error == "XTokMapError: batch_size=1: each of the 2 processes needs a prompt"
     with pytest.raises(xtokmap.XTokMapError, match="shard=True needs several processes"):
         shard(tiny.student_model(), Processes(), torch.device("cpu"))
+    with monkeypatch.context() as old:
+        old.delattr("torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms")
+        with pytest.raises(xtokmap.XTokMapError, match=r"shard=True: torch .* parts no layers as it is needed here"):
+            shard(tiny.student_model(), Processes(0, 2), torch.device("cpu"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "")
     with pytest.raises(xtokmap.XTokMapError, match="start several processes with accelerate launch or torchrun"):

@@ -117,13 +117,20 @@ def shard(student: Any, processes: Processes, device: torch.device) -> None:
         device: of this process.
 
     Raises:
-        XTokMapError: a single process, or a model without a list of layers.
+        XTokMapError: a single process, a model without a list of layers, or a PyTorch that is too old.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     if processes.count == 1:
         raise XTokMapError("shard=True needs several processes: start them with accelerate launch or torchrun")
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        FSDPModule.set_force_sum_reduction_for_comms  # noqa: B018
+    except (ImportError, AttributeError):
+        raise XTokMapError(
+            f"shard=True: torch {torch.__version__} parts no layers as it is needed here (FSDP2 with sums); take a "
+            "newer one, or leave shard out"
+        ) from None
     layers = _layers(student)
     mesh = init_device_mesh(device.type, (processes.count,))
     policy = MixedPrecisionPolicy(param_dtype=student.dtype, reduce_dtype=torch.float32)
