@@ -2,7 +2,8 @@
 
 SmolLM2 135M Instruct learns from Gemma 3 270M, the pair of `make demo`. Every run starts from the same weights. Along
 the way the student is held against the teacher in two ways: the reverse KL of its own answers to held-out prompts, per
-byte, and its negative logprob of the teacher's answers to them, per byte.
+byte, and its negative logprob of the teacher's answers to them, per byte. Table and plot are in benches/results/ after
+every measurement.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -45,14 +47,39 @@ def forward_nll(roller: Roller, answers: Rollouts) -> tuple[float, float]:
     return ratio_with_error((-logprobs * text).sum(1).tolist(), nbytes)
 
 
+def plot(points: list[tuple[str, int, int, float, float, float]]) -> None:
+    """Both measures against FLOPs, the mean over the seeds that have come so far."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    start = points[0]
+    for column, (axis, name) in enumerate(
+        zip(axes, ("reverse KL of the student's answers", "NLL of the teacher's answers"), strict=True), 4
+    ):
+        for method in dict.fromkeys(p[0] for p in points[1:]):
+            steps = sorted({p[2] for p in points if p[0] == method})
+            at = [[p for p in points if p[0] == method and p[2] == step] for step in steps]
+            x = [statistics.mean(p[3] for p in some) for some in at]
+            y = [statistics.mean(p[column] for p in some) for some in at]  # type: ignore[misc]
+            axis.plot([0, *x], [start[column], *y], marker="o", markersize=3, label=method)
+        axis.set(xlabel="FLOPs", ylabel="nats/byte", title=name)
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize="small")
+    figure.savefig(RESULTS / "pair_compute.png", dpi=85)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12], help="after which to measure")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40], help="after which to measure")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32, help="longest answer")
-    parser.add_argument("--heldout", type=int, default=20, help="held-out prompts")
+    parser.add_argument("--heldout", type=int, default=24, help="held-out prompts")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -76,11 +103,20 @@ def main() -> None:
     judge = Roller(student, tokenizer, teacher, replace(common, method="kd"))
     torch.manual_seed(99)
     answers = judge.roll(heldout)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     lines = [
+        f"`{' '.join(['python', 'benches/pair_compute.py', *sys.argv[1:]])}`",
+        "",
+        f"xtokmap {xtokmap.__version__}, {versions}, Python {platform.python_version()}, {platform.machine()}, CPU.",
+        f"{args.batch} samples a step of at most {args.tokens} tokens, learning rate {args.learning_rate:g}, "
+        f"{len(heldout)} held-out prompts; ± is the standard error over prompts.",
+        "",
         "| method | seed | step | FLOPs | of these sampling | seconds | reverse KL, nats/byte | NLL of the teacher's "
         "answers, nats/byte |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
+
+    points: list[tuple[str, int, int, float, float, float]] = []
 
     def measure(method: str, seed: int, step: int, flops: dict[str, int], seconds: float) -> None:
         kl, kl_error = evaluate(judge, heldout).kl_per_byte
@@ -92,6 +128,10 @@ def main() -> None:
             f"| {kl:.4f} ± {kl_error:.4f} | {nll:.4f} ± {nll_error:.4f} |"
         )
         print(lines[-1], flush=True)
+        points.append((method, seed, step, float(total), kl, nll))
+        (RESULTS / "pair_compute.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if step:
+            plot(points)
 
     nothing = {"sample": 0, "teacher": 0, "update": 0}
     measure("start", 0, 0, nothing, 0.0)
@@ -109,16 +149,6 @@ def main() -> None:
                 flops = {name: flops[name] + metrics["flops"][name] for name in flops}
                 if step in args.steps:
                     measure(method, seed, step, flops, seconds)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
-    head = [
-        f"`{' '.join(['python', 'benches/pair_compute.py', *sys.argv[1:]])}`",
-        "",
-        f"xtokmap {xtokmap.__version__}, {versions}, Python {platform.python_version()}, {platform.machine()}, CPU.",
-        f"{args.batch} samples a step of at most {args.tokens} tokens, learning rate {args.learning_rate:g}, "
-        f"{len(heldout)} held-out prompts; ± is the standard error over prompts.",
-        "",
-    ]
-    (RESULTS / "pair_compute.md").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
