@@ -85,7 +85,7 @@ def test_the_arrangements_cut_as_they_are_called(arrangement):
     assert student.decode(student(text).input_ids) == text
 
 
-@pytest.mark.parametrize("cut", ["digits", "numbers", "before", "after"])
+@pytest.mark.parametrize("cut", ["digits", "numbers", "pairs", "before", "after"])
 def test_wrong_numbers_are_not_learnt(cut):
     made = tokenizer(cut, "addition")
     chain = Chain(random.Random(0), mistakes=1.0)
@@ -158,7 +158,7 @@ def test_the_sweep_takes_the_rate_with_the_most_right_answers():
 @pytest.fixture
 def small(monkeypatch):
     """Everything of the comparison, too small to learn much; in this process, so that it is as small there."""
-    monkeypatch.setattr(reproduce, "TEACHER_STEPS", 3)
+    monkeypatch.setattr(reproduce, "TEACHER_STEPS", dict.fromkeys(TASKS, 3))
     monkeypatch.setattr(reproduce, "POINTS", {"opd": (1, 2), "kd": (1, 2), "sft": (1, 2)})
     monkeypatch.setattr(reproduce, "SWEEP_POINTS", {"opd": (1,), "kd": (1,), "sft": (1,)})
     monkeypatch.setattr(reproduce, "RATES", (1e-3,))
@@ -249,14 +249,17 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_stored_teachers_can_do_their_task():
-    stored = Path(__file__).parents[1] / "benches" / "teachers"
-    for cut in ("numbers", "digits", "after"):
-        made = tokenizer(cut, "addition")
-        path = reproduce.teacher_path(stored, "addition", cut)
-        teacher = reproduce._load(families.teacher_model(len(made)), path)
-        problems = runs.heldout_problems(ADDITION, 64)
-        assert runs.judge(teacher, made, ADDITION, teacher_template(1), problems, greedy=True) > 0.95
+@pytest.mark.parametrize(
+    ("name", "cut"), [("addition", "numbers"), ("addition", "digits"), ("addition", "after"), ("chain_sum", "numbers")]
+)
+def test_the_stored_teachers_can_do_their_task(name, cut):
+    if name == "chain_sum":
+        pytest.importorskip("reasoning_gym")
+    made, task = tokenizer(cut, name), TASKS[name]
+    path = reproduce.teacher_path(Path(__file__).parents[1] / "benches" / "teachers", name, cut)
+    teacher = reproduce._load(families.teacher_model(len(made)), path)
+    problems = runs.heldout_problems(task, 64)
+    assert runs.judge(teacher, made, task, teacher_template(1), problems, greedy=True) > 0.95
 
 
 def test_the_student_and_the_teacher_are_asked_the_same_problem():
