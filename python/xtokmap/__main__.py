@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -338,7 +339,8 @@ def _train(args: argparse.Namespace) -> int:
 
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     result = train(Config(**values))
-    print(f"student, metrics, report.html and curves are in {result.output}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print(f"student, metrics, report.html and curves are in {result.output}")
     return 130 if result.interrupted else 0
 
 
