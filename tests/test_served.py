@@ -675,8 +675,11 @@ def test_an_overlapped_run_that_was_stopped_goes_on_to_the_bit(prompts, model, m
         assert len(stopped.metrics) == 3
         names = load_file(found(stopped.output / "checkpoints")[-1] / "state.safetensors")
         assert {"ahead.ids.0", "ahead.lengths.0", "ahead.completed.0", "ahead.logprobs.0"} <= set(names)
-        torch.manual_seed(99)
-        result = train(replace(settings, resume=True), models=tiny.pair())
+    torch.manual_seed(99)
+    with faults.serving(model, tiny.teacher_tokenizer()) as elsewhere:
+        again = replace(settings, resume=True, teacher_url=elsewhere.url, teacher_retries=1, report_every=0)
+        assert again.teacher_url != settings.teacher_url
+        result = train(again, models=tiny.pair())
     assert len(result.metrics) == 5
     assert killable.left(result.output) == killable.left(whole.output)
 

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from xtokmap.train import Run
 
 #: Fields of `Config` that a run may change when it goes on. Of `prompts` the content counts, not the file's name.
-FREE = ("steps", "output", "prompts", "micro_batch", "device", "save_every", "keep_checkpoints", "resume")
+FREE = (
+    *("steps", "output", "prompts", "micro_batch", "device", "save_every", "keep_checkpoints", "resume"),
+    *("report_every", "track", "teacher_timeout", "teacher_concurrency", "teacher_retries", "teacher_failures"),
+)
 
 _FORMAT = 1
 _FILES = ("state.safetensors", "state.json", "metrics.jsonl")
@@ -394,7 +397,8 @@ def _check_same(path: Path, state: dict[str, Any], run: Run) -> None:
     for name in dict.fromkeys([*now, *then]):
         here = now.get(name, defaults.get(name))
         there = then.get(name, defaults.get(name))
-        if name not in FREE and here != there:
+        moved = name == "teacher_url" and bool(here) == bool(there)  # a server may be somewhere else by now
+        if name not in FREE and not moved and here != there:
             raise CheckpointError(
                 f"{path} is of a run with {name}={there!r}, not {here!r}: go on with that, or use another output"
             )
