@@ -1,3 +1,4 @@
+import json
 import os
 
 # Sums are in another order with another number of threads, and a sample that differs changes all that follows: what a
@@ -13,3 +14,13 @@ def _cache_of_these_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XTOKMAP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A small file of prompts, some of them held out."""
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": t, "split": "train"} for t in ("the sky", "the dog", "a fox?", "1 + 2")]
+    rows += [{"prompt": t, "split": "heldout"} for t in ("the grass", "naïve")]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path

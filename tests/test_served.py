@@ -486,15 +486,6 @@ def test_a_missing_or_wrong_key_is_named(model, monkeypatch):
 # ---- in the loop -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": t, "split": "train"} for t in ("the sky", "the dog", "a fox?", "1 + 2")]
-    rows += [{"prompt": t, "split": "heldout"} for t in ("the grass", "naïve")]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
 def config(prompts, **changes) -> Config:
     values = {"prompts": str(prompts), "output": str(prompts.parent / "out"), "steps": 3, "batch_size": 4}
     values |= {

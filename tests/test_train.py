@@ -24,15 +24,6 @@ from xtokmap.train import Config, Roller, evaluate, read_prompts, train
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": t, "split": "train"} for t in ("the sky", "the dog", "a fox?", "1 + 2")]
-    rows += [{"prompt": t, "split": "heldout"} for t in ("the grass", "naïve")]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
 def config(prompts, **changes) -> Config:
     values = {
         "prompts": str(prompts),

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -110,12 +111,19 @@ def _load(model: Any, path: Path) -> Any:
     return model.eval()
 
 
-def _save(model: Any, path: Path, dtype: torch.dtype | None = None) -> None:
-    own = {name: p.detach().to(dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write under; what is there at the end gets its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
-    save_file(own, part)
+    yield part
     os.replace(part, path)
+
+
+def _save(model: Any, path: Path, dtype: torch.dtype | None = None) -> None:
+    own = {name: p.detach().to(dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
+    with _replacing(path) as part:
+        save_file(own, part)
 
 
 def teacher_path(folder: Path, task: str, cut: str) -> Path:
@@ -175,10 +183,8 @@ def make_answers(folder: Path, teachers: Path, task: str, arrangement: str, ways
     own = bench(folder, teachers, task, arrangement)
     pool = own.fill(ways)
     path = pool_path(folder, task, own.cuts[1], ways)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({"answers": pool.answers, "seconds": pool.seconds}))
-    os.replace(part, path)
+    with _replacing(path) as part:
+        part.write_text(json.dumps({"answers": pool.answers, "seconds": pool.seconds}))
     return {}
 
 
