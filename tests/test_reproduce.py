@@ -126,6 +126,7 @@ def test_ratios_pair_the_seeds_and_say_what_they_do_not_know():
     slow = [run_of("sft", 0, [(0, 0.2), (100, 0.6)]), run_of("sft", 1, [(0, 0.2), (400, 0.6)])]
     ratio = tables.Ratio(slow, fast, 0.4)
     assert ratio.mean == pytest.approx(20)
+    assert tables.Ratio(slow, fast, 0.2, measure="sampled").mean == pytest.approx(20)
     assert tables.gains({"sft": slow, "opd": fast}) == pytest.approx(
         {"nine tenths of what sft gains": 0.36, "half of the best gain": 0.2}
     )

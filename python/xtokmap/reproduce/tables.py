@@ -63,6 +63,7 @@ class Ratio:
         fast: runs of the other, with the same seeds.
         gain: the accuracy, over what the seed's student starts with.
         parts: of the cost.
+        measure: `greedy` or `sampled`.
 
     Attributes:
         mean: geometric mean over the seeds.
@@ -72,13 +73,20 @@ class Ratio:
         failed: on how many seeds `fast` did not; there is no ratio then.
     """
 
-    def __init__(self, slow: Sequence[Run], fast: Sequence[Run], gain: float, parts: Sequence[str] = ALL) -> None:
+    def __init__(
+        self,
+        slow: Sequence[Run],
+        fast: Sequence[Run],
+        gain: float,
+        parts: Sequence[str] = ALL,
+        measure: str = "greedy",
+    ) -> None:
         logs = []
         self.bounded = self.failed = 0
         others = {run["seed"]: run for run in fast}
         for run in slow:
-            target = run["points"][0]["greedy"] + gain
-            a, b = cost_to_reach(run, target, parts), cost_to_reach(others[run["seed"]], target, parts)
+            target = run["points"][0][measure] + gain
+            a, b = (cost_to_reach(one, target, parts, measure) for one in (run, others[run["seed"]]))
             if math.isinf(a):
                 self.bounded += 1
                 a = cost(run["points"][-1], parts)
@@ -93,7 +101,7 @@ class Ratio:
 
     def __str__(self) -> str:
         if self.failed:
-            return f"- (not there on {self.failed} seeds)"
+            return f"- (not there on {self.failed} seed{'s' * (self.failed > 1)})"
         if self.bounded:
             return f"≥ {self.mean:.3g}" + (f" ({self.low:.3g} at the least)" if not math.isnan(self.low) else "")
         return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g})"
@@ -136,13 +144,13 @@ def start_of(cell: dict[str, list[Run]], measure: str = "greedy") -> float:
     return float(statistics.mean(run["points"][0][measure] for runs in cell.values() for run in runs))
 
 
-def gains(cell: dict[str, list[Run]]) -> dict[str, float]:
+def gains(cell: dict[str, list[Run]], measure: str = "greedy") -> dict[str, float]:
     """How much better to compare at: what fine-tuning gains at its best if it does, and half of what the best does."""
-    start, sft = start_of(cell), best(cell["sft"]) if "sft" in cell else 0.0
+    start, sft = start_of(cell, measure), best(cell["sft"], measure) if "sft" in cell else 0.0
     found = {}
     if sft > start + 0.02:
         found["nine tenths of what sft gains"] = 0.9 * (sft - start)
-    top = max(best(runs) for method, runs in cell.items() if method != "sft")
+    top = max(best(runs, measure) for method, runs in cell.items() if method != "sft")
     if top > start + 0.02:
         found["half of the best gain"] = (top - start) / 2
     return found
@@ -151,15 +159,17 @@ def gains(cell: dict[str, list[Run]]) -> dict[str, float]:
 def ratio_table(cell: dict[str, list[Run]]) -> list[str]:
     """What fine-tuning costs over what the others cost, to as many right answers more than at the start."""
     lines = [
-        "| more right answers, greedy | method | FLOPs, sft / method | without sampling | processor time |",
+        "| more right answers | method | FLOPs, sft / method | without sampling | processor time |",
         "|---|---|--:|--:|--:|",
     ]
-    for name, gain in gains(cell).items():
-        for method, runs in cell.items():
-            if method == "sft":
-                continue
-            columns = [str(Ratio(cell["sft"], runs, gain, p)) for p in (ALL, WITHOUT_SAMPLING, ("seconds",))]
-            lines.append(f"| {name}, {gain:+.3f} | {method} | {' | '.join(columns)} |")
+    for measure, how in (("greedy", "greedy"), ("sampled", "T = 1")):
+        for name, gain in gains(cell, measure).items():
+            for method, runs in cell.items():
+                if method == "sft":
+                    continue
+                parts = (ALL, WITHOUT_SAMPLING, ("seconds",))
+                columns = [str(Ratio(cell["sft"], runs, gain, part, measure)) for part in parts]
+                lines.append(f"| {name}, {how}, {gain:+.3f} | {method} | {' | '.join(columns)} |")
     return lines
 
 
