@@ -153,7 +153,7 @@ def test_intervals_are_students():
 
 def test_the_sweep_takes_the_rate_with_the_most_right_answers():
     rows = [{**run_of("sft", 100, [(0, 0.2), (10, right)]), "rate": rate} for rate, right in ((1e-4, 0.3), (1e-3, 0.5))]
-    assert reproduce.choose_rates(rows) == {"addition crossing sft": 1e-3}
+    assert reproduce.choose_rates(rows) == {"addition crossing 8 sft": 1e-3}
 
 
 @pytest.fixture

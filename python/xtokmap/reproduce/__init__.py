@@ -90,7 +90,7 @@ QUICK_RATES = {"sft": 1e-4, "opd prior": 1e-4, "opd cover": 1e-4, "opd transfer_
 def points_of(method: str, ways: int, *, sweep: bool = False) -> tuple[int, ...]:
     """After which steps a run of this method is judged; the last one is its length."""
     points = (SWEEP_POINTS if sweep else POINTS)[METHODS[method].get("method", "opd")]
-    few = method == "sft" and ways < 8 and not sweep
+    few = method == "sft" and ways < 8
     return tuple(step for step in points if step <= FEW_WAYS_STEPS) if few else points
 
 
@@ -267,10 +267,10 @@ def _run_all(
 
 
 def choose_rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """For every task, arrangement and method the rate with the most right answers at the sweep's end, both ways."""
+    """For every cell and method the rate with the most right answers at the sweep's end, greedy and at T = 1."""
     scores: dict[str, dict[float, list[float]]] = {}
     for row in rows:
-        name = f"{row['task']} {row['arrangement']} {row['method']}"
+        name = f"{row['task']} {row['arrangement']} {row['ways']} {row['method']}"
         last = row["points"][-1]
         scores.setdefault(name, {}).setdefault(row["rate"], []).append(last["greedy"] + last["sampled"])
     return {name: max(by_rate, key=lambda rate: statistics.mean(by_rate[rate])) for name, by_rate in scores.items()}
@@ -309,8 +309,6 @@ def reproduce(
     folder.mkdir(parents=True, exist_ok=True)
     stored = Path(teachers) if teachers is not None else folder / "teachers"
     context = multiprocessing.get_context("spawn")
-    # A cell's sweep is that of its task and arrangement at the most ways.
-    widest = {(task, arrangement): cell for cell in plan.cells for task, arrangement in [cell[:2]] if cell[2] == 8}
     with ProcessPoolExecutor(workers or os.cpu_count(), context, _start_worker) as pool:
         cuts = dict.fromkeys((task, families.ARRANGEMENTS[arrangement]) for task, arrangement, *_ in plan.cells)
         needed = dict.fromkeys((task, cut) for task, (_, cut) in cuts)
@@ -346,9 +344,9 @@ def reproduce(
         (folder / "teachers.json").write_text(json.dumps(judged, indent=2) + "\n")
 
         sweep = [
-            Setting(task, arrangement, 8, method, rate, seed, points_of(method, 8, sweep=True)[-1])
+            Setting(task, arrangement, ways, method, rate, seed, points_of(method, ways, sweep=True)[-1])
             for seed in plan.sweep_seeds
-            for (task, arrangement), (*_, methods) in widest.items()
+            for task, arrangement, ways, methods in plan.cells
             for method in methods
             for rate in RATES
         ]
@@ -357,7 +355,7 @@ def reproduce(
         settings = [
             Setting(
                 task, arrangement, ways, method,
-                QUICK_RATES[method] if quick else rates[f"{task} {arrangement} {method}"],
+                QUICK_RATES[method] if quick else rates[f"{task} {arrangement} {ways} {method}"],
                 seed, points_of(method, ways)[-1],
             )
             for seed in plan.seeds

@@ -177,17 +177,17 @@ def sweep_table(rows: Iterable[Run]) -> list[str]:
     """Right answers at the end of the sweep, greedy / T = 1, by learning rate."""
     rows = list(rows)
     rates = sorted({row["rate"] for row in rows})
-    found: dict[tuple[str, str, str], dict[float, str]] = {}
+    found: dict[tuple[str, str, int, str], dict[float, str]] = {}
     for row in rows:
         last = row["points"][-1]
-        name = (row["task"], row["arrangement"], row["method"])
+        name = (row["task"], row["arrangement"], row["ways"], row["method"])
         found.setdefault(name, {})[row["rate"]] = f"{last['greedy']:.2f} / {last['sampled']:.2f} ({last['step']})"
     lines = [
-        "| task | arrangement | method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
-        "|---|---|---|" + "--:|" * len(rates),
+        "| task | arrangement | ways | method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "|---|---|--:|---|" + "--:|" * len(rates),
     ]
     lines += [
-        f"| {' | '.join(name)} | {' | '.join(by.get(rate, '') for rate in rates)} |"
+        f"| {' | '.join(map(str, name))} | {' | '.join(by.get(rate, '') for rate in rates)} |"
         for name, by in sorted(found.items())
     ]
     return lines
