@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from xtokmap import rollouts as rolling
-from xtokmap.health import Monitor, entropy_sum, measure
+from xtokmap.health import Monitor, entropy_sum, measure, together
 from xtokmap.teacher import LocalTeacher, render
 from xtokmap.torch import Logits
 from xtokmap.train import Config, Roller, Run, train
@@ -137,7 +137,7 @@ def test_figures_are_those_of_the_definition():
     rollouts = roller.roll(list(ANSWERS))
     own = roller.all_logprobs(rollouts)
     found = {"logprobs": own, "entropy": torch.tensor([6.0, 4.0])}
-    seen = measure(roller, rollouts, found, probe=True)
+    seen = together([measure(roller, rollouts, found, probe=True)])
     assert seen["entropy"] == 1.5
     batch = roller.aligner.align_batch(rollouts.completion_ids, rollouts.teacher_ids)
     s, t, ended = [], [], 0
@@ -174,6 +174,20 @@ def test_figures_are_those_of_the_definition():
     leak = boundary_leak(part, torch.tensor(ids[::step]), roller.aligner.vocab_map)
     assert seen["boundary_leak"] == pytest.approx(float(leak.mean()), rel=1e-4)
     assert health["row_fit"][1] > max(health["row_fit"][::2]) + 1
+
+
+def test_figures_of_several_processes_are_weighted():
+    one = {"entropy": (1.0, 2), "student_nats": (2.0, 4), "lag": ([0.5, 0.25, 0.0], 3), "row_fit_error": (0.3, 1)}
+    two = {"entropy": (4.0, 1), "student_nats": (5.0, 2), "lag": ([0.0, 0.0, 0.0], 0), "row_fit_error": (0.4, 1)}
+    two["boundary_leak"] = (0.0, 0)
+    health = {"pairs": 6, "student_nats": 3.0, "lag_pairs": 3, "lag": [0.5, 0.25, 0.0], "row_fit_error": 0.25}
+    assert together([one, two]) == {
+        "entropy": pytest.approx(2.0),
+        "stops_scored": None,
+        "boundary_leak": None,
+        "health": {name: pytest.approx(value) for name, value in health.items()},
+    }
+    assert together([one])["health"]["row_fit_error"] == 0.3
 
 
 @pytest.mark.parametrize("fits", [True, False])

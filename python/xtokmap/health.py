@@ -8,7 +8,7 @@ nothing: there the logprobs of the two on ONE_TO_ONE chunks correlate at .85, an
 earlier and later; the teacher's tokens have mean logprob -3.3 in their own rows and -10.4 and -12.9 in those beside; a
 response is 40.7 nats likelier to the student after its own prompt than after another's, 22.7 to the teacher. Not found
 reliably: a teacher that gets the prompts of other rows. Not said: responses that have run to `max_new_tokens` from the
-start. Of several processes the first one's rows are looked at.
+start.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,9 +52,15 @@ def entropy_sum(rows: Logits, every: int) -> Tensor:
     return total
 
 
+#: Figures of some rows, numbers or lists of them, and how many things each is the mean of.
+Figures: TypeAlias = "dict[str, tuple[Any, float]]"
+#: Figures whose number of things is a figure as well.
+_COUNTED = {"student_nats": "pairs", "lag": "lag_pairs"}
+
+
 @torch.no_grad()
-def measure(roller: Roller, rollouts: Rollouts, found: dict[str, Any], *, probe: bool = False) -> dict[str, Any]:
-    """What a step shows of its health, for its line of `metrics.jsonl`; None where there is nothing to measure.
+def measure(roller: Roller, rollouts: Rollouts, found: dict[str, Any], *, probe: bool = False) -> Figures:
+    """What some rows of a step show of its health, for `together`.
 
     Args:
         roller: student and teacher.
@@ -61,38 +68,57 @@ def measure(roller: Roller, rollouts: Rollouts, found: dict[str, Any], *, probe:
         found: what `update` returned for them.
         probe: whether to exchange prompts, which costs forward passes of `PROMPT_ROWS` rows: one of the teacher, two of
             the student.
-
-    Returns:
-        `entropy`: of the student where it sampled, nats, mean over `ENTROPY_ROWS` places. `stops_scored`: of the turns
-        that ended, the share whose end of turn is scored. `boundary_leak`: nats, mean over `TEACHER_ROWS` places.
-        `health`, for `Monitor`: `broken_text`, share of the responses that are not UTF-8 before their last character;
-        of ONE_TO_ONE chunks `pairs`, their number, `student_nats` and `teacher_nats`, mean negative logprobs, `lag`,
-        the correlations of the student's logprobs with the teacher's one chunk earlier, at the same and one later, and
-        `lag_pairs`, how many neighbours these are of; `row_fit`, mean logprobs of the teacher's tokens in the row
-        before their own, in their own and in the row after, and `row_fit_error`, the standard error of the difference
-        of own and better neighbour; `prompt_gain`, how many nats a response is likelier after its own prompt than after
-        another's, to student and teacher, and `prompt_gain_error` of both.
     """
     total, n = found["entropy"].tolist()
     stop = rollouts.index.kind_of_student() == int(Kind.STOP)
     met = rollouts.index.to_student((rollouts.index.teacher_count > 0).long()) > 0
     ended = sum(rollouts.completed)
     scored = int((stop & met).sum()) if roller.config.score_stop else 0
-    health: dict[str, Any] = {"broken_text": _broken_text(roller, rollouts)}
-    leak = None
-    if rollouts.teacher is not None:
-        health |= _pairs(rollouts, found["logprobs"])
-        if isinstance(rollouts.teacher.rows, Logits):
-            fit, leak = _teacher_rows(roller, rollouts, rollouts.teacher.rows)
-            health |= fit
-        if probe and roller.config.method == "opd":
-            health |= _prompt_gain(roller, rollouts)
-    return {
-        "entropy": total / n if n else None,
-        "stops_scored": scored / ended if ended else None,
-        "boundary_leak": leak,
-        "health": health,
+    figures: Figures = {
+        "entropy": (total / max(n, 1), n),
+        "stops_scored": (scored / max(ended, 1), ended),
+        "broken_text": (_broken_text(roller, rollouts), len(rollouts.prompts)),
     }
+    if rollouts.teacher is not None:
+        figures |= _pairs(rollouts, found["logprobs"])
+        if isinstance(rollouts.teacher.rows, Logits):
+            figures |= _teacher_rows(roller, rollouts, rollouts.teacher.rows)
+        if probe and roller.config.method == "opd":
+            figures |= _prompt_gain(roller, rollouts)
+    return figures
+
+
+def together(parts: Sequence[Figures]) -> dict[str, Any]:
+    """Figures of all rows of a step from those of its parts, for its line of `metrics.jsonl`.
+
+    Args:
+        parts: what `measure` gave for each process' rows.
+
+    Returns:
+        None where there is nothing to measure. `entropy`: of the student where it sampled, nats, mean over
+        `ENTROPY_ROWS` places a process. `stops_scored`: of the turns that ended, the share whose end of turn is scored.
+        `boundary_leak`: nats, mean over `TEACHER_ROWS` places a process. `health`, for `Monitor`: `broken_text`, share
+        of the responses that are not UTF-8 before their last character; of ONE_TO_ONE chunks `pairs`, their number,
+        `student_nats` and `teacher_nats`, mean negative logprobs, `lag`, the correlations of the student's logprobs
+        with the teacher's one chunk earlier, at the same and one later, and `lag_pairs`, how many neighbours these are
+        of; `row_fit`, mean logprobs of the teacher's tokens in the row before their own, in their own and in the row
+        after, and `row_fit_error`, the standard error of the difference of own and better neighbour; `prompt_gain`, how
+        many nats a response is likelier after its own prompt than after another's, to student and teacher, and
+        `prompt_gain_error` of both.
+    """
+    figures: dict[str, Any] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        some = [part[name] for part in parts if name in part]
+        n = sum(weight for _, weight in some)
+        shares = np.array([np.multiply(value, weight / n) for value, weight in some]) if n else np.zeros(0)
+        if name in _COUNTED:
+            figures[_COUNTED[name]] = n
+        if n and name.endswith("_error"):  # of independent means
+            figures[name] = np.sqrt((shares**2).sum(0)).tolist()
+        elif n:
+            figures[name] = shares.sum(0).tolist()
+    seen = {name: figures.pop(name, None) for name in ("entropy", "stops_scored", "boundary_leak")}
+    return {**seen, "health": figures}
 
 
 def _broken_text(roller: Roller, rollouts: Rollouts) -> float:
@@ -100,22 +126,21 @@ def _broken_text(roller: Roller, rollouts: Rollouts) -> float:
     return sum("\ufffd" in text.rstrip("\ufffd") for text in texts) / max(len(texts), 1)
 
 
-def _pairs(rollouts: Rollouts, student_logprobs: Tensor) -> dict[str, Any]:
+def _pairs(rollouts: Rollouts, student_logprobs: Tensor) -> Figures:
     assert rollouts.teacher is not None
     index = rollouts.index
     s = index.sum_student(student_logprobs)
     t = index.sum_teacher(rollouts.teacher.logprobs.to(s.device))
     good = (index.kind == int(Kind.ONE_TO_ONE)) & torch.isfinite(s) & torch.isfinite(t)
-    if not good.any():
-        return {"pairs": 0}
     near = good[:, 1:] & good[:, :-1]
     correlations = [
         _correlation(s[:, 1:][near], t[:, :-1][near]),
         _correlation(s[good], t[good]),
         _correlation(s[:, :-1][near], t[:, 1:][near]),
     ]
-    nats = {"student_nats": -float(s[good].mean()), "teacher_nats": -float(t[good].mean())}
-    return {"pairs": int(good.sum()), **nats, "lag": correlations, "lag_pairs": int(near.sum())}
+    n = int(good.sum())
+    nats = {name: (-float(x[good].sum()) / max(n, 1), n) for name, x in (("student_nats", s), ("teacher_nats", t))}
+    return {**nats, "lag": (correlations, int(near.sum()))}
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
@@ -126,13 +151,13 @@ def _correlation(x: Tensor, y: Tensor) -> float:
     return float(x @ y) / scale if scale > 0 else 0.0
 
 
-def _teacher_rows(roller: Roller, rollouts: Rollouts, rows: Logits) -> tuple[dict[str, Any], float | None]:
+def _teacher_rows(roller: Roller, rollouts: Rollouts, rows: Logits) -> Figures:
     """Rows lie flat, one more for each response than it has tokens."""
     device = rows.rows.device
     places = [(b, i) for b, ids in enumerate(rollouts.teacher_ids) for i in range(1, len(ids))]
     places = places[:: max(1, math.ceil(len(places) / TEACHER_ROWS))]
     if len(places) < 2:
-        return {}, None
+        return {}
     first, before = [], 0
     for row in rollouts.teacher_ids:
         first.append(before)
@@ -142,18 +167,18 @@ def _teacher_rows(roller: Roller, rollouts: Rollouts, rows: Logits) -> tuple[dic
     near = (replace(rows, rows=rows.rows[at + step]) for step in (-1, 0, 1))
     fit = torch.cat([padded_logprobs(part, [ids.tolist()]) for part in near]).double()
     fit = fit[:, torch.isfinite(fit).all(0)]
-    found: dict[str, Any] = {}
-    if fit.shape[1] > 1:
+    found: Figures = {}
+    if (n := fit.shape[1]) > 1:
         means = fit.mean(1)
         better = 0 if means[0] > means[2] else 2
-        error = float((fit[better] - fit[1]).std()) / math.sqrt(fit.shape[1])
-        found = {"row_fit": means.tolist(), "row_fit_error": error}
+        error = float((fit[better] - fit[1]).std()) / math.sqrt(n)
+        found = {"row_fit": (means.tolist(), n), "row_fit_error": (error, n)}
     leak = boundary_leak(replace(rows, rows=rows.rows[at]), ids, roller.aligner.vocab_map)
     leak = leak[torch.isfinite(leak)]
-    return found, float(leak.mean()) if len(leak) else None
+    return {**found, "boundary_leak": (float(leak.sum()) / max(len(leak), 1), len(leak))}
 
 
-def _prompt_gain(roller: Roller, rollouts: Rollouts) -> dict[str, Any]:
+def _prompt_gain(roller: Roller, rollouts: Rollouts) -> Figures:
     assert rollouts.teacher is not None
     n = len(rollouts.prompts)
     pairs: list[tuple[int, int]] = []
@@ -177,10 +202,10 @@ def _prompt_gain(roller: Roller, rollouts: Rollouts) -> dict[str, Any]:
     own = rollouts.teacher.logprobs[rows]
     teacher = own.sum(1) - scores.logprobs.to(own).sum(1)
     gains = [x[torch.isfinite(x)].double() for x in (student, teacher)]
-    if min(map(len, gains)) < 4:
+    if (least := min(map(len, gains))) < 4:
         return {}
     errors = [float(x.std()) / math.sqrt(len(x)) for x in gains]
-    return {"prompt_gain": [float(x.mean()) for x in gains], "prompt_gain_error": errors}
+    return {"prompt_gain": ([float(x.mean()) for x in gains], least), "prompt_gain_error": (errors, least)}
 
 
 class Monitor:

@@ -31,7 +31,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.checkpoint import CheckpointError, found, restore, save, writing
 from xtokmap.config import Config
 from xtokmap.flops import ModelFlops, StepFlops
-from xtokmap.health import Monitor, measure
+from xtokmap.health import Monitor, measure, together
 from xtokmap.models import (
     float32_parameters,
     load,
@@ -282,12 +282,12 @@ class Run:
         return metrics
 
     def _watched(self, rollouts: Rollouts, found: dict[str, Any]) -> dict[str, Any]:
-        """The step's health, by the rows of the first process."""
+        """The step's health."""
         with Clock(self.roller.device, rollouts.seconds)("health"):
             alone = self.processes.count == 1 and isinstance(self.roller.teacher, LocalTeacher)
             seen = measure(self.roller, rollouts, found, probe=alone and not self.monitor.lines)
             self.samples.add(self.done, self.roller, rollouts, found["logprobs"])
-            return self.processes.gather(seen)[0]
+            return together(self.processes.gather(seen))
 
     def catch_up(self, samples: Path) -> None:
         """After a resume: the health of the steps before, and the samples that were kept of them."""
