@@ -152,7 +152,11 @@ def test_intervals_are_students():
 
 
 def test_the_sweep_takes_the_rate_with_the_most_right_answers():
-    rows = [{**run_of("sft", 100, [(0, 0.2), (10, right)]), "rate": rate} for rate, right in ((1e-4, 0.3), (1e-3, 0.5))]
+    curves = {1e-4: (0.3, 0.3), 1e-3: (0.5, 0.4), 3e-3: (0.1, 0.6)}
+    rows = [
+        {**run_of("sft", 100, [(0, 0.2), (10, first), (20, last)]), "rate": rate}
+        for rate, (first, last) in curves.items()
+    ]
     assert reproduce.choose_rates(rows) == {"addition crossing 8 sft": 1e-3}
 
 

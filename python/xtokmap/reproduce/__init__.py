@@ -267,12 +267,15 @@ def _run_all(
 
 
 def choose_rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """For every cell and method the rate with the most right answers at the sweep's end, greedy and at T = 1."""
+    """For every cell and method the rate with the most right answers over the sweep's points, greedy and at T = 1.
+
+    The mean of the points, as a rate should be quick as well as get far, and as one point of one seed is noisy.
+    """
     scores: dict[str, dict[float, list[float]]] = {}
     for row in rows:
         name = f"{row['task']} {row['arrangement']} {row['ways']} {row['method']}"
-        last = row["points"][-1]
-        scores.setdefault(name, {}).setdefault(row["rate"], []).append(last["greedy"] + last["sampled"])
+        right = statistics.mean(point["greedy"] + point["sampled"] for point in row["points"][1:])
+        scores.setdefault(name, {}).setdefault(row["rate"], []).append(right)
     return {name: max(by_rate, key=lambda rate: statistics.mean(by_rate[rate])) for name, by_rate in scores.items()}
 
 
