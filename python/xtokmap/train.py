@@ -257,8 +257,8 @@ class Run:
         self.ahead = Scoring(self.roller, rollouts)
 
     def close(self) -> None:
-        """Gives up the scoring of the batch that comes next; a checkpoint has it sampled."""
-        if self.ahead is not None and isinstance(self.roller.teacher, ServerTeacher):
+        """Gives up what a server is still asked for; a checkpoint has the batch that comes next sampled."""
+        if isinstance(self.roller.teacher, ServerTeacher):
             self.roller.teacher.client.give_up()
         self.ahead = None
 
