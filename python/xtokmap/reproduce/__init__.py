@@ -84,7 +84,7 @@ FULL = Plan(
 QUICK = Plan(cells=(("addition", "student_finer", 8, _SOME),), seeds=(0, 1), sweep_seeds=())
 
 #: For a quick run: what the sweep of the full one chose.
-QUICK_RATES = {"sft": 1e-4, "opd prior": 1e-4, "opd cover": 1e-4, "opd transfer_kl": 1e-4}
+QUICK_RATES = {"sft": 3e-3, "opd prior": 3e-5, "opd cover": 1e-4, "opd transfer_kl": 1e-4}
 
 
 def points_of(method: str, ways: int, *, sweep: bool = False) -> tuple[int, ...]:

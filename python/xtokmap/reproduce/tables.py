@@ -229,7 +229,9 @@ def plot_cells(cells: dict[tuple[str, str, int], dict[str, list[Run]]], path: Pa
             title = f"{task}, {arrangement.replace('_', ' ')}, {ways} way{'s' * (ways > 1)}: {how}"
             axis.set(xscale="log", xlabel=label, ylabel="share right", ylim=(0, 1), title=title)
             axis.grid(alpha=0.25)
-        row[0].legend(fontsize="x-small")
+    # Below: wherever it stood inside it would hide a curve.
+    lines, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=6, fontsize="small")
     figure.savefig(path, dpi=85)
     plt.close(figure)
 
