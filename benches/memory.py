@@ -1,4 +1,4 @@
-"""Memory and time of a distillation loss on the CPU: python benches/memory.py [--full]
+"""Memory and time of a distillation loss on the CPU: python benches/memory.py [--limit SECONDS]
 
 One row of logits of both models, bfloat16, forward and backward: xtokmap's policy gradient (`token_logprobs`,
 `chunk_credit`, `policy_loss`), what `log_softmax` makes of the same, and TRL GOLD's `ULDLoss` on the same tensors, each
@@ -6,7 +6,8 @@ in a process of its own. Memory is the peak resident set, less what was resident
 index and the chunk losses of a whole batch, without logits. Writes benches/results/memory.md.
 
 `ULDLoss` writes its groups into a tensor one by one, and the backward pass copies all of it for each: minutes for 512
-tokens, more than a quarter of an hour for 2,048, which is why it goes through those only with `--full`.
+tokens, more than half an hour for 2,048. What is not done after the limit is ended, and what it had taken by then is
+a lower bound.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -106,9 +108,9 @@ LOSSES: dict[str, Callable[[dict[str, Any]], Tensor]] = {
 }
 
 
-def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident(key: str, process: int | str = "self") -> int:
+    """VmRSS or VmHWM of a process, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
@@ -119,21 +121,37 @@ def measure(name: str, tokens: int, vocab: int) -> dict[str, float]:
     before = resident("VmRSS")
     if resident("VmHWM") > before + 2**24:
         raise SystemExit("the inputs took more memory to make than they have; peaks would say nothing")
+    print(json.dumps({"before": before}), flush=True)
     start = time.perf_counter()
     LOSSES[name](given).backward()
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak": resident("VmHWM") - before}
 
 
-def in_a_process(name: str, tokens: int, vocab: int) -> dict[str, float] | str:
+def in_a_process(name: str, tokens: int, vocab: int, limit: float) -> tuple[dict[str, float], bool] | str:
+    """What a loss takes, and whether it was done before the limit."""
     command = [sys.executable, __file__, "--only", name, "--tokens", str(tokens), "--vocab", str(vocab)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return f"{last}; `make bench` installs what is needed"
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        start = time.perf_counter()
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            peak = resident("VmHWM", process.pid) - json.loads(said)["before"]
+            seconds = time.perf_counter() - start
+            process.kill()
+            return {"seconds": seconds, "peak": peak}, False
+        rest = process.stdout.read()
+        if process.returncode:
+            errors.seek(0)
+            lines = errors.read().strip().splitlines() or [f"exit status {process.returncode}"]
+            print("\n".join(lines), file=sys.stderr)
+            return f"{lines[-1]}; `make bench` installs what is needed"
+    return json.loads(rest.splitlines()[-1]), True
 
 
 # ---- the chunks of a batch ---------------------------------------------------------------------------------------
@@ -205,25 +223,28 @@ def available() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
 
 
-def logits_table(sizes: dict[int, list[str]], vocab: int) -> list[str]:
+def logits_table(sizes: list[int], vocab: int, limit: float) -> list[str]:
     lines = [
         "| tokens | loss | peak, GiB | seconds | memory against xtokmap | time against xtokmap |",
         "|--:|---|--:|--:|--:|--:|",
     ]
-    for tokens, names in sizes.items():
+    for tokens in sizes:
         first: dict[str, float] = {}
-        for name in names:
+        for name in LOSSES:
             if NEED * tokens * vocab > available():
                 lines.append(f"| {tokens:,} | {name} | left out: {available() / 2**30:.1f} GiB are free | | | |")
                 continue
-            result = in_a_process(name, tokens, vocab)
-            if isinstance(result, str):
-                lines.append(f"| {tokens:,} | {name} | left out: {result} | | | |")
+            found = in_a_process(name, tokens, vocab, limit)
+            if isinstance(found, str):
+                lines.append(f"| {tokens:,} | {name} | left out: {found} | | | |")
                 continue
+            result, done = found
             first = first or result
-            cells = f"{result['peak'] / 2**30:.2f} | {result['seconds']:.2f}"
             ratios = (result[key] / first[key] for key in ("peak", "seconds"))
-            lines.append(f"| {tokens:,} | {name} | {cells} | " + " | ".join(f"{x:.1f}" for x in ratios) + " |")
+            cells = [f"{result['peak'] / 2**30:.2f}", f"{result['seconds']:.2f}", *(f"{x:.1f}" for x in ratios)]
+            least = "" if done else "≥ "
+            lines.append(f"| {tokens:,} | {name} | " + " | ".join(least + cell for cell in cells) + " |")
+            print(lines[-1], flush=True)
     return lines
 
 
@@ -231,26 +252,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--full", action="store_true", help="all losses at all sizes")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a loss is ended")
     parser.add_argument("--only", choices=LOSSES, help="one loss in this process; prints JSON")
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args.only, args.tokens, args.vocab)))
         return
-    names = list(LOSSES)
-    sizes = {args.tokens // 4: names, args.tokens: names if args.full else names[:-1]}
     rows, width = 128, 2048
     lines = [
         "# Memory and time of a distillation loss",
         "",
-        f"Command: `python benches/memory.py{' --full' if args.full else ''}`. torch {torch.__version__};",
+        f"Command: `{' '.join(['python', 'benches/memory.py', *sys.argv[1:]])}`. torch {torch.__version__};",
         f"{machine()}; {torch.get_num_threads()} threads.",
         "",
         f"One row of tokens, vocabulary {args.vocab:,}, bfloat16 logits of both models, forward and backward. Logits",
         f"({4 * args.tokens * args.vocab / 2**30:.2f} GiB for {args.tokens:,} tokens) are not counted; the gradient of",
-        "the student's, half of that, is.",
+        f"the student's, half of that, is. ≥: not done after {args.limit:g} s, and ended.",
         "",
-        *logits_table(sizes, args.vocab),
+        *logits_table([args.tokens // 4, args.tokens], args.vocab, args.limit),
         "",
         f"The chunks of {rows} rows of {width:,} student tokens, without logits. A loop over rows or chunks would show",
         "in the number of calls.",
