@@ -39,7 +39,7 @@ from xtokmap.torch import ChunkIndex, token_logprobs
 
 RESULTS = Path(__file__).parent / "results"
 #: Bytes for each logit of one model that the largest of the losses is known to take, with a margin.
-NEED = 50
+NEED = 40
 
 
 def offsets(tokens: int, seed: int) -> tuple[Any, Any]:

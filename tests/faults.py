@@ -109,6 +109,10 @@ def damaged(found, fault):
     """An answer of any of the protocols with something wrong in its rows."""
     found = copy.deepcopy(found)
     if "meta_info" in found:
+        if fault == "other ids":  # not a neighbour's row, which may be of the same token
+            rows = found["meta_info"]["input_token_logprobs"]
+            rows[len(rows) // 2][1] += 1
+            return found
         for name in ("input_token_logprobs", "input_top_logprobs"):
             if name in found["meta_info"]:
                 found["meta_info"][name] = rows_of(found["meta_info"][name], fault, lambda row: row)
@@ -117,9 +121,10 @@ def damaged(found, fault):
         return found
     choice = found["choices"][0]
     if choice.get("prompt_logprobs") is not None:
-        choice["prompt_logprobs"] = rows_of(choice["prompt_logprobs"], fault, list)
         if fault == "other ids":
             choice["prompt_token_ids"] = [i + 1 for i in choice["prompt_token_ids"]]
+        else:
+            choice["prompt_logprobs"] = rows_of(choice["prompt_logprobs"], fault, list)
         return found
     given = choice["logprobs"]
     if fault in ("other ids", "sum above 1"):
@@ -143,8 +148,6 @@ def rows_of(rows, fault, keys):
     if fault == "shifted":
         return [*rows[1:], rows[-1]]
     row = rows[middle]
-    if fault == "other ids":
-        return [*rows[:middle], rows[middle - 1], *rows[middle + 1 :]]
     if fault == "sum above 1" and isinstance(row, dict) and len(row) == 1:
         row["0"] = {"logprob": -0.01}
     for key in keys(row) if isinstance(row, dict) else range(len(row)):
