@@ -1,6 +1,6 @@
 """Kills a run at random moments, lets it go on, and compares what it leaves with a run that nothing happened to.
 
-    python benches/kills.py --kills 20
+    python benches/kills.py --kills 40
 
 Writes benches/results/kills.md.
 """
@@ -8,6 +8,7 @@ Writes benches/results/kills.md.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import shlex
 import sys
@@ -25,7 +26,7 @@ import killable  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="at random moments")
+    parser.add_argument("--kills", type=int, default=40, help="at random moments")
     parser.add_argument("--every", type=int, default=9, help="of the moments inside a save: each nth")
     parser.add_argument("--output", type=Path, default=ROOT / "results/kills.md")
     args = parser.parse_args()
@@ -35,6 +36,8 @@ def main() -> int:
         values = killable.settings(folder / "whole")
         killable.finish(values)
         want = killable.left(folder / "whole/out")
+        lines = (folder / "whole/out/metrics.jsonl").read_text().splitlines()
+        whole = sum(json.loads(line)["seconds"] for line in lines)
 
         def go_on(values: dict[str, object], made: int, moment: str, how: str) -> None:
             start = sum(killable.finish(values))
@@ -44,7 +47,7 @@ def main() -> int:
 
         for k in range(args.kills):
             values = killable.settings(folder / f"random{k}")
-            made, how = killable.kill_at_random(values, k, 2.0)
+            made, how = killable.kill_at_random(values, k, 1.5 * whole)
             names = {"saving": "while it saved", "between": "between saves", "ended": "after its end"}
             go_on(values, made, "random", names[how])
         for at in range(1, 10_000, args.every):
@@ -53,8 +56,8 @@ def main() -> int:
             process.join()
             if process.exitcode == 0:
                 break
-            lines = (Path(values["output"]) / "metrics.jsonl").read_text().count("\n")
-            go_on(values, lines, f"each {args.every}th write, flush, rename or removal of a save", "while it saved")
+            made = (Path(values["output"]) / "metrics.jsonl").read_text().count("\n")
+            go_on(values, made, f"each {args.every}th write, flush, rename or removal of a save", "while it saved")
     command = shlex.join(["python", "benches/kills.py", *sys.argv[1:]])
     text = (
         "# Kills\n\n"
