@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -105,7 +106,7 @@ def main() -> None:
     answers = judge.roll(heldout)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     lines = [
-        f"`{' '.join(['python', 'benches/pair_compute.py', *sys.argv[1:]])}`",
+        f"`{shlex.join(['python', 'benches/pair_compute.py', *sys.argv[1:]])}`",
         "",
         f"xtokmap {xtokmap.__version__}, {versions}, Python {platform.python_version()}, {platform.machine()}, CPU.",
         f"{args.batch} samples a step of at most {args.tokens} tokens, learning rate {args.learning_rate:g}, "
