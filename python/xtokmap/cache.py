@@ -15,8 +15,8 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,14 @@ _MAGIC = b"xtokmap byte table\n"
 #: Ids, bytes, stop ids, and whether `invalid` is "each"; the arrays follow, the arena last.
 _HEADER = struct.Struct("<QQQ?")
 _DIGEST = hashlib.sha256().digest_size
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write under; what is there at the end takes its place, so that no half file has it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    yield part
+    part.replace(path)
 
 
 def key(parts: Iterable[bytes]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xtokmap._core import XTokMapError
+from xtokmap.cache import replacing
 
 #: Points of a curve; longer runs are shown by means of neighbouring steps.
 _POINTS = 300
@@ -37,9 +37,8 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     path = Path(path) if path is not None else folder / "report.html"
-    part = path.with_name(path.name + ".part")
-    part.write_text(render(folder), encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(render(folder), encoding="utf-8")
     return path
 
 
@@ -329,13 +328,9 @@ def _curves(metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
         there = [s for s in series if any(map(math.isfinite, s[1]))]
         if there:
             charts.append(_lines_chart(title, steps, there, low=0, percent=percent))
-    parts = [
-        name
-        for name in ("sample", "retokenise", "align", "teacher", "update", "health")
-        if name in metrics[-1].get("time", {})
-    ]
     times: list[Series] = [
-        (name, [_number(m.get("time", {}).get(name, 0.0)) for m in metrics], f"c{k}") for k, name in enumerate(parts)
+        (name, [_number(m.get("time", {}).get(name, 0.0)) for m in metrics], f"c{k}")
+        for k, name in enumerate(metrics[-1].get("time", {}))
     ]
     if times:
         charts.append(_stack_chart("Time of a step, seconds", steps, times))

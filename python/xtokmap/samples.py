@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xtokmap.alignment import Alignment, Kind
+from xtokmap.cache import replacing
 from xtokmap.rollouts import Evaluation, Roller, Rollouts
 
 #: How many are kept of each sort: responses evenly spaced over the run, those with the largest gap of a chunk, the last
@@ -89,10 +89,9 @@ class Samples:
 
     def write(self, path: Path) -> None:
         """One record a line; the file is replaced as a whole."""
-        part = path.with_name(path.name + ".part")
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for rows in self.records.values() for record in rows]
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_text("".join(lines), encoding="utf-8")
 
     def read(self, path: Path) -> None:
         """Goes on from a file that `write` left."""

@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xtokmap._core import XTokMapError
+from xtokmap.cache import replacing
 from xtokmap.reproduce import families, runs
 from xtokmap.reproduce.runs import METHODS, Bench, Pool, Setting
 from xtokmap.reproduce.tasks import TASKS, problem_of
@@ -111,18 +111,10 @@ def _load(model: Any, path: Path) -> Any:
     return model.eval()
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write under; what is there at the end gets its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    yield part
-    os.replace(part, path)
-
-
 def _save(model: Any, path: Path, dtype: torch.dtype | None = None) -> None:
     own = {name: p.detach().to(dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
-    with _replacing(path) as part:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
         save_file(own, part)
 
 
@@ -183,7 +175,8 @@ def make_answers(folder: Path, teachers: Path, task: str, arrangement: str, ways
     own = bench(folder, teachers, task, arrangement)
     pool = own.fill(ways)
     path = pool_path(folder, task, own.cuts[1], ways)
-    with _replacing(path) as part:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
         part.write_text(json.dumps({"answers": pool.answers, "seconds": pool.seconds}))
     return {}
 
