@@ -71,7 +71,20 @@ class Scores:
     missing: Tensor | None = None
 
 
-class LocalTeacher:
+class _Prompted:
+    """What every teacher has of its tokenizer, wherever its weights are."""
+
+    def __init__(self, tokenizer: Any, plain_template: str) -> None:
+        self.tokenizer = tokenizer
+        self.plain_template = plain_template
+        self.stop_id = stop_id(tokenizer)
+
+    def render(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Every prompt as the ids after which this model would answer."""
+        return render(self.tokenizer, prompts, self.plain_template)
+
+
+class LocalTeacher(_Prompted):
     """A causal language model in this process that scores token ids. It is never trained.
 
     Args:
@@ -84,15 +97,9 @@ class LocalTeacher:
     def __init__(
         self, model: Any, tokenizer: Any, *, micro_batch: int = 8, plain_template: str = PLAIN_TEMPLATE
     ) -> None:
+        super().__init__(tokenizer, plain_template)
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
         self.micro_batch = micro_batch
-        self.plain_template = plain_template
-        self.stop_id = stop_id(tokenizer)
-
-    def render(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Every prompt as the ids after which this model would answer."""
-        return render(self.tokenizer, prompts, self.plain_template)
 
     def score(
         self,
@@ -162,7 +169,7 @@ class LocalTeacher:
         return completion_rows(self.model, prompt_ids, completion_ids, after=True)
 
 
-class ServerTeacher:
+class ServerTeacher(_Prompted):
     """A causal language model behind HTTP that scores token ids: vLLM, SGLang, or whatever speaks their protocols.
 
     Its tokenizer is here, its weights are not: it gives logprobs and the top k of every row, never whole rows, so that
@@ -194,9 +201,7 @@ class ServerTeacher:
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.plain_template = plain_template
-        self.stop_id = stop_id(tokenizer)
+        super().__init__(tokenizer, plain_template)
         self.topk, self.device = topk, torch.device(device)
         self._table = byte_table(tokenizer)
         self.client = Client(url, protocol=protocol, model=model, spell=self._spell, **options)
@@ -206,10 +211,6 @@ class ServerTeacher:
 
     def _spell(self, token: int) -> bytes | None:
         return self._table[token] if token < len(self._table) else None
-
-    def render(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Every prompt as the ids after which this model would answer."""
-        return render(self.tokenizer, prompts, self.plain_template)
 
     def self_test(self) -> str | None:
         """Whether the server can be believed, from a known text; see `served.self_test`.

@@ -267,7 +267,7 @@ class Run:
         start = time.perf_counter()
         rollouts = self.rollouts()
         with Clock(self.roller.device, rollouts.seconds)("update"):
-            found = update(self.roller, rollouts, self.optimizer)
+            found = update(self.roller, rollouts, self.optimizer, self.watch)
             self.warmup.step()
         self.done += 1
         seen = self._watched(rollouts, found) if self.watch else {}

@@ -21,15 +21,15 @@ from xtokmap.teacher import by_length, padded_logprobs, padded_places
 from xtokmap.torch import ChunkIndex, Logits
 
 
-def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer, watch: bool = True) -> dict[str, Any]:
     """One or more optimizer steps on a batch; gradients of micro-batches add up to the whole batch's.
 
     Of several processes each has its share of the batch's rows, at least one, and the gradients add up as well.
 
     Returns:
         Per-row sums of nats and bytes of the gap to the teacher (reverse KL on the student's samples, forward KL on the
-        teacher's) for this process' rows, with the logprobs `[B, Ts]` and the entropies (their sum and number); loss,
-        counts, and the gradient norm of the whole batch; all of the policy before the update.
+        teacher's) for this process' rows, with the logprobs `[B, Ts]` and the entropies (their sum and number, with
+        `watch`); loss, counts, and the gradient norm of the whole batch; all of the policy before the update.
     """
     processes = roller.processes
     config, student, index, teacher = roller.config, roller.student, rollouts.index, rollouts.teacher
@@ -73,7 +73,8 @@ def update(roller: Roller, rollouts: Rollouts, optimizer: torch.optim.Optimizer)
             loss_sum = loss_sum + loss.detach()
             if turn == 0:
                 logprobs[at] = own
-                entropy += entropy_sum(flat, every)
+                if watch:
+                    entropy += entropy_sum(flat, every)
                 if teacher is not None:
                     theirs = teacher.logprobs.to(roller.device)[at]
                     gap, nbytes[at] = chunk_gap(own, theirs, index.rows(at), stops=config.score_stop)
