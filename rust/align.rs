@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::batch::{Code, Halt, Job, Out, Room};
-use crate::byte_table::lossy;
+use crate::byte_table::units;
 use crate::clean::{Word, PADDING};
 use crate::resync::{common_prefix, Resync};
 use crate::{ByteTable, Error, Invalid, Mismatch, Side};
@@ -213,6 +213,9 @@ pub(crate) struct Tokens<'a> {
     pub arena: &'a [u8],
     /// Bytes of the row before the first of these tokens.
     pub base: i32,
+    pub invalid: Invalid,
+    /// Which of them are byte pieces; empty where that does not matter.
+    pub pieces: &'a [bool],
 }
 
 impl<'a> Tokens<'a> {
@@ -240,7 +243,8 @@ impl<'a> Tokens<'a> {
 
     fn slice(&self, range: Range<usize>) -> Self {
         let base = if range.start == 0 { 0 } else { self.ends[range.start - 1] };
-        Self { symbols: &self.symbols[range.clone()], ends: &self.ends[range], arena: self.arena, base }
+        let pieces = self.pieces.get(range.clone()).unwrap_or_default();
+        Self { symbols: &self.symbols[range.clone()], ends: &self.ends[range], base, pieces, ..*self }
     }
 
     /// The runs of tokens without bytes in which a turn ends.
@@ -260,6 +264,40 @@ impl<'a> Tokens<'a> {
         let mut text = Vec::with_capacity(self.symbols.iter().map(|symbol| symbol.len as usize).sum());
         (0..self.len()).for_each(|i| text.extend_from_slice(self.bytes(i)));
         text
+    }
+
+    /// What the tokenizer's decoder reads in `text`, the bytes of all tokens: see [`units`].
+    pub fn units(&self, text: &[u8], mut push: impl FnMut(Option<char>, usize)) {
+        if self.pieces.is_empty() {
+            return units(text, self.invalid, push);
+        }
+        // Runs of byte pieces, and what is between them; what has no bytes parts nothing.
+        let (mut start, mut end, mut in_run) = (0, 0, false);
+        let mut read = |run: &[u8], of_pieces: bool| match std::str::from_utf8(run) {
+            Err(_) if of_pieces => run.iter().for_each(|_| push(None, 1)),
+            _ => units(run, Invalid::Maximal, &mut push),
+        };
+        for (symbol, &piece) in self.symbols.iter().zip(self.pieces) {
+            if symbol.len > 0 && piece != in_run {
+                read(&text[start..end], in_run);
+                (start, in_run) = (end, piece);
+            }
+            end += symbol.len as usize;
+        }
+        read(&text[start..end], in_run);
+    }
+
+    /// What the tokenizer's decoder spells.
+    fn decoded(&self) -> String {
+        match String::from_utf8(self.text()) {
+            // Then every run of byte pieces is UTF-8, too: what is around it is.
+            Ok(text) => text,
+            Err(error) => {
+                let mut text = String::with_capacity(error.as_bytes().len() + 8);
+                self.units(error.as_bytes(), |unit, _| text.push(unit.unwrap_or(char::REPLACEMENT_CHARACTER)));
+                text
+            }
+        }
     }
 
     /// The first token at or after `i` that has bytes.
@@ -360,6 +398,9 @@ pub struct Aligner {
     /// The same in less memory, for rows that spell the same bytes.
     pub(crate) student_words: Vec<Word>,
     pub(crate) teacher_words: Vec<Word>,
+    /// Which tokens are byte pieces; empty where that does not matter.
+    student_pieces: Vec<bool>,
+    teacher_pieces: Vec<bool>,
 }
 
 impl Aligner {
@@ -377,7 +418,18 @@ impl Aligner {
         };
         arena.extend([0; PADDING]);
         let (student_words, teacher_words) = (Word::all(&student_symbols, 0), Word::all(&teacher_symbols, 1));
-        Ok(Self { student, teacher, arena, student_symbols, teacher_symbols, student_words, teacher_words })
+        let (student_pieces, teacher_pieces) = (student.runs_of_pieces(), teacher.runs_of_pieces());
+        Ok(Self {
+            student,
+            teacher,
+            arena,
+            student_symbols,
+            teacher_symbols,
+            student_words,
+            teacher_words,
+            student_pieces,
+            teacher_pieces,
+        })
     }
 
     /// The student's byte table.
@@ -473,18 +525,22 @@ impl Aligner {
     /// # Errors
     /// [`Error::TokenId`] for an id outside the vocabulary.
     pub fn decode_lossy(&self, side: Side, rows: Rows<'_>) -> Result<Vec<Vec<String>>, Error> {
-        let (symbols, table) = match side {
-            Side::Student => (&self.student_symbols, &self.student),
-            Side::Teacher => (&self.teacher_symbols, &self.teacher),
+        let (symbols, table, flags) = match side {
+            Side::Student => (&self.student_symbols, &self.student, &self.student_pieces),
+            Side::Teacher => (&self.teacher_symbols, &self.teacher, &self.teacher_pieces),
         };
         let cu = rows.cu();
         let decode = |(scratch, ends): &mut (Vec<Symbol>, Vec<i32>), b: usize| {
             let (range, mask) = rows.row(b);
-            ends.resize((cu[b + 1] - cu[b]) as usize, 0);
+            let len = (cu[b + 1] - cu[b]) as usize;
+            ends.resize(len, 0);
             resolve(rows.ids, range, mask, symbols, scratch, ends).map_err(|e| e.at(side, b, symbols.len()))?;
-            let turns = scratch.split(|symbol| symbol.is_stop());
-            let text = |symbols| Tokens { symbols, ends: &[], arena: &self.arena, base: 0 }.text();
-            Ok(turns.map(|turn| lossy(text(turn), table.invalid())).collect())
+            let pieces = flagged(rows.given(b, len, &mut vec![]), flags);
+            let invalid = table.invalid();
+            let tokens = Tokens { symbols: scratch, ends, arena: &self.arena, base: 0, invalid, pieces: &pieces };
+            let mut from = 0;
+            let stops = (0..len).filter(|&i| tokens.symbols[i].is_stop()).chain([len]);
+            Ok(stops.map(|stop| tokens.slice(std::mem::replace(&mut from, stop + 1)..stop).decoded()).collect())
         };
         (0..rows.len()).into_par_iter().map_init(Default::default, decode).collect()
     }
@@ -516,14 +572,19 @@ impl Aligner {
         let (range, mask) = teacher.row(b);
         resolve(teacher.ids, range, mask, &self.teacher_symbols, t, teacher_end)
             .map_err(|e| e.at(Side::Teacher, b, self.teacher.len()))?;
-        let s = Tokens { symbols: s, ends: student_end, arena: &self.arena, base: 0 };
-        let t = Tokens { symbols: t, ends: teacher_end, arena: &self.arena, base: 0 };
+        let (m, n) = (s.len(), t.len());
+        let pieces_s = flagged(student.given(b, m, &mut vec![]), &self.student_pieces);
+        let pieces_t = flagged(teacher.given(b, n, &mut vec![]), &self.teacher_pieces);
+        let tokens = |symbols, ends, pieces, table: &ByteTable| {
+            Tokens { symbols, ends, arena: &self.arena, base: 0, invalid: table.invalid(), pieces }
+        };
+        let s = tokens(s, student_end, &pieces_s, &self.student);
+        let t = tokens(t, teacher_end, &pieces_t, &self.teacher);
         let mut chunks = Chunks::with_capacity(s.len().min(t.len()));
         let mut merge = |students: Range<usize>, teachers: Range<usize>, ends: Option<(usize, usize)>| {
             let mut merge = Merge {
                 s: s.slice(students.clone()),
                 t: t.slice(teachers.clone()),
-                invalid: (self.student.invalid(), self.teacher.invalid()),
                 first_token: (students.start, teachers.start),
                 first_chunk: chunks.kind.len(),
                 first_end: chunks.end,
@@ -685,6 +746,17 @@ fn resolve_ids<T: Copy + Into<i64>>(
     Ok(())
 }
 
+/// The flag of every id; none where there are no flags. The ids are in the vocabulary.
+fn flagged(ids: Ids<'_>, flags: &[bool]) -> Vec<bool> {
+    let flag = |id: i64| flags.get(id as usize).copied().unwrap_or_default();
+    match ids {
+        _ if flags.is_empty() => vec![],
+        Ids::I32(x) => x.iter().map(|&id| flag(id.into())).collect(),
+        Ids::I64(x) => x.iter().map(|&id| flag(id)).collect(),
+        Ids::U32(x) => x.iter().map(|&id| flag(id.into())).collect(),
+    }
+}
+
 /// The part of the batch's arrays that one row fills.
 struct RowOut<'a> {
     student_chunk: &'a mut [i32],
@@ -763,7 +835,6 @@ enum Found {
 struct Merge<'a, 'o> {
     s: Tokens<'a>,
     t: Tokens<'a>,
-    invalid: (Invalid, Invalid),
     /// Where the stretch starts in the row, and in its chunks; where the chunk before it ends.
     first_token: (usize, usize),
     first_chunk: usize,
@@ -800,8 +871,8 @@ impl Merge<'_, '_> {
                     if strict {
                         return Err(self.mismatch(row, x, y));
                     }
-                    let (s, t, invalid) = (self.s, self.t, self.invalid);
-                    let resync = resyncer.get_or_insert_with(|| Resync::new(s, t, invalid.0, invalid.1));
+                    let (s, t) = (self.s, self.t);
+                    let resync = resyncer.get_or_insert_with(|| Resync::new(s, t, (x, y)));
                     let differs = x;
                     let (x, y) = resync.unit_start(x, y);
                     // A chunk must not end inside a character that differs.

@@ -10,6 +10,9 @@ pub enum Invalid {
     Maximal,
     /// One U+FFFD for each byte of an invalid part (`SentencePiece` byte fallback).
     Each,
+    /// One U+FFFD for each byte of a run of byte pieces that is not UTF-8 as a whole, also where a part of it is
+    /// (`ByteFallback` of Hugging Face's tokenizers).
+    Run,
 }
 
 /// The bytes of every token id of one vocabulary: one arena and its offsets.
@@ -23,6 +26,8 @@ pub struct ByteTable {
     special: Vec<bool>,
     stop_ids: Vec<u32>,
     invalid: Invalid,
+    /// Ids of tokens that are a single byte by rule (`<0x0A>`), rising.
+    byte_pieces: Vec<u32>,
 }
 
 impl ByteTable {
@@ -102,6 +107,23 @@ impl ByteTable {
         self
     }
 
+    /// The same table with the ids that stand for a single byte (`<0x0A>`), which matter to [`Invalid::Run`].
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an id outside the table or one that has not one byte.
+    pub fn with_byte_pieces(mut self, mut ids: Vec<u32>) -> Result<Self, Error> {
+        if let Some(&id) = ids.iter().find(|&&id| self.bytes(id).len() != 1) {
+            return Err(Error::Argument(format!(
+                "byte_pieces: id {id} has {} bytes; a byte piece has one",
+                self.bytes(id).len()
+            )));
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        self.byte_pieces = ids;
+        Ok(self)
+    }
+
     /// Number of ids.
     pub fn len(&self) -> usize {
         self.special.len()
@@ -157,22 +179,32 @@ impl ByteTable {
     pub fn invalid(&self) -> Invalid {
         self.invalid
     }
+
+    /// The ids that stand for a single byte, rising.
+    pub fn byte_pieces(&self) -> &[u32] {
+        &self.byte_pieces
+    }
+
+    /// Whether a token is a byte piece, for every id; empty where that does not matter.
+    pub(crate) fn runs_of_pieces(&self) -> Vec<bool> {
+        if self.invalid != Invalid::Run {
+            return vec![];
+        }
+        let mut flags = vec![false; self.len()];
+        self.byte_pieces.iter().for_each(|&id| flags[id as usize] = true);
+        flags
+    }
 }
 
-/// `bytes` as the decoder of a tokenizer with this rule spells them.
-pub(crate) fn lossy(bytes: Vec<u8>, invalid: Invalid) -> String {
-    let bytes = match String::from_utf8(bytes) {
-        Ok(text) => return text,
-        Err(error) => error.into_bytes(),
-    };
-    let mut text = String::with_capacity(bytes.len() + 8);
+/// Bytes as a decoder reads them: every character, or `None` for what becomes one U+FFFD, with its number of bytes.
+pub(crate) fn units(bytes: &[u8], invalid: Invalid, mut push: impl FnMut(Option<char>, usize)) {
     for chunk in bytes.utf8_chunks() {
-        text.push_str(chunk.valid());
-        let parts = match invalid {
-            Invalid::Maximal => usize::from(!chunk.invalid().is_empty()),
-            Invalid::Each => chunk.invalid().len(),
-        };
-        text.extend(std::iter::repeat_n(char::REPLACEMENT_CHARACTER, parts));
+        chunk.valid().chars().for_each(|c| push(Some(c), c.len_utf8()));
+        let rest = chunk.invalid().len();
+        match invalid {
+            Invalid::Each => (0..rest).for_each(|_| push(None, 1)),
+            Invalid::Maximal | Invalid::Run if rest > 0 => push(None, rest),
+            Invalid::Maximal | Invalid::Run => {}
+        }
     }
-    text
 }

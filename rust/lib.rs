@@ -35,6 +35,7 @@ mod batch;
 mod byte_table;
 mod clean;
 mod cover;
+mod edits;
 mod encoding;
 #[cfg(feature = "python")]
 mod python;

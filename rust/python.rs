@@ -90,15 +90,21 @@ fn invalid_from(name: &str) -> PyResult<Invalid> {
     match name {
         "maximal" => Ok(Invalid::Maximal),
         "each" => Ok(Invalid::Each),
-        _ => Err(XTokMapError::new_err(format!("invalid={name:?}: use \"maximal\" or \"each\""))),
+        "run" => Ok(Invalid::Run),
+        _ => Err(XTokMapError::new_err(format!("invalid={name:?}: use \"maximal\", \"each\" or \"run\""))),
     }
 }
 
 #[pymethods]
 impl PyByteTable {
     #[staticmethod]
-    #[pyo3(signature = (tokens, *, stop_ids = vec![], invalid = "maximal"))]
-    fn from_bytes(tokens: &Bound<'_, PyAny>, stop_ids: Vec<Bound<'_, PyAny>>, invalid: &str) -> PyResult<Self> {
+    #[pyo3(signature = (tokens, *, stop_ids = vec![], invalid = "maximal", byte_pieces = vec![]))]
+    fn from_bytes(
+        tokens: &Bound<'_, PyAny>,
+        stop_ids: Vec<Bound<'_, PyAny>>,
+        invalid: &str,
+        byte_pieces: Vec<Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
         let invalid = invalid_from(invalid)?;
         let items = tokens
             .try_iter()
@@ -119,21 +125,22 @@ impl PyByteTable {
             })
             .collect::<PyResult<Vec<Option<Bound<'_, PyBytes>>>>>()?;
         let table = ByteTable::from_tokens(items.iter().map(|item| item.as_ref().map(PyBytesMethods::as_bytes)))?;
-        let stop_ids = stop_ids
-            .into_iter()
-            .enumerate()
-            .map(|(k, id)| {
-                let id = integer(&id, || format!("stop_ids[{k}]"))?;
+        let ids = |given: Vec<Bound<'_, PyAny>>, name: &str| {
+            let id = |(k, id): (usize, Bound<'_, PyAny>)| {
+                let id = integer(&id, || format!("{name}[{k}]"))?;
                 u32::try_from(id).map_err(|_| {
-                    XTokMapError::new_err(format!("stop_ids: id {id} is outside the byte table of {} ids", table.len()))
+                    XTokMapError::new_err(format!("{name}: id {id} is outside the byte table of {} ids", table.len()))
                 })
-            })
-            .collect::<PyResult<Vec<u32>>>()?;
-        Ok(Self::new(Arc::new(table.with_invalid(invalid).with_stop_ids(stop_ids)?)))
+            };
+            given.into_iter().enumerate().map(id).collect::<PyResult<Vec<u32>>>()
+        };
+        let (stop_ids, byte_pieces) = (ids(stop_ids, "stop_ids")?, ids(byte_pieces, "byte_pieces")?);
+        let table = table.with_invalid(invalid).with_stop_ids(stop_ids)?.with_byte_pieces(byte_pieces)?;
+        Ok(Self::new(Arc::new(table)))
     }
 
     #[staticmethod]
-    #[pyo3(signature = (arena, offsets, special, stop_ids, invalid))]
+    #[pyo3(signature = (arena, offsets, special, stop_ids, invalid, byte_pieces))]
     #[allow(clippy::needless_pass_by_value)]
     fn from_arrays(
         arena: Array<'_, u8>,
@@ -141,10 +148,11 @@ impl PyByteTable {
         special: Array<'_, bool>,
         stop_ids: Array<'_, u32>,
         invalid: &str,
+        byte_pieces: Array<'_, u32>,
     ) -> PyResult<Self> {
         let table = ByteTable::from_parts(arena.to_vec()?, offsets.to_vec()?, special.to_vec()?)?;
         let table = table.with_invalid(invalid_from(invalid)?).with_stop_ids(stop_ids.to_vec()?)?;
-        Ok(Self::new(Arc::new(table)))
+        Ok(Self::new(Arc::new(table.with_byte_pieces(byte_pieces.to_vec()?)?)))
     }
 
     fn to_arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
@@ -152,7 +160,8 @@ impl PyByteTable {
         let (arena, offsets) = (PyArray1::from_slice(py, table.arena()), PyArray1::from_slice(py, table.offsets()));
         let special = PyArray1::from_slice(py, table.special());
         let stop_ids = PyArray1::from_slice(py, table.stop_ids());
-        (arena, offsets, special, stop_ids, self.invalid()).into_pyobject(py)
+        let byte_pieces = PyArray1::from_slice(py, table.byte_pieces());
+        (arena, offsets, special, stop_ids, self.invalid(), byte_pieces).into_pyobject(py)
     }
 
     fn __len__(&self) -> usize {
@@ -178,7 +187,7 @@ impl PyByteTable {
         let tokens: Vec<Option<Bound<'py, PyBytes>>> =
             (0..self.table.len()).map(|id| self.table.get(id).flatten().map(|b| PyBytes::new(py, b))).collect();
         let rebuild = py.import("xtokmap._core")?.getattr("_rebuild_byte_table")?;
-        let args = (tokens, self.table.stop_ids().to_vec(), self.invalid());
+        let args = (tokens, self.table.stop_ids().to_vec(), self.invalid(), self.table.byte_pieces().to_vec());
         Ok((rebuild, args.into_pyobject(py)?))
     }
 
@@ -210,6 +219,7 @@ impl PyByteTable {
         match self.table.invalid() {
             Invalid::Maximal => "maximal",
             Invalid::Each => "each",
+            Invalid::Run => "run",
         }
     }
 
@@ -252,8 +262,9 @@ fn _rebuild_byte_table(
     tokens: &Bound<'_, PyAny>,
     stop_ids: Vec<Bound<'_, PyAny>>,
     invalid: &str,
+    byte_pieces: Vec<Bound<'_, PyAny>>,
 ) -> PyResult<PyByteTable> {
-    PyByteTable::from_bytes(tokens, stop_ids, invalid)
+    PyByteTable::from_bytes(tokens, stop_ids, invalid, byte_pieces)
 }
 
 fn type_name(object: &Bound<'_, PyAny>) -> String {

@@ -4,90 +4,76 @@
 //! the side's decoder counts them) and every unit as *atoms*: its characters with compatibility forms, case,
 //! combining marks and the look of white space taken away. What a normalizer or a lossy decode changes keeps its atoms, so
 //! the walk along equal atoms finds where a changed stretch ends without a search, and agreement inside a
-//! character is impossible. Only where the atoms differ too (inserted, deleted or replaced text) is there a search, first
-//! for the shortest edit, then for a far block of equal text.
+//! character is impossible. Only where the atoms differ too (inserted, deleted or replaced text) is there a search
+//! ([`Edits`]).
 
 use std::cmp::Ordering;
+use std::collections::VecDeque;
 
 use unicode_normalization::char::{canonical_combining_class, decompose_compatible};
 
 use crate::align::Tokens;
-use crate::Invalid;
-
-/// Edits are searched up to this many inserted or deleted atoms, before far blocks are looked for.
-const MAX_EDITS: usize = 256;
-/// Atoms of a far block: two texts agree again where such a block is equal.
-const BLOCK: usize = 32;
-
-/// One atom of a text.
-#[derive(Clone, Copy, Debug)]
-struct Atom {
-    char: u32,
-    /// First byte of the unit.
-    start: u32,
-    /// Whether the atom is the first of its unit: text can be cut only there.
-    first: bool,
-}
+use crate::edits::{Edits, Run};
 
 /// Combining marks or invisible characters with nothing before them to belong to.
 const MARK: u32 = 0x0011_0000;
+/// In the start of an atom: it is not the first of its unit, so that the text cannot be cut before it.
+const INSIDE: u32 = 1 << 31;
 
 /// The bytes of one side of a row, and its atoms.
 struct Text<'a> {
     tokens: Tokens<'a>,
     bytes: Vec<u8>,
-    invalid: Invalid,
-    atoms: Vec<Atom>,
+    /// The character of every atom.
+    atoms: Vec<u32>,
+    /// First byte of the unit of every atom, and [`INSIDE`].
+    starts: Vec<u32>,
+    /// First byte of every unit that is no character, and how many bytes it has.
+    invalid: Vec<(u32, u32)>,
     /// What `atom_at` found last.
     recent: usize,
-    /// (hash, first atom) of every block at a multiple of [`BLOCK`], sorted; made when first needed.
-    blocks: Option<Vec<(u64, u32)>>,
 }
 
 impl<'a> Text<'a> {
-    fn new(tokens: Tokens<'a>, invalid: Invalid) -> Self {
+    fn new(tokens: Tokens<'a>) -> Self {
         let bytes = tokens.text();
-        let mut atoms: Vec<Atom> = Vec::with_capacity(bytes.len());
+        let (mut atoms, mut starts) = (Vec::with_capacity(bytes.len()), Vec::with_capacity(bytes.len()));
+        let mut invalid = vec![];
         let mut at = 0;
-        // Marks join the unit before them, if there is one.
-        let mut alone = true;
-        for chunk in bytes.utf8_chunks() {
-            for c in chunk.valid().chars() {
-                let before = atoms.len();
-                fold(c, |folded| {
-                    atoms.push(Atom { char: folded as u32, start: at as u32, first: atoms.len() == before });
-                });
-                if atoms.len() == before && alone {
-                    atoms.push(Atom { char: MARK, start: at as u32, first: true });
-                }
-                alone = false;
-                at += c.len_utf8();
-            }
-            let size = match invalid {
-                Invalid::Maximal => chunk.invalid().len().max(1),
-                Invalid::Each => 1,
+        tokens.units(&bytes, |unit, len| {
+            let before = atoms.len();
+            let mut push = |char: u32| {
+                starts.push(if atoms.len() == before { at } else { at | INSIDE });
+                atoms.push(char);
             };
-            for part in chunk.invalid().chunks(size) {
-                atoms.push(Atom { char: char::REPLACEMENT_CHARACTER as u32, start: at as u32, first: true });
-                alone = false;
-                at += part.len();
+            match unit {
+                Some(c) => fold(c, |folded| push(folded as u32)),
+                None => {
+                    invalid.push((at, len as u32));
+                    push(char::REPLACEMENT_CHARACTER as u32);
+                }
             }
-        }
-        Self { tokens, invalid, atoms, recent: 0, blocks: None, bytes }
+            // Marks join the unit before them, if there is one.
+            if atoms.is_empty() {
+                (atoms, starts) = (vec![MARK], vec![at]);
+            }
+            at += len as u32;
+        });
+        Self { tokens, bytes, atoms, starts, invalid, recent: 0 }
     }
 
     fn char(&self, p: usize) -> Option<u32> {
-        self.atoms.get(p).map(|atom| atom.char)
+        self.atoms.get(p).copied()
     }
 
     /// The first atom at or after byte `x` before which the text can be cut. Calls mostly ask for later and later bytes.
     fn atom_at(&mut self, x: usize) -> usize {
-        let starts_before = |atom: &Atom| (atom.start as usize) < x;
+        let starts_before = |start: u32| ((start & !INSIDE) as usize) < x;
         let mut p = self.recent;
-        if p > 0 && self.atoms.get(p - 1).is_none_or(|atom| !starts_before(atom)) {
-            p = self.atoms.partition_point(starts_before);
+        if p > 0 && self.starts.get(p - 1).is_none_or(|&start| !starts_before(start)) {
+            p = self.starts.partition_point(|&start| starts_before(start));
         }
-        while self.atoms.get(p).is_some_and(starts_before) || !self.cuts(p) {
+        while self.starts.get(p).is_some_and(|&start| starts_before(start)) || !self.cuts(p) {
             p += 1;
         }
         self.recent = p;
@@ -96,12 +82,12 @@ impl<'a> Text<'a> {
 
     /// The byte at which atom `p`'s unit starts; the end of the text after the last atom.
     fn byte(&self, p: usize) -> usize {
-        self.atoms.get(p).map_or(self.bytes.len(), |atom| atom.start as usize)
+        self.starts.get(p).map_or(self.bytes.len(), |&start| (start & !INSIDE) as usize)
     }
 
     /// Whether the text can be cut before atom `p`.
     fn cuts(&self, p: usize) -> bool {
-        self.atoms.get(p).is_none_or(|atom| atom.first)
+        self.starts.get(p).is_none_or(|&start| start & INSIDE == 0)
     }
 
     /// White space and marks may be missing on the other side.
@@ -109,39 +95,30 @@ impl<'a> Text<'a> {
         self.char(p).is_some_and(|c| c == u32::from(' ') || c == MARK)
     }
 
-    /// Bytes of the unit at `x`, at least 1 inside the text.
-    fn unit_len(&self, x: usize) -> usize {
+    /// The character at byte `x`; `None` for a unit that is none, and at the end.
+    fn char_at(&self, x: usize) -> Option<char> {
+        if self.invalid_at(x).is_some() {
+            return None;
+        }
         let rest = &self.bytes[x..self.bytes.len().min(x + 4)];
-        if rest.first().is_some_and(u8::is_ascii) {
-            return 1;
-        }
-        match rest.utf8_chunks().next() {
-            None => 0,
-            Some(chunk) => match chunk.valid().chars().next() {
-                Some(c) => c.len_utf8(),
-                None if self.invalid == Invalid::Each => 1,
-                None => chunk.invalid().len(),
-            },
-        }
+        rest.utf8_chunks().next()?.valid().chars().next()
+    }
+
+    /// Bytes of the unit at `x` if it is no character.
+    fn invalid_at(&self, x: usize) -> Option<usize> {
+        let found = self.invalid.partition_point(|&(start, _)| start as usize <= x);
+        let (start, len) = *self.invalid.get(found.checked_sub(1)?)?;
+        (x < (start + len) as usize).then(|| (start + len) as usize - x)
+    }
+
+    /// Bytes of the unit at `x`; 0 at the end of the text.
+    fn unit_len(&self, x: usize) -> usize {
+        self.invalid_at(x).or_else(|| self.char_at(x).map(char::len_utf8)).unwrap_or(0)
     }
 
     /// Whether a white-space character is at `x`.
     fn is_space(&self, x: usize) -> bool {
-        let unit = &self.bytes[x..x + self.unit_len(x)];
-        std::str::from_utf8(unit).is_ok_and(|c| !c.is_empty() && c.trim().is_empty())
-    }
-
-    fn blocks(&mut self) -> &[(u64, u32)] {
-        let atoms = &self.atoms;
-        self.blocks.get_or_insert_with(|| {
-            let starts = (0..atoms.len() / BLOCK).map(|k| k * BLOCK);
-            let mut blocks: Vec<_> = starts
-                .filter(|&p| says_something(&atoms[p..p + BLOCK]))
-                .map(|p| (atoms[p..p + BLOCK].iter().fold(0, |hash, atom| roll(hash, atom.char)), p as u32))
-                .collect();
-            blocks.sort_unstable();
-            blocks
-        })
+        self.char_at(x).is_some_and(char::is_whitespace)
     }
 }
 
@@ -176,38 +153,52 @@ fn is_invisible(c: char) -> bool {
         | '\u{2060}'..='\u{2064}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}')
 }
 
-const BASE: u64 = 0x0100_0000_01b3;
-
-fn roll(hash: u64, char: u32) -> u64 {
-    hash.wrapping_mul(BASE).wrapping_add(u64::from(char) + 1)
-}
-
-/// A block of one or two characters (a row of spaces or dashes) is equal to too much.
-fn says_something(block: &[Atom]) -> bool {
-    let first = block[0].char;
-    let other = block.iter().map(|atom| atom.char).find(|&c| c != first);
-    block.iter().any(|atom| atom.char != first && Some(atom.char) != other)
-}
-
-/// Resynchronisation of one row.
+/// Resynchronization of one row.
+///
+/// Inside, the sides are in an order that does not depend on which of them is the student's, so that what is found does
+/// not either.
 pub(crate) struct Resync<'a> {
     s: Text<'a>,
     t: Text<'a>,
+    swapped: bool,
     /// From these bytes on both sides have been equal so far.
     equal_from: (usize, usize),
-    /// What the search for short edits may still cost, so that a row stays linear.
-    budget: usize,
+    edits: Edits,
+    /// What a search found and the walk has not come to yet.
+    ahead: VecDeque<Run>,
 }
 
 impl<'a> Resync<'a> {
-    pub fn new(s: Tokens<'a>, t: Tokens<'a>, student: Invalid, teacher: Invalid) -> Self {
-        let (s, t) = (Text::new(s, student), Text::new(t, teacher));
-        let budget = 4 * MAX_EDITS * MAX_EDITS + 16 * (s.atoms.len() + t.atoms.len());
-        Self { s, t, equal_from: (0, 0), budget }
+    /// Of two sides whose bytes differ first at `from`.
+    pub fn new(s: Tokens<'a>, t: Tokens<'a>, from: (usize, usize)) -> Self {
+        let (s, t) = (Text::new(s), Text::new(t));
+        let swapped = s.bytes[from.0] > t.bytes[from.1];
+        let (s, t) = if swapped { (t, s) } else { (s, t) };
+        Self { s, t, swapped, equal_from: (0, 0), edits: Edits::default(), ahead: VecDeque::new() }
+    }
+
+    fn order<T>(&self, (s, t): (T, T)) -> (T, T) {
+        if self.swapped {
+            (t, s)
+        } else {
+            (s, t)
+        }
     }
 
     /// The start, on both sides, of the first unit that differs, given the first byte that does.
     pub fn unit_start(&self, x: usize, y: usize) -> (usize, usize) {
+        let (x, y) = self.order((x, y));
+        self.order(self.start_of_unit(x, y))
+    }
+
+    /// The tokens with which the smallest chunk ends that starts at `tokens` and holds the difference at bytes `from`:
+    /// `None` where the sides do not agree again, or not at the end of a token on both.
+    pub fn next_common_end(&mut self, tokens: (usize, usize), from: (usize, usize)) -> Option<(usize, usize)> {
+        let found = self.common_end_after(self.order(tokens), self.order(from))?;
+        Some(self.order(found))
+    }
+
+    fn start_of_unit(&self, x: usize, y: usize) -> (usize, usize) {
         if x == self.equal_from.0 || self.s.bytes[x - 1].is_ascii() {
             return (x, y);
         }
@@ -234,9 +225,7 @@ impl<'a> Resync<'a> {
         (from_x, from_y)
     }
 
-    /// The tokens with which the smallest chunk ends that starts at `tokens` and holds the difference at bytes `from`:
-    /// `None` where the sides do not agree again, or not at the end of a token on both.
-    pub fn next_common_end(&mut self, tokens: (usize, usize), from: (usize, usize)) -> Option<(usize, usize)> {
+    fn common_end_after(&mut self, tokens: (usize, usize), from: (usize, usize)) -> Option<(usize, usize)> {
         let (mut ends_s, mut ends_t) = (Ends::new(self.s.tokens, tokens.0), Ends::new(self.t.tokens, tokens.1));
         let (mut x, mut y) = from;
         // `p` and `q` stand at the same place of the text.
@@ -264,7 +253,7 @@ impl<'a> Resync<'a> {
                 _ => {}
             }
             // No token ends between this stretch and the next one.
-            let next = self.unit_start(start_x + equal, start_y + equal);
+            let next = self.start_of_unit(start_x + equal, start_y + equal);
             (x, y) = (next.0.max(to_x), next.1.max(to_y));
             (p, q) = (self.s.atom_at(x), self.t.atom_at(y));
             fresh = true;
@@ -291,11 +280,11 @@ impl<'a> Resync<'a> {
             }
         };
         let both = equal(past_s, past_t);
-        let only_s = if space_s { equal(past_s, y) } else { 0 };
-        let only_t = if space_t { equal(x, past_t) } else { 0 };
+        // The character opposite may be the one that was inserted.
+        let (only_s, only_t) = (equal(past_s, y), equal(x, past_t));
         match only_s.cmp(&only_t) {
-            Ordering::Greater if only_s > both => Some((past_s, y)),
-            Ordering::Less if only_t > both => Some((x, past_t)),
+            Ordering::Greater if space_s && only_s > both => Some((past_s, y)),
+            Ordering::Less if space_t && only_t > both => Some((x, past_t)),
             _ => None,
         }
     }
@@ -305,16 +294,38 @@ impl<'a> Resync<'a> {
         loop {
             match (self.s.char(p), self.t.char(q)) {
                 (a, b) if a == b && a.is_some() => (p, q) = (p + 1, q + 1),
-                // The order of the sides must not matter: of a mark and white space, the mark is passed.
-                (a, b) if self.s.may_skip(p) && (a > b || !self.t.may_skip(q)) => p += 1,
-                _ if self.t.may_skip(q) => q += 1,
-                (Some(_), Some(_)) => (p, q) = self.after_edit(p, q)?,
-                _ => return None,
+                (a, b) => match self.skipped(p, q) {
+                    Some(next) => (p, q) = next,
+                    None if a.is_some() && b.is_some() => (p, q) = self.after_edit(p, q)?,
+                    None => return None,
+                },
             }
             if self.s.cuts(p) && self.t.cuts(q) {
                 return Some((p, q));
             }
         }
+    }
+
+    /// Past white space or a mark that only one side has here, unless an edit leads to more that is equal.
+    fn skipped(&self, p: usize, q: usize) -> Option<(usize, usize)> {
+        let (skip_s, skip_t) = (self.s.may_skip(p), self.t.may_skip(q));
+        if skip_s && skip_t {
+            // Of a mark and white space the mark is passed.
+            return Some(if self.s.char(p) > self.t.char(q) { (p + 1, q) } else { (p, q + 1) });
+        }
+        let equal = |p: usize, q: usize| {
+            let (a, b) = (self.s.atoms.get(p..).unwrap_or_default(), self.t.atoms.get(q..).unwrap_or_default());
+            a.iter().zip(b).take(8).take_while(|(x, y)| x == y).count()
+        };
+        let (next, other) = match (skip_s, skip_t) {
+            (true, _) => ((p + 1, q), (p, q + 1)),
+            (_, true) => ((p, q + 1), (p + 1, q)),
+            _ => return None,
+        };
+        let edited = self.s.char(p).is_some()
+            && self.t.char(q).is_some()
+            && equal(p + 1, q + 1).max(equal(other.0, other.1)) > equal(next.0, next.1);
+        (!edited).then_some(next)
     }
 
     /// Bytes of the whole characters with which both stretches end.
@@ -329,26 +340,21 @@ impl<'a> Resync<'a> {
 
     /// Where both sides agree again after text that is on one side only, or another text.
     fn after_edit(&mut self, p: usize, q: usize) -> Option<(usize, usize)> {
-        // The order of the sides must not matter: the one with the smaller atom here goes first.
-        let swap = self.s.char(p) > self.t.char(q);
-        let (a, b) = if swap { (&mut self.t, &mut self.s) } else { (&mut self.s, &mut self.t) };
-        let (from_a, from_b) = if swap { (q, p) } else { (p, q) };
-        let (mut x, mut y) = match short_edit(&a.atoms[from_a..], &b.atoms[from_b..], &mut self.budget) {
-            Search::Found(x, y) => (from_a + x, from_b + y),
-            Search::Ended => return None,
-            Search::TooFar => far_block(a, b, from_a, from_b)?,
-        };
-        while x > from_a && y > from_b && a.atoms[x - 1].char == b.atoms[y - 1].char {
-            (x, y) = (x - 1, y - 1);
-        }
-        // A unit of several atoms may be half inside; the run that was found is longer than any of them.
-        while !(a.cuts(x) && b.cuts(y)) {
-            if a.char(x) != b.char(y) {
-                return None;
+        for searched in [false, true] {
+            while let Some(&Run { a, b, len }) = self.ahead.front() {
+                // The walk may have left the path of the search, and come to a later place of it.
+                let passed = p.saturating_sub(a).max(q.saturating_sub(b));
+                let cuts = |k: usize| self.s.cuts(a + k) && self.t.cuts(b + k);
+                if let Some(k) = (passed..len).find(|&k| cuts(k)) {
+                    return Some((a + k, b + k));
+                }
+                self.ahead.pop_front();
             }
-            (x, y) = (x + 1, y + 1);
+            if !searched {
+                self.ahead.extend(self.edits.search(&self.s.atoms, &self.t.atoms, p, q));
+            }
         }
-        Some(if swap { (y, x) } else { (x, y) })
+        None
     }
 }
 
@@ -400,93 +406,4 @@ impl<'a> Ends<'a> {
             }
         }
     }
-}
-
-enum Search {
-    /// The first atoms of a run that is equal on both sides.
-    Found(usize, usize),
-    /// Both sides end without one.
-    Ended,
-    /// Nothing within reach.
-    TooFar,
-}
-
-/// The shortest edit after which a long enough run is equal (Myers, "An O(ND) difference algorithm", 1986). What is long
-/// enough grows with the edit: the more was skipped, the likelier an equal run by chance.
-fn short_edit(a: &[Atom], b: &[Atom], budget: &mut usize) -> Search {
-    const NONE: isize = isize::MIN / 2;
-    let (n, m) = (a.len() as isize, b.len() as isize);
-    let mid = MAX_EDITS + 1;
-    // reach[mid + k]: the furthest atom of `a` on diagonal k = x - y.
-    let mut reach = [NONE; 2 * MAX_EDITS + 3];
-    reach[mid] = 0;
-    for edits in 1..=MAX_EDITS as isize {
-        if *budget < edits as usize {
-            return Search::TooFar;
-        }
-        *budget -= edits as usize;
-        let enough = (4 + 4 * edits).min(BLOCK as isize);
-        for k in (-edits..=edits).step_by(2) {
-            let at = mid.wrapping_add_signed(k);
-            let (inserted, deleted) = (reach[at + 1], reach[at - 1] + 1);
-            let inserted = if inserted - k <= m { inserted } else { NONE };
-            let from = if deleted <= n { deleted.max(inserted) } else { inserted };
-            reach[at] = from;
-            if from < 0 {
-                continue;
-            }
-            let (mut x, mut y) = (from, from - k);
-            while x < n && y < m && x - from < enough && a[x as usize].char == b[y as usize].char {
-                (x, y) = (x + 1, y + 1);
-            }
-            reach[at] = x;
-            let (run, ended) = (x - from, x == n && y == m);
-            if run >= enough || (ended && run > 0 && 4 * run >= edits) {
-                return Search::Found(from as usize, (from - k) as usize);
-            }
-            if ended {
-                return Search::Ended;
-            }
-        }
-    }
-    Search::TooFar
-}
-
-/// The nearest block of `b` that is equal to a stretch of `a`, wherever it lies (as rsync finds moved blocks).
-fn far_block(a: &Text<'_>, b: &mut Text<'_>, from_a: usize, from_b: usize) -> Option<(usize, usize)> {
-    b.blocks();
-    let blocks = b.blocks.as_deref()?;
-    if blocks.is_empty() || a.atoms.len() < from_a + BLOCK {
-        return None;
-    }
-    // A bit for each hash: almost every position is refused here.
-    let mut filter = vec![0u64; (blocks.len() / 8 + 1).next_power_of_two()];
-    let bits = filter.len() * 64 - 1;
-    let slot = |hash: u64| ((hash ^ (hash >> 29)) as usize) & bits;
-    for &(hash, _) in blocks {
-        filter[slot(hash) / 64] |= 1 << (slot(hash) % 64);
-    }
-    let out = (0..BLOCK).fold(1u64, |power, _| power.wrapping_mul(BASE));
-    let mut hash = a.atoms[from_a..from_a + BLOCK].iter().fold(0, |hash, atom| roll(hash, atom.char));
-    let mut best: Option<(usize, usize, usize)> = None;
-    for x in from_a..=a.atoms.len() - BLOCK {
-        if best.is_some_and(|(cost, ..)| x - from_a >= cost) {
-            break;
-        }
-        if filter[slot(hash) / 64] & (1 << (slot(hash) % 64)) != 0 {
-            let first = blocks.partition_point(|&block| block < (hash, from_b as u32));
-            if let Some(&(found, y)) = blocks.get(first) {
-                let y = y as usize;
-                let equal = found == hash && (0..BLOCK).all(|k| a.atoms[x + k].char == b.atoms[y + k].char);
-                let cost = x - from_a + (y - from_b.min(y));
-                if equal && best.is_none_or(|(least, ..)| cost < least) {
-                    best = Some((cost, x, y));
-                }
-            }
-        }
-        if let Some(next) = a.atoms.get(x + BLOCK) {
-            hash = roll(hash, next.char).wrapping_sub(out.wrapping_mul(u64::from(a.atoms[x].char) + 1));
-        }
-    }
-    best.map(|(_, x, y)| (x, y))
 }
