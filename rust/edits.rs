@@ -13,7 +13,7 @@
 /// Edits up to this many are searched one by one: at most `(MOST_EDITS + 1)^2` steps.
 const MOST_EDITS: usize = 32;
 /// A stretch that is equal for as long is no chance, whatever was skipped.
-const LONG: usize = 32;
+pub(crate) const LONG: usize = 32;
 /// Characters of the seeds by which far stretches are found.
 const SEED: usize = 10;
 /// First window of the search for those; each is four times the one before it.

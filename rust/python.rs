@@ -215,6 +215,11 @@ impl PyByteTable {
     }
 
     #[getter]
+    fn byte_pieces<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.table.byte_pieces())
+    }
+
+    #[getter]
     fn invalid(&self) -> &'static str {
         match self.table.invalid() {
             Invalid::Maximal => "maximal",

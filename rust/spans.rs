@@ -6,6 +6,7 @@ use similar::{capture_diff_slices, Algorithm, DiffTag};
 use unicode_normalization::UnicodeNormalization;
 
 use crate::align::{Alignment, Kind};
+use crate::edits::{Edits, Run, LONG};
 use crate::{Error, Side};
 
 /// For every student token the teacher tokens with which it shares bytes, as compressed rows.
@@ -244,6 +245,49 @@ pub fn align_offsets(student: &[[i64; 2]], teacher: &[[i64; 2]]) -> Result<Align
     Ok(a)
 }
 
+/// Characters of both sides up to which a shortest edit is looked for at any cost, which is at most the square; and of
+/// the parts of what has more.
+const SMALL: usize = 8192;
+const PART: usize = 2048;
+
+/// What a shortest edit of two texts leaves alone. Between the stretches of a long text that are no chance, where much
+/// differs, it is the shortest edit of one part after the other, so that the time stays linear.
+fn stretches(a: &[u32], b: &[u32]) -> Vec<Run> {
+    let mut found = vec![];
+    let differ = |a_range: Range<usize>, b_range: Range<usize>, found: &mut Vec<Run>| {
+        let len = a_range.len() + b_range.len();
+        let parts = if len <= SMALL { 1 } else { len.div_ceil(PART) };
+        let part = |range: &Range<usize>, k: usize| range.start + range.len() * k / parts;
+        for k in 0..parts {
+            let (i, j) = (part(&a_range, k), part(&b_range, k));
+            let texts = (&a[i..part(&a_range, k + 1)], &b[j..part(&b_range, k + 1)]);
+            for op in capture_diff_slices(Algorithm::Myers, texts.0, texts.1) {
+                if op.tag() == DiffTag::Equal {
+                    let (x, y) = (op.old_range(), op.new_range());
+                    found.push(Run { a: i + x.start, b: j + y.start, len: x.len() });
+                }
+            }
+        }
+    };
+    let (mut i, mut j, mut edits) = (0, 0, Edits::default());
+    // What is not yet written starts here on both sides.
+    let (mut from_i, mut from_j) = (0, 0);
+    while a.len() + b.len() > SMALL {
+        let len = a[i..].iter().zip(&b[j..]).take_while(|(x, y)| x == y).count();
+        if len >= LONG {
+            differ(from_i..i, from_j..j, &mut found);
+            found.push(Run { a: i, b: j, len });
+            (from_i, from_j) = (i + len, j + len);
+        }
+        (i, j) = (i + len, j + len);
+        let runs = if i < a.len() && j < b.len() { edits.search(a, b, i, j) } else { vec![] };
+        let Some(run) = runs.last() else { break };
+        (i, j) = (run.a, run.b);
+    }
+    differ(from_i..a.len(), from_j..b.len(), &mut found);
+    found
+}
+
 /// For every text of `a` the texts of `b` that share characters with it, and the other way round.
 ///
 /// Characters are compared without case and compatibility forms; where the texts differ the correspondence is that
@@ -262,20 +306,14 @@ pub fn align_texts<S: AsRef<str>>(a: &[S], b: &[S]) -> (Vec<Vec<usize>>, Vec<Vec
             back[j].push(i);
         }
     };
-    if a_chars == b_chars {
-        (0..a_chars.len()).for_each(|k| pair(k, k));
-    } else {
-        for op in capture_diff_slices(Algorithm::Myers, &a_chars, &b_chars) {
-            if op.tag() == DiffTag::Equal {
-                op.old_range().zip(op.new_range()).for_each(|(i, j)| pair(i, j));
-            }
-        }
+    for Run { a, b, len } in stretches(&a_chars, &b_chars) {
+        (0..len).for_each(|k| pair(a + k, b + k));
     }
     (forth, back)
 }
 
 /// The characters of all texts in one normal form, and the text that each came from.
-fn folded<S: AsRef<str>>(texts: &[S]) -> (Vec<char>, Vec<usize>) {
-    let chars = |text: &str| text.nfkd().flat_map(char::to_lowercase).collect::<Vec<_>>();
+fn folded<S: AsRef<str>>(texts: &[S]) -> (Vec<u32>, Vec<usize>) {
+    let chars = |text: &str| text.nfkd().flat_map(char::to_lowercase).map(u32::from).collect::<Vec<_>>();
     texts.iter().enumerate().flat_map(|(k, text)| chars(text.as_ref()).into_iter().map(move |c| (c, k))).unzip()
 }

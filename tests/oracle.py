@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import groupby, pairwise, product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -209,6 +209,22 @@ def fields(alignment: xtokmap.Alignment) -> dict[str, list[int]]:
         assert getattr(alignment, name).dtype == dtype, name
         assert getattr(alignment, name).ndim == 1, name
     return {name: getattr(alignment, name).tolist() for name in FIELDS}
+
+
+def byte_runs(tokens: Iterable[tuple[bytes, bool]]) -> Pieces:
+    """What Hugging Face's ByteFallback makes of tokens (bytes, whether it is a byte piece), in pieces that correspond.
+
+    A run of byte pieces that is not UTF-8 as a whole becomes one U+FFFD for each byte, whatever a part of it would be.
+    """
+    pieces: Pieces = []
+    for of_bytes, run in groupby(tokens, key=lambda token: token[1]):
+        data = b"".join(spelled for spelled, _ in run)
+        try:
+            pieces += [(char.encode(), char.encode()) for char in data.decode()]
+        except UnicodeDecodeError:
+            assert of_bytes, "an ordinary token is text"
+            pieces += [(data[k : k + 1], "\ufffd".encode()) for k in range(len(data))]
+    return pieces
 
 
 # ---- spans -------------------------------------------------------------------------------------------------------

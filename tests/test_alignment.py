@@ -219,6 +219,34 @@ def test_any_bytes_have_an_alignment(x: bytes, y: bytes, a: list, b: list, each:
     check_shape(Aligner(s, t).align(student_ids, teacher_ids), student, teacher)
 
 
+#: Ordinary tokens and byte pieces; some spell the same. No byte of U+FFFD is among them, which would be equal by chance.
+_OF_TEXT = [b"a", b"x y", "é".encode(), "漢字".encode(), b"Q", b" "]
+_OF_BYTES = [b"a", b"\n", b"Q", b"\xc3", b"\xa9", b"\xe6", b"\xbc", b"\xa2", b"\xf0"]
+
+
+@law
+@given(st.lists(st.integers(-1, len(_OF_TEXT) + len(_OF_BYTES) - 1), max_size=16), oracle.places)
+def test_byte_pieces_are_aligned_with_what_their_decoder_spells(row: list[int], places: list) -> None:
+    """-1 has no bytes, and parts no run."""
+    first = len(_OF_TEXT)
+    bt = ByteTable.from_bytes(
+        [*_OF_TEXT, *_OF_BYTES, None], invalid="run", byte_pieces=[*range(first, first + len(_OF_BYTES))]
+    )
+    student = [bt[i % len(bt)] for i in row]
+    pieces = oracle.byte_runs((bt[i] or b"", i >= first) for i in row if i >= 0)
+    teacher = oracle.without_stops(cut(b"".join(spelled for _, spelled in pieces), places))
+    t, [teacher_ids] = table(teacher)
+    al = Aligner(bt, t)
+    got = al.align([i % len(bt) for i in row], teacher_ids)
+    assert oracle.fields(got) == oracle.expected(student, teacher, pieces)
+
+
+def test_byte_pieces_that_are_none() -> None:
+    for ids, message in (([1], "id 1 has 2 bytes"), ([2], "id 2 has 0 bytes"), ([9], "id 9 has 0 bytes")):
+        with pytest.raises(XTokMapError, match=f"byte_pieces: {message}"):
+            ByteTable.from_bytes([b"a", b"ab", None], byte_pieces=ids)
+
+
 def test_ids_end_in_the_middle_of_a_character() -> None:
     student: Tokens = [b"x", b"\xe6\xbc"]
     assert [chunk.text for chunk in align(student, [b"x", b"\xe6", b"\xbc\xa2"])] == [b"x"]
@@ -632,11 +660,11 @@ def test_rows_of_a_batch_are_indexed_like_a_list(small: tuple) -> None:
 
 def test_alignments_and_byte_tables_survive_pickling(small: tuple) -> None:
     al, student, teacher = small
-    bt = ByteTable.from_bytes([b"a", None, b"", None, b"\xff" * 300], stop_ids=[3, 1], invalid="each")
+    bt = ByteTable.from_bytes([b"a", None, b"", None, b"\xff" * 300], stop_ids=[3, 1], invalid="run", byte_pieces=[0])
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         copy = pickle.loads(pickle.dumps(bt, protocol))
         assert [copy[i] for i in range(len(copy))] == [b"a", None, b"", None, b"\xff" * 300]
-        assert (copy.stop_ids, copy.invalid) == ((3, 1), "each")
+        assert (copy.stop_ids, copy.invalid, copy.byte_pieces) == ((3, 1), "run", (0,))
         np.testing.assert_array_equal(copy.lengths, [1, 0, 0, 0, 300])
         np.testing.assert_array_equal(copy.is_special, [False, True, False, True, False])
     batch = al.align_batch(student, teacher)
@@ -1082,7 +1110,7 @@ def test_strict_names_the_place(ab: Aligner) -> None:
         ),
         ([None, b"a"], {"stop_ids": [0, 2]}, "stop_ids: id 2 is outside the byte table of 2 ids"),
         ([None, b"a"], {"stop_ids": [-1]}, "stop_ids: id -1 is outside the byte table of 2 ids"),
-        ([b"a"], {"invalid": "some"}, 'invalid="some": use "maximal" or "each"'),
+        ([b"a"], {"invalid": "some"}, 'invalid="some": use "maximal", "each" or "run"'),
     ],
 )
 def test_byte_tables_that_cannot_be(tokens: object, options: dict, message: str) -> None:

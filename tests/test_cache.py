@@ -34,7 +34,7 @@ def write(path, content):
 
 def parts(table):
     arrays = table.to_arrays()
-    return [a.tolist() for a in arrays[:-1]] + [arrays[-1]]
+    return [a.tolist() if isinstance(a, np.ndarray) else a for a in arrays]
 
 
 @pytest.fixture
@@ -56,16 +56,17 @@ def reads(monkeypatch):
 # ---- arrays ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("invalid", ["maximal", "each"])
+@pytest.mark.parametrize("invalid", ["maximal", "each", "run"])
 @pytest.mark.parametrize(
     ("tokens", "stop_ids"), [([], []), ([None], [0]), ([b"a", None, b"", b"\xff\x00", None], [4, 1])]
 )
 def test_arrays_there_and_back(where, tokens, stop_ids, invalid):
-    table = ByteTable.from_bytes(tokens, stop_ids=stop_ids, invalid=invalid)
+    byte_pieces = [i for i, token in enumerate(tokens) if token and len(token) == 1]
+    table = ByteTable.from_bytes(tokens, stop_ids=stop_ids, invalid=invalid, byte_pieces=byte_pieces)
     cache.store("name", table)
     for again in (ByteTable.from_arrays(*table.to_arrays()), cache.load("name")):
         assert [again[i] for i in range(len(again))] == tokens
-        assert (again.stop_ids, again.invalid) == (tuple(stop_ids), invalid)
+        assert (again.stop_ids, again.invalid, again.byte_pieces) == (tuple(stop_ids), invalid, tuple(byte_pieces))
 
 
 U8, U32, BOOL = np.uint8, np.uint32, np.bool_
@@ -86,12 +87,14 @@ U8, U32, BOOL = np.uint8, np.uint32, np.bool_
         {"stop_ids": [3]},
         {"stop_ids": [1]},
         {"invalid": "other"},
+        {"byte_pieces": [1]},
+        {"byte_pieces": [3]},
     ],
 )
 def test_arrays_that_do_not_fit(change):
     whole = {"arena": b"abb", "offsets": [0, 1, 3, 3], "special": [False, False, True], "stop_ids": [2]}
-    whole = {**whole, "invalid": "maximal", **change}
-    dtypes = {"offsets": U32, "special": BOOL, "stop_ids": U32}
+    whole = {**whole, "invalid": "maximal", "byte_pieces": [0], **change}
+    dtypes = {"offsets": U32, "special": BOOL, "stop_ids": U32, "byte_pieces": U32}
     arrays = {name: np.array(whole[name], dtype) for name, dtype in dtypes.items()}
     with pytest.raises(XTokMapError):
         ByteTable.from_arrays(np.frombuffer(whole["arena"], U8), **arrays, invalid=whole["invalid"])

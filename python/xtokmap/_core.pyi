@@ -49,7 +49,11 @@ class TokenIdError(XTokMapError):
 class ByteTable:
     @staticmethod
     def from_bytes(
-        tokens: Iterable[bytes | None], *, stop_ids: Sequence[int] = ..., invalid: str = "maximal"
+        tokens: Iterable[bytes | None],
+        *,
+        stop_ids: Sequence[int] = ...,
+        invalid: str = "maximal",
+        byte_pieces: Sequence[int] = ...,
     ) -> ByteTable: ...
     @staticmethod
     def from_arrays(
@@ -58,10 +62,18 @@ class ByteTable:
         special: npt.NDArray[np.bool_],
         stop_ids: npt.NDArray[np.uint32],
         invalid: str,
+        byte_pieces: npt.NDArray[np.uint32],
     ) -> ByteTable: ...
     def to_arrays(
         self,
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32], npt.NDArray[np.bool_], npt.NDArray[np.uint32], str]: ...
+    ) -> tuple[
+        npt.NDArray[np.uint8],
+        npt.NDArray[np.uint32],
+        npt.NDArray[np.bool_],
+        npt.NDArray[np.uint32],
+        str,
+        npt.NDArray[np.uint32],
+    ]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, id: int, /) -> bytes | None: ...
     def __reduce__(self) -> tuple[Any, ...]: ...
@@ -73,6 +85,8 @@ class ByteTable:
     def stop_ids(self) -> tuple[int, ...]: ...
     @property
     def invalid(self) -> str: ...
+    @property
+    def byte_pieces(self) -> tuple[int, ...]: ...
     def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> bytes: ...
 
 @final
@@ -140,7 +154,9 @@ class _Sets:
         npt.NDArray[np.bool_],
     ]: ...
 
-def _rebuild_byte_table(tokens: Iterable[bytes | None], stop_ids: Sequence[int], invalid: str) -> ByteTable: ...
+def _rebuild_byte_table(
+    tokens: Iterable[bytes | None], stop_ids: Sequence[int], invalid: str, byte_pieces: Sequence[int]
+) -> ByteTable: ...
 def overlaps(
     alignment: Alignment,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]: ...

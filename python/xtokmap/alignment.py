@@ -413,8 +413,8 @@ class Aligner:
     ) -> tuple[list[Int64], AlignmentBatch]:
         """Student completions -> what the teacher is given for them, and the alignment of the two, in bulk.
 
-        The text is the lossy decode of the student's bytes: what is not UTF-8 becomes U+FFFD, one for a maximal
-        invalid part, or for each byte of it where the student's vocabulary is byte fallback. The student's ids are
+        The text is what the student's own decoder makes of its ids: what is not UTF-8 becomes U+FFFD, as often as
+        `byte_table` says. The student's ids are
         aligned as sampled. Where a student row has an end-of-turn token the teacher's row gets the teacher's own, and
         the two form a STOP chunk.
 

@@ -24,10 +24,11 @@ import numpy as np
 from xtokmap._core import ByteTable
 
 #: Part of every key: raise it when the layout of a file changes.
-_FORMAT = 1
+_FORMAT = 2
 _MAGIC = b"xtokmap byte table\n"
-#: Ids, bytes, stop ids, and whether `invalid` is "each"; the arrays follow, the arena last.
-_HEADER = struct.Struct("<QQQ?")
+#: Ids, bytes, stop ids, byte pieces, and the place of `invalid` among these; the arrays follow, the arena last.
+_HEADER = struct.Struct("<QQQQB")
+_INVALID = ("maximal", "each", "run")
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -79,16 +80,16 @@ def load(name: str) -> ByteTable | None:
     if data[:start] != _MAGIC + _digest(name, data[start:]):
         return None
     try:
-        ids, size, stops, each = _HEADER.unpack_from(data, start)
+        ids, size, stops, pieces, invalid = _HEADER.unpack_from(data, start)
         start += _HEADER.size
         arrays = []
-        for dtype, count in (("<u4", ids + 1), ("?", ids), ("<u4", stops), ("u1", size)):
+        for dtype, count in (("<u4", ids + 1), ("?", ids), ("<u4", stops), ("<u4", pieces), ("u1", size)):
             arrays.append(np.frombuffer(data, dtype, count, start))
             start += arrays[-1].nbytes
-        offsets, special, stop_ids, arena = arrays
-        offsets, stop_ids = offsets.astype(np.uint32), stop_ids.astype(np.uint32)  # in order and aligned
-        return ByteTable.from_arrays(arena, offsets, special, stop_ids, "each" if each else "maximal")
-    except (ValueError, struct.error):  # signed, and yet no table: of another format
+        offsets, special, stop_ids, byte_pieces, arena = arrays
+        native = [array.astype(np.uint32) for array in (offsets, stop_ids, byte_pieces)]  # in order and aligned
+        return ByteTable.from_arrays(arena, native[0], special, native[1], _INVALID[invalid], native[2])
+    except (ValueError, IndexError, struct.error):  # signed, and yet no table: of another format
         return None
 
 
@@ -97,9 +98,9 @@ def store(name: str, table: ByteTable) -> None:
     where = directory()
     if where is None:
         return
-    arena, offsets, special, stop_ids, invalid = table.to_arrays()
-    header = _HEADER.pack(len(table), arena.size, stop_ids.size, invalid == "each")
-    little = (offsets.astype("<u4"), special, stop_ids.astype("<u4"), arena)
+    arena, offsets, special, stop_ids, invalid, byte_pieces = table.to_arrays()
+    header = _HEADER.pack(len(table), arena.size, stop_ids.size, byte_pieces.size, _INVALID.index(invalid))
+    little = (offsets.astype("<u4"), special, stop_ids.astype("<u4"), byte_pieces.astype("<u4"), arena)
     body = b"".join([header, *(array.tobytes() for array in little)])
     with suppress(OSError, ValueError):
         where.mkdir(parents=True, exist_ok=True)

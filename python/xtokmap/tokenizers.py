@@ -81,7 +81,10 @@ def byte_table(tokenizer: Any) -> ByteTable:
     The tables of paths and of SentencePiece models are kept on disk by their content (`xtokmap.cache`). Those of other
     objects are not: nothing identifies their content in less time than reading it takes.
 
-    `invalid` is "each" for vocabularies with byte pieces (`<0x0A>`), "maximal" for all others.
+    `invalid` says how the tokenizer's own decoder spells bytes that are not UTF-8. "maximal": one U+FFFD for each part
+    that is (byte-level vocabularies). "each": one for each byte of such a part (SentencePiece and GGUF files with byte
+    pieces, `<0x0A>`). "run": one for each byte of a run of `byte_pieces` that is not UTF-8 as a whole (Hugging Face's
+    ByteFallback).
 
     Args:
         tokenizer: a transformers fast tokenizer, `tokenizers.Tokenizer`, `tiktoken.Encoding`,
@@ -169,6 +172,8 @@ class _Vocabulary(NamedTuple):
     added: Mapping[int, str] = {}
     stop_ids: tuple[int, ...] = ()
     invalid: str = "maximal"
+    #: Ids that stand for a single byte (`<0x0A>`).
+    byte_pieces: tuple[int, ...] = ()
 
     def table(self) -> ByteTable:
         size = max(max(ids, default=-1) for ids in (self.tokens, self.special)) + 1
@@ -183,7 +188,8 @@ class _Vocabulary(NamedTuple):
         stop_ids = list(dict.fromkeys(i for i in chain(self.stop_ids, named) if 0 <= i < size))
         for i in chain(self.special, stop_ids):
             rows[i] = None
-        return ByteTable.from_bytes(rows, stop_ids=stop_ids, invalid=self.invalid)
+        byte_pieces = [i for i in self.byte_pieces if rows[i] is not None]
+        return ByteTable.from_bytes(rows, stop_ids=stop_ids, invalid=self.invalid, byte_pieces=byte_pieces)
 
 
 # ---- dispatch ----------------------------------------------------------------------------------------------------
@@ -602,7 +608,8 @@ def _of_parts(
         # a ByteLevel decoder garbles it where its letters happen to be in the byte alphabet ("naïve").
         if names.get(i) != content:
             tokens[i] = spelling.of([content])[0] if spelling.joins_words else content.encode()
-    return _Vocabulary(tokens, special, ordinary, invalid=spelling.invalid)
+    byte_pieces = tuple(i for i, name in pieces.items() if name in _BYTE_PIECES) if spelling.invalid == "run" else ()
+    return _Vocabulary(tokens, special, ordinary, invalid=spelling.invalid, byte_pieces=byte_pieces)
 
 
 class _Spelling(NamedTuple):
@@ -624,7 +631,7 @@ def _spelling(spec: dict[str, Any]) -> _Spelling:
         if kind == "ByteLevel" and open_:
             kind_of_bytes, open_ = "byte level", False
         elif kind == "ByteFallback" and open_:
-            kind_of_bytes, invalid, open_ = "byte pieces", "each", False
+            kind_of_bytes, invalid, open_ = "byte pieces", "run", False
         elif kind == "Fuse":
             open_ = False
         elif kind == "Strip" and not open_ and (step["content"], step["stop"]) == (" ", 0) and step["start"] <= 1:
