@@ -65,9 +65,15 @@ impl Edits {
             Ok(path) => self.believed(x, y, &path),
             Err(ends) => {
                 let last = self.most_believed(x, y, &ends);
-                let far = if self.exhausted { None } else { self.far(x, y) };
-                self.exhausted = far.is_none();
-                far.map_or_else(|| longer(last, common_end(x, y)), |run| vec![run])
+                // A path to the end of both sides says all that there is to say.
+                let whole = ends.last().is_some_and(|path| path.anchored) && !last.is_empty();
+                let far = if whole || self.exhausted { None } else { self.far(x, y) };
+                self.exhausted |= far.is_none() && !whole;
+                match far {
+                    Some(run) => longer(vec![run], last),
+                    None if whole => last,
+                    None => longer(last, common_end(x, y)),
+                }
             }
         };
         for run in &mut runs {

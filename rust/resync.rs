@@ -306,7 +306,7 @@ impl<'a> Resync<'a> {
         }
     }
 
-    /// Past white space or a mark that only one side has here, unless an edit leads to more that is equal.
+    /// Past white space or a mark that only one side has here, if that leads to more that is equal than an edit does.
     fn skipped(&self, p: usize, q: usize) -> Option<(usize, usize)> {
         let (skip_s, skip_t) = (self.s.may_skip(p), self.t.may_skip(q));
         if skip_s && skip_t {
@@ -317,15 +317,17 @@ impl<'a> Resync<'a> {
             let (a, b) = (self.s.atoms.get(p..).unwrap_or_default(), self.t.atoms.get(q..).unwrap_or_default());
             a.iter().zip(b).take(8).take_while(|(x, y)| x == y).count()
         };
-        let (next, other) = match (skip_s, skip_t) {
-            (true, _) => ((p + 1, q), (p, q + 1)),
-            (_, true) => ((p, q + 1), (p + 1, q)),
+        // Not further, so that the walk along a row of spaces stays linear.
+        let past = |text: &Text<'_>, p: usize| (p..p + 16).find(|&p| !text.may_skip(p)).unwrap_or(p);
+        let (next, after, other) = match (skip_s, skip_t) {
+            (true, _) => ((p + 1, q), (past(&self.s, p), q), (p, q + 1)),
+            (_, true) => ((p, q + 1), (p, past(&self.t, q)), (p + 1, q)),
             _ => return None,
         };
-        let edited = self.s.char(p).is_some()
-            && self.t.char(q).is_some()
-            && equal(p + 1, q + 1).max(equal(other.0, other.1)) > equal(next.0, next.1);
-        (!edited).then_some(next)
+        let ends = self.s.char(p).is_none() || self.t.char(q).is_none();
+        let found = equal(after.0, after.1);
+        let edited = (found == 0 && after != (p, q)) || equal(p + 1, q + 1).max(equal(other.0, other.1)) > found;
+        (ends || !edited).then_some(next)
     }
 
     /// Bytes of the whole characters with which both stretches end.

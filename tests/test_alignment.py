@@ -219,7 +219,7 @@ def test_any_bytes_have_an_alignment(x: bytes, y: bytes, a: list, b: list, each:
     check_shape(Aligner(s, t).align(student_ids, teacher_ids), student, teacher)
 
 
-#: Ordinary tokens and byte pieces; some spell the same. No byte of U+FFFD is among them, which would be equal by chance.
+#: Ordinary tokens and byte pieces; some spell the same. No byte of U+FFFD is among them: it would be equal by chance.
 _OF_TEXT = [b"a", b"x y", "é".encode(), "漢字".encode(), b"Q", b" "]
 _OF_BYTES = [b"a", b"\n", b"Q", b"\xc3", b"\xa9", b"\xe6", b"\xbc", b"\xa2", b"\xf0"]
 

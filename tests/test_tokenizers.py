@@ -343,6 +343,21 @@ def test_random_ids(case):
     assert not wrong, (len(wrong), min(wrong, key=lambda pair: len(pair[0])))
 
 
+@pytest.mark.parametrize("name", ["llama", "metaspace-bytes", "byte-level", "mistral-v3"])
+def test_retokenize_gives_the_teacher_what_the_students_decoder_spells(name):
+    """Rows of random ids, most of them single bytes."""
+    case, teacher = _made(name), _made("byte-level")
+    rng = random.Random(5)
+    ids = np.flatnonzero(~case.table.is_special).tolist()
+    short = [i for i in ids if case.table.lengths[i] == 1]
+    rows = [[rng.choice(rng.choice((ids, short, short))) for _ in range(rng.randrange(1, 30))] for _ in range(200)]
+    rows = [[short[0], *row] for row in rows]
+    teacher_ids, batch = xtokmap.Aligner(case.source, teacher.source).retokenize(rows)
+    for text, row, retokenized in zip(case.decode(rows), rows, teacher_ids, strict=True):
+        assert teacher.table.decode(retokenized.tolist()).decode() == text, row
+    assert batch.coverage == 1
+
+
 @pytest.mark.parametrize("kind", CORPUS)
 def test_text(case, kind):
     text = CORPUS[kind]

@@ -414,9 +414,8 @@ class Aligner:
         """Student completions -> what the teacher is given for them, and the alignment of the two, in bulk.
 
         The text is what the student's own decoder makes of its ids: what is not UTF-8 becomes U+FFFD, as often as
-        `byte_table` says. The student's ids are
-        aligned as sampled. Where a student row has an end-of-turn token the teacher's row gets the teacher's own, and
-        the two form a STOP chunk.
+        `byte_table` says. The student's ids are aligned as sampled. Where a student row has an end-of-turn token the
+        teacher's row gets the teacher's own, and the two form a STOP chunk.
 
         Args:
             student_ids: B rows, as `align_batch` takes them.
