@@ -1,0 +1,118 @@
+"""What edits cost an alignment, and how its time grows with them: python benches/edits.py [--growth-only]
+
+Rows with known edits, in a vocabulary of bytes and between real tokenizers, against a brute-force edit distance; then
+one row of half a million to four million tokens of which 22 % are long stretches of other characters and the rest has
+one byte in 64 replaced. Prints the tables and writes them to benches/results/edits.md.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import corpus
+import pairs
+import xtokmap
+from edits import BYTES, Cost, cost_in_bytes, cost_in_tokens, edited, texts
+
+RESULTS = Path(__file__).parent / "results" / "edits.md"
+ROWS = 1000
+TEXT = (corpus.KINDS["prose"] + corpus.KINDS["code"]).replace("\n", " ").encode("ascii", "ignore").decode()
+PAIRS = [("cl100k", "qwen"), ("mistral-v3", "deepseek"), ("tekken-240911", "o200k"), ("qwen", "mistral-v1")]
+SIZES = [500_000, 1_000_000, 2_000_000, 4_000_000]
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.2f} %"
+
+
+def line(name: str, cost: Cost) -> str:
+    kept, tails = percent(cost.kept, cost.untouched), percent(cost.lost_tails, cost.rows)
+    return f"| {name} | {kept} | {cost.wrong} of {cost.untouched:,} | {tails} |"
+
+
+def of_bytes() -> list[str]:
+    lines = []
+    for length, kinds in ((30, "r"), (60, "r"), (60, "rid"), (200, "rid")):
+        for count in (1, 2, 3, 5, 10):
+            rng = random.Random(f"{length} {kinds} {count}")
+            cost = cost_in_bytes([edited(rng, text, count, kinds) for text in texts(rng, TEXT, length, ROWS)])
+            what = "replaced" if kinds == "r" else "replaced, inserted, deleted"
+            lines.append(line(f"bytes, {length} characters, {count} {what}", cost))
+    return lines
+
+
+def of_tokens() -> list[str]:
+    lines = []
+    for student, teacher in PAIRS:
+        try:
+            codecs = [pairs.tokenizer(name).codec for name in (student, teacher)]
+        except pytest.skip.Exception as skipped:
+            lines.append(f"| {student}, {teacher}: {skipped} | | | |")
+            continue
+        encode = [lambda text, codec=codec: codec.encode_batch([text])[0].tolist() for codec in codecs]
+        for length, counts in ((30, (2, 3)), (200, (10,))):
+            rng = random.Random(f"{student} {teacher} {length}")
+            rows = [edited(rng, text, rng.choice(counts)) for text in texts(rng, TEXT, length, ROWS)]
+            name = f"{student} to {teacher}, {length} characters, {' or '.join(map(str, counts))} edits"
+            lines.append(line(name, cost_in_tokens(rows, *encode, pairs.aligner(student, teacher))))
+    return lines
+
+
+def growth() -> list[str]:
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz      ", np.uint8)
+    al = xtokmap.Aligner(BYTES, BYTES)
+    lines, first = [], 0.0
+    for size in SIZES:
+        x = rng.choice(letters, size)
+        y = x.copy()
+        y[32::64] = rng.integers(ord("0"), ord("9") + 1, len(y[32::64]))
+        for start in range(0, size - 4096, int(4096 / 0.22)):
+            y[start : start + 4096] = rng.integers(ord("A"), ord("Z") + 1, 4096) ^ 0x60  # digits and signs
+        student, teacher = x.astype(np.int32), y.astype(np.int32)
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            a = al.align(student, teacher)
+            seconds.append(time.perf_counter() - began)
+        each = min(seconds) / size * 1e9
+        first = first or each
+        aligned = a.student_chunk >= 0
+        same = np.count_nonzero(a.kind[a.student_chunk[aligned]] == xtokmap.Kind.ONE_TO_ONE)
+        kept = percent(same, np.count_nonzero(x == y))
+        lines.append(f"| {size:,} | {each:.0f} | {each / first:.2f} | {kept} |")
+    return lines
+
+
+def main() -> None:
+    parts = [
+        f"# Edits\n\n`{shlex.join(['python', *sys.argv])}`: Python {platform.python_version()}, "
+        f"numpy {np.__version__}, xtokmap {xtokmap.__version__}, {platform.machine()}, CPU only."
+    ]
+    if "--growth-only" not in sys.argv:
+        head = "| rows | characters kept | wrong | last character lost |\n|---|---|---|---|"
+        parts.append("\n".join([head, *of_bytes(), *of_tokens()]))
+        parts.append(
+            "Kept: an untouched character is ONE_TO_ONE with what it became (bytes), or in a chunk (tokens). Wrong: a "
+            "pair of characters that no shortest edit leaves alone, or a chunk that ends where none passes."
+        )
+    head = "| tokens | ns a token | times the first | equal bytes kept |\n|---|---|---|---|"
+    parts.append("\n".join([head, *growth()]))
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    if "--growth-only" not in sys.argv:
+        RESULTS.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
