@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -574,6 +575,20 @@ def test_json_is_read_and_written_beside_the_loop(server, monkeypatch):
         monkeypatch.setattr(serve, name, watched)
     assert_answers(server)
     assert [name.startswith("json") for name in threads] == [True, True]
+
+
+def test_reading_json_looks_for_no_cycles():
+    seen = []
+    gc.callbacks.append(lambda *what: seen.append(what))
+    try:
+        assert len(serve.json_of(b"[" + b"[]," * 10**5 + b"[]]")) == 10**5 + 1
+        during = list(seen)
+        with pytest.raises(RefusedError):
+            serve.json_of(b"[" * 10)
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.pop()
+    assert not during
 
 
 def test_connections_that_wait_make_room(model):
