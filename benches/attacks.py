@@ -2,12 +2,13 @@
 
 The command itself, with a small model; each attack goes over raw sockets to a server of its own. A table: what the
 attacker is told, how long the server gave it, the server's memory at its peak above what it had before, and how long an
-honest request waits right after.
+honest request waits right after; printed and written to benches/results/attacks.md.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ import torch  # noqa: E402
 
 import tiny  # noqa: E402
 
+RESULTS = Path(__file__).parent / "results" / "attacks.md"
 KEY = "sk-of-the-server"
 PATIENCE = 20.0  # seconds that an attack lasts at most
 SERVE = [sys.executable, "-m", "xtokmap", "serve-teacher", "--port", "0", "--name", "t"]
@@ -184,7 +186,18 @@ ATTACKS: dict[str, Callable[[Server], str]] = {
 
 
 def main() -> None:
-    print("| attack | what it is told | after, s | memory, MiB | next honest request, s |\n|---|---|---|---|---|")
+    out = [
+        "# What hostile clients cost `serve-teacher`",
+        "",
+        f"`python benches/attacks.py`, {platform.machine()}, {os.cpu_count()} cores. A small model behind the command, "
+        "one server for each attack, with a key and, of what can be set, `--max-seconds 5`. Told: the status of each "
+        "answer that came. After: how long the attacker had the server. Memory: the peak of the process above its peak "
+        "before.",
+        "",
+        "| attack | what it is told | after, s | memory, MiB | next honest request, s |",
+        "|---|---|---|---|---|",
+    ]
+    print("\n".join(out), flush=True)
     with tempfile.TemporaryDirectory() as name:
         sound, broken = Path(name, "sound"), Path(name, "broken")
         for folder in (sound, broken):
@@ -211,9 +224,11 @@ def main() -> None:
                     next_one = f"{time.monotonic() - start:.2f}" + ("" if status == 200 else f" ({status})")
                 except httpx.HTTPError as error:
                     next_one = f"none in {time.monotonic() - start:.0f} ({type(error).__name__})"
-                print(f"| {what} | {found} | {took:.1f} | {server.peak() - before} | {next_one} |", flush=True)
+                out.append(f"| {what} | {found} | {took:.1f} | {server.peak() - before} | {next_one} |")
+                print(out[-1], flush=True)
                 while kept:
                     kept.pop().close()
+    RESULTS.write_text("\n".join(out) + "\n")
 
 
 if __name__ == "__main__":

@@ -216,6 +216,8 @@ def test_limits_and_addresses_that_cannot_be_are_named(model, server):
     for bad in (port, 2**20, -1):
         with pytest.raises(xtokmap.XTokMapError, match=f"cannot listen on 127.0.0.1:{bad}"):
             TeacherServer(model, tiny.teacher_tokenizer(), port=bad)
+    with pytest.raises(xtokmap.XTokMapError, match=r"cannot listen on 192\.0\.2\.1:0: "):
+        TeacherServer(model, tiny.teacher_tokenizer(), host="192.0.2.1")
 
 
 @pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])

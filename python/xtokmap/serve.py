@@ -158,7 +158,8 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops every clock."""
         self._stop_clock()
-        super().connection_lost(exc)  # calls `resume_writing`
+        self.resume_writing()
+        super().connection_lost(exc)
         self._unset_keepalive_if_required()
 
     def send_400_response(self, msg: str) -> None:
@@ -251,7 +252,7 @@ class TeacherServer:
             raise XTokMapError(f"cannot listen on {host}:{port}: ports are 0 to 65535")
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=256)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a host that can be none
             raise XTokMapError(f"cannot listen on {host}:{port}: {one_line(error)}") from None
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
