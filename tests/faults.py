@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 
-from xtokmap.serve import Handler, TeacherServer
+from fake_server import Handler, TeacherServer
 
 #: What can go wrong with one answer; `limits` and `errors` before it is made, the others with the answer itself.
 FAULTS = (

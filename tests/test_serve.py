@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-import http.client
+import gc
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
 import torch
 
-import faults
 import tiny
 import xtokmap
-from xtokmap.serve import Limits, Scorer, TeacherServer
+from xtokmap import serve
+from xtokmap.serve import Limits, RefusedError, TeacherServer
+from xtokmap.served import PROTOCOLS, Client
 
 KEY = "sk-of-the-server"
 ROW = [5, 6, 7, 300, 301]
+WAIT = 60.0  # seconds, for what a busy machine may take; nothing that works takes them
+
+
+@contextmanager
+def serving(model, **options):
+    """A server that runs in a thread of this process."""
+    server = TeacherServer(model, tiny.teacher_tokenizer(), **options)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.close(patience=2.0)
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +50,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def server(model):
-    limits = Limits(max_length=64, max_logprobs=50)
-    with faults.serving(model, tiny.teacher_tokenizer(), limits=limits, name="tiny") as server:
+    with serving(model, limits=Limits(max_length=64, max_logprobs=50), name="tiny") as server:
         yield server
 
 
@@ -151,16 +170,13 @@ def test_a_body_that_is_no_object_is_refused(server, content, message):
 
 def test_bodies_that_say_no_length_or_too_much(server):
     assert httpx.post(server.url + "/generate", content=iter([b"{}"])).status_code == 411
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
-    connection.request("POST", "/generate", headers={"Content-Length": str(2**40)})
-    answer = connection.getresponse()
-    assert answer.status == 413
-    answer.read()
-    connection.close()
+    said = refused(server, head("POST /generate", "Content-Length: 1099511627776"), 413)
+    assert said == f"a body of 1099511627776 bytes; this server takes {server.max_body}"
+    assert_answers(server)
 
 
 def test_the_key_opens_everything_but_health(model):
-    with faults.serving(model, tiny.teacher_tokenizer(), key=KEY) as server:
+    with serving(model, key=KEY) as server:
         for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": KEY}):
             answer = httpx.get(server.url + "/v1/models", headers=headers)
             assert answer.status_code == 401
@@ -170,28 +186,15 @@ def test_the_key_opens_everything_but_health(model):
 
 
 def test_requests_that_wait_share_a_pass(model):
-    with faults.serving(model, tiny.teacher_tokenizer(), limits=Limits(max_batch=8)) as server:
+    with serving(model, limits=Limits(max_batch=8)) as server:
         first = server.scorer.batches
         answer = post(server, "/v1/completions", prompt=[ROW[: 2 + b % 4] for b in range(40)], prompt_logprobs=0)
         assert len(answer.json()["choices"]) == 40
         assert 5 <= server.scorer.batches - first <= 12
 
 
-def test_a_full_queue_asks_to_come_back(model, monkeypatch):
-    scorer = Scorer(model, Limits(max_queue=1))
-    scorer.close()  # nobody takes anything from now on
-    with faults.serving(model, tiny.teacher_tokenizer()) as server:
-        own, server.scorer = server.scorer, scorer
-        scorer.submit([1], 0)
-        answer = post(server, "/generate", input_ids=[1])
-        server.scorer = own
-    assert answer.status_code == 429
-    assert answer.headers["Retry-After"] == "1"
-    assert "1 requests wait already" in answer.json()["error"]["message"]
-
-
 def test_a_pass_that_fails_costs_the_request_that_is_to_blame(model):
-    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+    with serving(model) as server:
         score = server.scorer._score
 
         def fails(rows, topk):
@@ -210,12 +213,15 @@ def test_limits_and_addresses_that_cannot_be_are_named(model, server):
     with pytest.raises(xtokmap.XTokMapError, match="max_batch=0: must be at least 1"):
         Limits(max_batch=0)
     port = int(server.url.rpartition(":")[2])
-    for bad in (port, 2**20):
+    for bad in (port, 2**20, -1):
         with pytest.raises(xtokmap.XTokMapError, match=f"cannot listen on 127.0.0.1:{bad}"):
             TeacherServer(model, tiny.teacher_tokenizer(), port=bad)
+    with pytest.raises(xtokmap.XTokMapError, match=r"cannot listen on 192\.0\.2\.1:0: "):
+        TeacherServer(model, tiny.teacher_tokenizer(), host="192.0.2.1")
 
 
-def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_told_to_stop(tmp_path, told):
     tiny.teacher_model().save_pretrained(tmp_path)
     tiny.teacher_tokenizer().save_pretrained(tmp_path)
     command = [sys.executable, "-m", "xtokmap", "serve-teacher", "--model", str(tmp_path), "--port", "0", "--name", "t"]
@@ -230,7 +236,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
         body = {"prompt": ROW, "prompt_logprobs": 0}
         answer = httpx.post(url + "/v1/completions", json=body, headers=headers, timeout=60)
         assert len(json.loads(answer.text)["choices"][0]["prompt_logprobs"]) == 5
-        process.send_signal(signal.SIGINT)
+        process.send_signal(told)
         assert process.stdout.read() == "stopped after 1 answers\n"
         assert process.wait() == 0
 
@@ -242,3 +248,415 @@ def test_the_command_names_what_is_wrong(tmp_path, capsys):
     assert "none: no such model" in capsys.readouterr().err
     assert main(["serve-teacher", "--model", "x", "--max-batch", "0"]) == 2
     assert "max_batch=0" in capsys.readouterr().err
+    assert main(["serve-teacher", "--model", "x", "--max-seconds", "nan"]) == 2
+    assert "max_seconds=nan: must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "starlette", "h11"])
+def test_a_missing_package_is_named(package, monkeypatch, capsys):
+    from xtokmap.__main__ import main
+
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "xtokmap.serve")
+    monkeypatch.delattr(xtokmap, "serve")
+    assert main(["serve-teacher", "--model", "x"]) == 2
+    assert f"serve-teacher needs the package {package}" in (said := capsys.readouterr().err)
+    assert "pip install 'xtokmap[serve]'" in said
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_client_of_this_package_gets_the_models_numbers(model, server, protocol):
+    rows = [ROW, [9, 8, 7, 6]]
+    answers = Client(server.url, protocol=protocol, model="tiny").score(rows, topk=2)
+    for row, answer in zip(rows, answers, strict=True):
+        want = rows_of(model, row)
+        assert answer.logprobs[1:] == pytest.approx([want[i, t].item() for i, t in enumerate(row[1:])], abs=2e-5)
+
+
+# ---- hostile clients: raw bytes, and after each of them an honest request is answered ----------------------------
+
+
+def head(request, *headers):
+    """The head of a request, of Latin-1."""
+    return "\r\n".join([f"{request} HTTP/1.1", "Host: x", *headers, "", ""]).encode("latin-1")
+
+
+def whole(body, path="/generate"):
+    """A request that is in order."""
+    content = json.dumps(body).encode()
+    return head(f"POST {path}", f"Content-Length: {len(content)}") + content
+
+
+def connect(server):
+    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=WAIT)
+
+
+def rest(connection):
+    """All that comes until the server closes."""
+    found = b""
+    try:
+        while piece := connection.recv(2**16):
+            found += piece
+    except ConnectionResetError:  # it had more to read than it cared for
+        pass
+    return found
+
+
+def message(answer, status):
+    """What one answer, and nothing but it, says is wrong."""
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
+    assert answer.count(b"HTTP/1.1 ") == 1
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert error["code"] == status
+    return error["message"]
+
+
+def refused(server, sent, status):
+    """What is said to these bytes before the server closes."""
+    with connect(server) as connection:
+        connection.sendall(sent)
+        return message(rest(connection), status)
+
+
+def assert_answers(server, headers=None):
+    """The server is there for an honest client."""
+    answer = httpx.post(server.url + "/generate", json={"input_ids": ROW}, headers=headers, timeout=WAIT)
+    assert answer.status_code == 200
+    assert answer.json()["meta_info"]["prompt_tokens"] == 5
+
+
+def until(true):
+    deadline = time.monotonic() + WAIT
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@contextmanager
+def held(server):
+    """A model that keeps its first batch until it may go on; yields what lets it, and the rows it was given."""
+    go, seen, score = threading.Event(), [], server.scorer._score
+
+    def waits(rows, topk):
+        seen.extend(rows)
+        assert go.wait(WAIT)
+        return score(rows, topk)
+
+    server.scorer._score = waits
+    try:
+        yield go, seen
+    finally:
+        go.set()
+
+
+def test_the_key_comes_before_the_body(model):
+    with serving(model, key=KEY) as server:
+        long = f"Content-Length: {64 * 2**20}"
+        for headers in ([long], [long, "Authorization: Bearer no"], [long, "Expect: 100-continue"], [long + "0" * 9]):
+            said = refused(server, head("POST /v1/completions", *headers), 401)  # and not a byte of the body was sent
+            assert said == "the API key is missing or not the one of this server"
+        assert_answers(server, {"Authorization": f"Bearer {KEY}"})
+
+
+def test_a_body_may_have_what_its_rows_need(model):
+    with serving(model, limits=Limits(max_queue=8, max_length=64)) as server:
+        assert server.max_body == 8 * 64 * len("379, ") + 2**16
+    with serving(model, limits=Limits(max_length=2**20)) as server:
+        assert server.max_body == 2**22 + 2**16
+    with serving(model, limits=Limits(max_body=100)) as server:
+        assert refused(server, head("POST /generate", "Content-Length: 101"), 413) == (
+            "a body of 101 bytes; this server takes 100"
+        )
+        assert_answers(server)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"G" * 999, head("GET /health")[:-2] + b"a: b\r\n" * 999, head("POST /generate", "Content-Length: 999")],
+    ids=["nothing", "a line", "headers", "a body"],
+)
+def test_what_comes_in_drops_is_cut(model, sent):
+    with serving(model, limits=Limits(max_seconds=0.3)) as server, connect(server) as connection:
+        connection.sendall(sent[:-900])
+        connection.settimeout(0.02)
+        for drop in itertools.chain(sent[-900:], itertools.repeat(32, 2000)):
+            try:
+                if sent:
+                    connection.sendall(bytes([drop]))
+                found = connection.recv(2**16)
+                break
+            except TimeoutError:
+                continue
+        connection.settimeout(WAIT)
+        assert message(found + rest(connection), 408) == "the request took more than 0.3 seconds to arrive"
+        assert_answers(server)
+
+
+def test_an_answer_that_nobody_reads_is_cut(model, monkeypatch):
+    with serving(model, limits=Limits(max_seconds=0.3)) as server, connect(server) as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(serve, "_content", lambda *_: b" " * 2**25)
+            connection.sendall(whole({"input_ids": ROW}))
+            until(lambda: server.answered)
+            until(lambda: not server._server.server_state.connections)
+        assert_answers(server)
+
+
+def test_a_request_whose_client_is_gone_is_not_worked_off(model):
+    with serving(model, limits=Limits(max_batch=2)) as server:
+        with ThreadPoolExecutor(1) as pool, held(server) as (go, seen):
+            first = pool.submit(assert_answers, server)
+            until(lambda: seen)
+            with connect(server) as connection:
+                connection.sendall(whole({"input_ids": [[9, 9]] * 40}))
+                until(lambda: len(server.scorer._waiting) == 40)
+            until(lambda: not server.scorer._waiting)
+            go.set()
+            first.result()
+            assert_answers(server)
+        assert seen == [ROW, ROW]
+
+
+def test_rows_wait_all_or_none_and_too_many_never(model):
+    with serving(model, limits=Limits(max_queue=4)) as server:
+        with ThreadPoolExecutor(2) as pool, held(server) as (_, seen):
+            first = pool.submit(assert_answers, server)
+            until(lambda: seen)
+            second = pool.submit(post, server, "/generate", input_ids=[ROW] * 2)
+            until(lambda: len(server.scorer._waiting) == 2)
+            full = post(server, "/generate", input_ids=[ROW] * 3)
+            assert full.status_code == 429
+            assert full.headers["Retry-After"] == "1"
+            assert "2 rows wait already; with these 3 there would be more than 4" in full.json()["error"]["message"]
+            assert len(server.scorer._waiting) == 2
+            never = post(server, "/v1/completions", prompt=[ROW] * 5)
+            assert never.status_code == 413
+            assert never.json()["error"]["message"] == "prompt has 5 rows; this server takes 4 of a request"
+        first.result()
+        assert second.result().status_code == 200
+        assert_answers(server)
+
+
+def test_nan_is_said_in_words_and_costs_its_own_row():
+    model = tiny.teacher_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[13] = torch.nan
+    own = torch.nn.Parameter(tiny.teacher_model().get_output_embeddings().weight.detach().clone())
+    model.get_output_embeddings().weight = own
+    bodies = {
+        "/v1/completions": {"prompt": [[1, 13, 2], ROW], "prompt_logprobs": 1},
+        "/generate": {"input_ids": [1, 13, 2], "return_logprob": True, "logprob_start_len": 0},
+    }
+    with serving(model) as server:
+        for path, body in bodies.items():
+            answer = post(server, path, **body)
+            assert answer.status_code == 500
+            assert answer.json()["error"]["message"] == "the model failed: its logprobs after token 0 of 3 are NaN"
+            assert_answers(server)
+        first, second = server.scorer.submit([[1, 13, 2], ROW], 1)  # one pass
+        with pytest.raises(RefusedError, match="are NaN"):
+            first.result()
+        assert len(second.result().logprobs) == 5
+
+
+POST, GET = "POST /generate", "GET /health"
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [
+        (head(POST, "Content-Length: \xb2"), 400, "bad Content-Length"),
+        (head(POST, "Content-Length: \xc2\xb2"), 400, "bad Content-Length"),
+        (head(POST, "Content-Length: -1"), 400, "bad Content-Length"),
+        (head(POST, "Content-Length: +1"), 400, "bad Content-Length"),
+        (head(POST, "Content-Length: 0x1"), 400, "bad Content-Length"),
+        (head(POST, "Content-Length: " + "1" * 21), 400, "bad Content-Length"),
+        (head(POST, "Content-Length: 1, 2"), 400, "conflicting Content-Length"),
+        (head(POST, "Content-Length: 1", "Content-Length: 2"), 400, "conflicting Content-Length"),
+        (head(POST, "Content-Length: 6", CHUNKED) + b"0\r\n\r\nG", 400, "Content-Length and Transfer-Encoding in one"),
+        (head(POST, CHUNKED, "Content-Length: 6") + b"0\r\n\r\nG", 400, "Content-Length and Transfer-Encoding in one"),
+        (head(POST, CHUNKED) + b"1\r\n{\r\n" * 999, 411, "a body needs a Content-Length"),
+        (head(POST, "Transfer-Encoding: chunked, identity"), 501, "Only Transfer-Encoding: chunked"),
+        (head(POST, "Connection: close"), 411, "a POST needs a Content-Length"),
+        (whole({"input_ids": ROW}) + head(GET), 400, "bytes after the request"),
+        (whole({"input_ids": ROW}) + b"X", 400, "bytes after the request"),
+        (head(GET, "Content-Length: 0") + head(GET), 400, "bytes after the request"),
+        (head(GET) + b"\0" * 99999, 400, "bytes after the request"),
+        (b"\0" * 9, 400, "no request of HTTP"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 99, 400, "no request of HTTP"),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400, "Missing mandatory Host"),
+        (head("GET /h\xe9alth"), 400, "no request of HTTP"),
+        (head("GET /health /health"), 400, "no request of HTTP"),
+        (head(GET, "a b: c"), 400, "no request of HTTP"),
+        (head(GET, "a: \0"), 400, "no request of HTTP"),
+        (head(GET)[:-2] + b"a" * 20000, 431, "no request of HTTP"),
+        (head(GET, *["a: b"] * 9000), 431, "no request of HTTP"),
+        (head("GET /" + "a" * 99999), 431, "no request of HTTP"),
+    ],
+)
+def test_what_is_no_request_is_refused_in_words(server, sent, status, said):
+    assert said in refused(server, sent, status)
+    assert_answers(server)
+
+
+@pytest.mark.parametrize("path", ["/%ED%A0%80", "/%FF", "/v1/%ED%A0%80%ED%B0%80"])
+def test_a_path_that_is_no_unicode_is_refused(server, path):
+    answer = httpx.get(server.url + path)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "the path is no UTF-8"
+    assert_answers(server)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100000, "the body is nested too deeply"),
+        (b'{"a":' * 20000, "the body is nested too deeply"),
+        (b'{"input_ids":' + b"[" * 900 + b"]" * 900 + b"}", "input_ids"),
+        (b'{"model":' + b"[" * 900 + b"]" * 900 + b"}", "model is [[["),
+        (b'{"input_ids": [' + b"1" * 5000 + b"]}", "the body is no JSON: Exceeds the limit"),
+        (b'{"input_ids": [' + b"1" * 400 + b"]}", "input_ids[0] is 1111"),
+        (b'{"input_ids": [1], "top_logprobs_num": ' + b"1" * 400 + b"}", "top_logprobs_num is 111"),
+        (b'{"input_ids": [1], "logprob_start_len": 1e999}', "logprob_start_len is inf"),
+        (b'{"input_ids": [1e0]}', "input_ids[0] is 1.0"),
+        (b'{"input_ids": [1, 1e999]}', "input_ids[1] is inf"),
+        (b'{"input_ids": [1, true]}', "input_ids[1] is True"),
+        (b'{"input_ids": [1, null]}', "input_ids[1] is None"),
+        (b'{"input_ids": [1, "2"]}', "input_ids[1] is '2'"),
+        (b'{"input_ids": [NaN]}', "the body is no JSON: NaN in it"),
+        (b'{"input_ids": [1], "x": -Infinity}', "the body is no JSON: -Infinity in it"),
+        (b'{"text": "a\\ud800b"}', "the body is no Unicode: it has half a character, \\ud800"),
+        (b'{"text": "\\udc00\\ud800"}', "half a character, \\udc00"),
+        (b'{"text": "a", "\\uDFFF": 1}', "half a character, \\udfff"),
+        (b'{"model": "\\ud800", "prompt": [1]}', "half a character"),
+        (b'{"text": "\xed\xa0\x80"}', "the body is no JSON: 'utf-8' codec"),
+        (b'{"text": "\xff"}', "the body is no JSON: 'utf-8' codec"),
+        ('{"input_ids": [1]}'.encode("utf-16"), "the body is no JSON"),
+        (b'\xef\xbb\xbf{"input_ids": [1]}', "the body is no JSON: Unexpected UTF-8 BOM"),
+        (b"", "the body must be a JSON object"),
+        (b"null", "the body must be a JSON object"),
+        (b'{"text": ""}', "input_ids must be a text or a list of token ids"),
+        (b'{"input_ids": [[1], 2]}', "input_ids[1] must be a text or a list"),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused_in_words(server, content, said):
+    path = "/v1/completions" if b"model" in content else "/generate"
+    answer = httpx.post(server.url + path, content=content, headers={"Content-Length": str(len(content))})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+    assert_answers(server)
+
+
+@pytest.mark.parametrize("model_name", [1, True, ["tiny"], {"tiny": 1}, 0.5])
+def test_a_model_that_is_no_name_is_refused(server, model_name):
+    answer = post(server, "/v1/completions", prompt=ROW, model=model_name)
+    assert answer.status_code == 400
+    assert "it must be a name" in answer.json()["error"]["message"]
+
+
+def test_whole_characters_that_json_spells_in_halves_are_texts(server):
+    content = b'{"text": "\\ud83d\\ude00", "return_logprob": true, "logprob_start_len": 0}'
+    answer = httpx.post(server.url + "/generate", content=content)
+    assert answer.status_code == 200
+    ids = [token for _, token, _ in answer.json()["meta_info"]["input_token_logprobs"]]
+    assert ids == tiny.teacher_tokenizer()("\U0001f600").input_ids
+
+
+def test_json_is_read_and_written_beside_the_loop(server, monkeypatch):
+    threads = []
+    for name in ("json_of", "_content"):
+        own = getattr(serve, name)
+
+        def watched(*args, own=own):
+            threads.append(threading.current_thread().name)
+            return own(*args)
+
+        monkeypatch.setattr(serve, name, watched)
+    assert_answers(server)
+    assert [name.startswith("json") for name in threads] == [True, True]
+
+
+def test_reading_json_looks_for_no_cycles():
+    seen = []
+    gc.callbacks.append(lambda *what: seen.append(what))
+    try:
+        assert len(serve.json_of(b"[" + b"[]," * 10**5 + b"[]]")) == 10**5 + 1
+        during = list(seen)
+        with pytest.raises(RefusedError):
+            serve.json_of(b"[" * 10)
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.pop()
+    assert not during
+
+
+def test_connections_that_wait_make_room(model):
+    with serving(model, limits=Limits(max_connections=4)) as server:
+        idle = [connect(server) for _ in range(12)]
+        assert_answers(server)
+        assert rest(idle[0]) == b""
+        for connection in idle:
+            connection.close()
+
+
+def test_connections_at_work_are_not_cut_for_others(model):
+    with serving(model, limits=Limits(max_connections=2)) as server:
+        with ThreadPoolExecutor(2) as pool, held(server):
+            first = [pool.submit(assert_answers, server) for _ in range(2)]
+            until(lambda: len(server._server.server_state.tasks) == 2)
+            with connect(server) as third:
+                assert message(rest(third), 503) == "2 requests are at work already"
+        for one in first:
+            one.result()
+        until(lambda: not server._server.server_state.connections)
+        assert_answers(server)
+
+
+def test_long_bodies_are_held_up_to_a_bound(model, monkeypatch):
+    monkeypatch.setattr(serve, "_BODIES", 1)
+    content = json.dumps({"input_ids": ROW}).encode().ljust(1000)
+    request = head("POST /generate", "Content-Length: 1000", "Connection: close") + content
+    with serving(model, limits=Limits(max_body=1000)) as server, connect(server) as first:
+        first.sendall(request[:-1])
+        until(lambda: server._held == 999)
+        with connect(server) as second:
+            second.sendall(request[:-500])
+            assert message(rest(second), 503) == "too many long requests at a time"
+        first.sendall(request[-1:])
+        assert rest(first).startswith(b"HTTP/1.1 200 ")
+        assert_answers(server)
+        assert server._held == 0
+
+
+def test_what_was_taken_is_answered_before_the_end(model):
+    with serving(model) as server, ThreadPoolExecutor(2) as pool:
+        with held(server) as (_, seen):
+            first = pool.submit(assert_answers, server)
+            until(lambda: seen)
+            end = pool.submit(server.close, WAIT)
+            until(lambda: server._server.should_exit)
+        first.result()
+        end.result()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(server.url + "/health")
+
+
+def test_patience_has_an_end(model):
+    with serving(model) as server, ThreadPoolExecutor(1) as pool:
+        with held(server) as (_, seen):
+            first = pool.submit(post, server, "/generate", input_ids=ROW)
+            until(lambda: seen)
+            server.close(patience=0.1)
+            answer = first.result()
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"] == "this server is about to stop"
+
+
+def test_a_server_that_never_ran_closes(model):
+    server = TeacherServer(model, tiny.teacher_tokenizer())
+    server.close()
+    server.serve_forever()  # returns
+    assert not server.scorer._thread.is_alive()

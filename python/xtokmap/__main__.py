@@ -277,17 +277,20 @@ def _add_serve(commands: Any) -> None:
     p.add_argument("--port", type=int, default=8000, help="to listen on, 0: a free one [8000]")
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or a torch device ['auto']")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 ['auto']")
-    p.add_argument("--max-batch", type=int, default=8, help="requests in one forward pass [8]")
-    p.add_argument("--max-queue", type=int, default=1024, help="requests that may wait; more are refused, 429 [1024]")
+    p.add_argument("--max-batch", type=int, default=8, help="rows in one forward pass [8]")
+    p.add_argument("--max-queue", type=int, default=1024, help="rows that may wait; more are refused, 429 [1024]")
     p.add_argument("--max-length", type=int, default=0, help="longest row in tokens, 0: the model's own [0]")
     p.add_argument("--max-logprobs", type=int, default=0, help="most likeliest tokens of a row, 0: no limit [0]")
+    p.add_argument("--max-body", type=int, default=0, help="bytes of a request, 0: of all its rows, 4 MiB at most [0]")
+    p.add_argument("--max-seconds", type=float, default=60.0, help="for a request to come, for its answer to go [60]")
+    p.add_argument("--max-connections", type=int, default=256, help="at a time [256]")
     p.set_defaults(run=_serve)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from xtokmap.serve import Limits, serve
 
-    limits = Limits(args.max_batch, args.max_queue, args.max_length, args.max_logprobs)
+    limits = Limits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)})
     how = {"host": args.host, "port": args.port, "device": args.device, "dtype": args.dtype, "name": args.name}
     serve(args.model, **how, limits=limits)
     return 0

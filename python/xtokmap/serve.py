@@ -4,187 +4,218 @@ It scores; it does not chat. Of three protocols it speaks what a teacher is aske
 SGLang's generate, each with the logprobs of the prompt and at most one new token (the likeliest). Requests that come at
 the same time share a forward pass. It is for models that no server takes and for machines without one; where vLLM or
 SGLang run, they are faster.
+
+HTTP is uvicorn's, and nobody who asks is trusted: every request has a bound on its size, its time and its company, the
+key comes before the body, and what nobody waits for any more is not scored (`xtokmap.scorer`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import hmac
 import json
 import os
-import queue
+import re
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-
-import torch
-from torch import Tensor
+from urllib.parse import unquote_to_bytes
 
 from xtokmap._core import XTokMapError
 from xtokmap.models import one_line
+from xtokmap.scorer import Answers, Asked, Limits, RefusedError, Scored, Scorer
 from xtokmap.served import KEY_VARIABLE
-from xtokmap.teacher import completion_rows
 
-#: Longest body of a request, in bytes; a prompt of a million ids has about 8 MiB.
-_LONGEST_BODY = 64 * 2**20
+try:
+    import h11
+    import uvicorn
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import Response
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as error:
+    raise XTokMapError(f"serve-teacher needs the package {error.name}: pip install 'xtokmap[serve]'") from None
 
-#: Float32 values of one slice of logits, as everywhere: 64 MiB.
-_SLICE = 2**24
+__all__ = ["Limits", "RefusedError", "Scored", "Scorer", "TeacherServer", "serve"]
+
+#: Bytes of a body, unless `Limits.max_body` says otherwise: half a million ids. As JSON of the worst kind, a body of
+#: this size costs a tenth of a second and 120 MB.
+_LONGEST_BODY = 4 * 2**20
+
+#: Bytes for everything in a body but the ids.
+_SETTINGS = 2**16
+
+#: Bodies of the longest kind that are held at a time, from their first byte to their answer.
+_BODIES = 16
+
+#: Bytes of a request's headers; more than twice as many are never looked at.
+_HEADERS = 2**14
+
+#: A surrogate that JSON spells; most are one half of a character.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the server takes.
+class _Requests(h11.Connection):
+    """HTTP's grammar, less the bodies of unknown length: those come in pieces of a byte, or hide a second request."""
 
-    Attributes:
-        max_batch: requests in one forward pass.
-        max_queue: requests that wait; more are refused with 429.
-        max_length: tokens of a row, the new one included; 0: as many as the model's configuration says.
-        max_logprobs: likeliest tokens of a row; 0: no limit.
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if {b"transfer-encoding", b"content-length"} <= names:
+                raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding in one request")
+            if b"transfer-encoding" in names:
+                raise h11.RemoteProtocolError("a body needs a Content-Length", error_status_hint=411)
+        return event
+
+
+class _Connection(H11Protocol):
+    """A connection with the bounds that uvicorn does not have; one request at a time.
+
+    One deadline holds for headers and body together, another for the reading of an answer, and there is no state
+    without a deadline but that of a request which waits for the model.
+    """
+
+    limits: Limits
+    _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
+    _waits_since = 0.0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn = _Requests(h11.SERVER, _HEADERS)
+
+    @property
+    def _asked(self) -> bool:
+        """Whether a request has come as a whole and is not answered yet."""
+        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the clock, and makes room where there are too many."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # `pause_writing` is called when there is anything left to be read
+        self._expect()
+        if len(self.connections) > self.limits.max_connections:
+            others = [c for c in self.connections if isinstance(c, _Connection) and c is not self and not c._asked]
+            if others:
+                min(others, key=lambda c: c._waits_since).transport.abort()
+            else:
+                self.refuse(503, f"{self.limits.max_connections} requests are at work already", {"Retry-After": "1"})
+
+    def _expect(self) -> None:
+        self._waits_since = self.loop.time()
+        self._deadline = self.loop.call_later(self.limits.max_seconds, self._late)
+
+    def _late(self) -> None:
+        self.refuse(408, f"the request took more than {self.limits.max_seconds:g} seconds to arrive")
+
+    def data_received(self, data: bytes) -> None:
+        """Takes what has come, in pieces small enough for the bound on headers to hold."""
+        if self._deadline is None and not self._asked:
+            self._expect()
+        for first in range(0, len(data), _HEADERS):
+            if self.transport.is_closing():
+                return
+            if self._asked:
+                self._second()
+                return
+            super().data_received(data[first : first + _HEADERS])
+        if self._asked:
+            self._stop_clock()
+            if self.conn.trailing_data[0]:
+                self._second()
+
+    def _second(self) -> None:
+        self.refuse(400, "bytes after the request, before its answer; this server takes one request at a time")
+
+    def _stop_clock(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def on_response_complete(self) -> None:
+        """Waits for another request; uvicorn closes what stays idle."""
+        self._stop_clock()
+        self._waits_since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """Starts the clock of whoever is to read an answer."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.limits.max_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The answer is read."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops every clock."""
+        self._stop_clock()
+        self.resume_writing()
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def send_400_response(self, msg: str) -> None:
+        """Says what is wrong with what was no request."""
+        error = sys.exc_info()[1]
+        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        self.refuse(status, f"no request of HTTP: {one_line(error) if error else msg}")
+
+    def refuse(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        """Answers in the place of whoever is about to, if it can be done, and closes."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            content = error_content(status, message)
+            own = {"Content-Type": "application/json", "Content-Length": str(len(content)), "Connection": "close"}
+            every = [*own.items(), *(headers or {}).items()]
+            events = h11.Response(status_code=status, headers=every), h11.Data(data=content), h11.EndOfMessage()
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        self.transport.close()
+
+
+def error_content(status: int, message: str) -> bytes:
+    """An error as OpenAI's protocol has it."""
+    kind = "BadRequestError" if status == 400 else "Error"
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
+
+
+def json_of(content: bytes) -> Any:
+    """What a body says.
 
     Raises:
-        XTokMapError: a value that cannot be.
+        RefusedError: it is no JSON, or no Unicode.
     """
-
-    max_batch: int = 8
-    max_queue: int = 1024
-    max_length: int = 0
-    max_logprobs: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_batch", 1), ("max_queue", 1), ("max_length", 0), ("max_logprobs", 0)):
-            if getattr(self, name) < least:
-                raise XTokMapError(f"{name}={getattr(self, name)}: must be at least {least}")
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """What the model says of a row of n ids.
-
-    Attributes:
-        logprobs: of tokens 1 to n - 1 and of the new one: n values.
-        ranks: of the same tokens: 1 is the likeliest.
-        top_ids: the k likeliest tokens of the same places, likeliest first.
-        top_logprobs: of these.
-        new: the likeliest token after the row.
-    """
-
-    logprobs: list[float]
-    ranks: list[int]
-    top_ids: list[list[int]]
-    top_logprobs: list[list[float]]
-    new: int
+    collects = gc.isenabled()
+    gc.disable()  # JSON has no cycles, and to look for them costs thirty times what it takes to read a list of lists
+    try:
+        found = json.loads(content.decode(), parse_constant=_no_constant)
+        if _SURROGATE.search(content):
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise RefusedError(400, f"the body is no Unicode: it has half a character, \\u{half:x}") from None
+    except ValueError as error:
+        raise RefusedError(400, f"the body is no JSON: {one_line(error)}") from None
+    finally:
+        if collects:
+            gc.enable()
+    return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    ids: list[int]
-    topk: int
-    done: Future[Scored] = field(default_factory=Future)
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} in it")
 
 
-class RefusedError(Exception):
-    """A request that the server does not take, with the HTTP status that says so."""
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers or {}
-
-
-class Scorer:
-    """The model, and the one thread that asks it; rows that wait are taken together.
-
-    Args:
-        model: a transformers causal language model.
-        limits: what is taken.
-    """
-
-    def __init__(self, model: Any, limits: Limits | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.limits = limits or Limits()
-        config = model.config.get_text_config()
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        longest = getattr(config, "max_position_embeddings", None)
-        self.max_length: int = self.limits.max_length or longest or 2**31
-        self.batches = 0
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(self.limits.max_queue)
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
-        self._thread.start()
-
-    def submit(self, ids: list[int], topk: int) -> Future[Scored]:
-        """Puts a row, already checked, among those that wait.
-
-        Raises:
-            RefusedError: too many wait.
-        """
-        job = _Job(ids, topk)
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise RefusedError(429, f"{self.limits.max_queue} requests wait already", {"Retry-After": "1"}) from None
-        return job.done
-
-    def close(self) -> None:
-        """Ends the thread after the rows that wait."""
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            jobs = [job]
-            while len(jobs) < self.limits.max_batch and not self._jobs.empty():
-                if (another := self._jobs.get()) is None:
-                    self._jobs.put(None)
-                    break
-                jobs.append(another)
-            self._run(jobs)
-
-    def _run(self, jobs: Sequence[_Job]) -> None:
-        self.batches += 1
-        try:
-            found = self._score([job.ids for job in jobs], [job.topk for job in jobs])
-        except Exception as error:  # out of memory, a model's own check: these requests fail, the server goes on
-            if len(jobs) == 1:
-                jobs[0].done.set_exception(RefusedError(500, f"the model failed: {one_line(error)}"))
-                return
-            for job in jobs:  # one of them may be to blame
-                self._run([job])
-            return
-        for job, scored in zip(jobs, found, strict=True):
-            job.done.set_result(scored)
-
-    @torch.no_grad()
-    def _score(self, rows: list[list[int]], topk: list[int]) -> list[Scored]:
-        # Row i of a model's logits scores token i + 1: all but the first token are a completion of the first.
-        logits = completion_rows(self.model, [row[:1] for row in rows], [row[1:] for row in rows], after=True)
-        k = min(max(topk), self.vocab_size)
-        targets = torch.tensor([i for row in rows for i in (*row[1:], -1)]).to(logits.rows.device)
-        size = max(1, _SLICE // self.vocab_size)
-        parts: list[tuple[Tensor, ...]] = []
-        for a in range(0, len(targets), size):
-            x = logits.slice(a, a + size).float().log_softmax(-1)
-            best = x.argmax(-1)
-            ids = torch.where(targets[a : a + size] < 0, best, targets[a : a + size])
-            own = x.gather(1, ids[:, None])
-            values, likeliest = x.topk(k) if k else (x[:, :0], best[:, None][:, :0])
-            parts.append((own[:, 0], (x > own).sum(-1) + 1, likeliest, values, best))
-        columns = [torch.cat(column).tolist() for column in zip(*parts, strict=True)]
-        found, first = [], 0
-        for row, own_k in zip(rows, topk, strict=True):
-            own_logprobs, ranks, top_ids, tops, bests = (column[first : first + len(row)] for column in columns)
-            first += len(row)
-            top_ids, tops = [i[:own_k] for i in top_ids], [v[:own_k] for v in tops]
-            found.append(Scored(own_logprobs, ranks, top_ids, tops, bests[-1]))
-        return found
-
-
-class TeacherServer(ThreadingHTTPServer):
+class TeacherServer:
     """Scores token ids behind HTTP, as vLLM, SGLang and OpenAI do; see the module.
 
     Args:
@@ -196,12 +227,13 @@ class TeacherServer(ThreadingHTTPServer):
         limits: what is taken.
         key: asked of every request but `/health`; empty: none.
 
+    Attributes:
+        url: where it listens.
+        answered: how many requests it has.
+
     Raises:
         XTokMapError: the host and port cannot be listened on.
     """
-
-    daemon_threads = True
-    request_queue_size = 256
 
     def __init__(
         self,
@@ -214,297 +246,171 @@ class TeacherServer(ThreadingHTTPServer):
         limits: Limits | None = None,
         key: str = "",
     ) -> None:
-        self.tokenizer, self.name, self.key = tokenizer, name, key
-        self.limits = limits or Limits()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.name, self.key, self.limits, self.answered = name, key, limits or Limits(), 0
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        if not 0 <= port < 2**16:
+            raise XTokMapError(f"cannot listen on {host}:{port}: ports are 0 to 65535")
         try:
-            super().__init__((host, port), self.handler())
-        except (OSError, OverflowError) as error:
+            self._socket = socket.create_server((host, port), family=family, backlog=256)
+        except (OSError, ValueError) as error:  # ValueError: a host that can be none
             raise XTokMapError(f"cannot listen on {host}:{port}: {one_line(error)}") from None
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.scorer = Scorer(model, self.limits)
-        self.answered = 0
-        self._lock = threading.Lock()
-        self._busy = 0
+        self.answers = Answers(self.scorer, tokenizer, name)
+        row = self.scorer.max_length * (len(str(self.scorer.vocab_size)) + len(", "))
+        self.max_body = self.limits.max_body or min(self.limits.max_queue * row, _LONGEST_BODY) + _SETTINGS
+        self._held = 0  # bytes of bodies
+        # Reading and writing JSON and text, which would keep the loop from everybody else.
+        self._pool = ThreadPoolExecutor(2, "json")
+        self._lock, self._started, self._closed = threading.Lock(), False, False
+        self._stopped = threading.Event()
 
-    def handler(self) -> type[BaseHTTPRequestHandler]:
-        """What handles a connection."""
-        return Handler
+        class Connection(_Connection):
+            limits = self.limits
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks between requests is nobody's error; anything else is printed."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
+        config = uvicorn.Config(
+            self._app, http=Connection, ws="none", loop="asyncio", lifespan="off", interface="asgi3",
+            log_config=None, log_level="critical", access_log=False, proxy_headers=False, server_header=False,
+            timeout_graceful_shutdown=10,
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
 
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        host, port = self.server_address[:2]
-        name = host.decode() if isinstance(host, bytes) else str(host)
-        return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    def serve_forever(self) -> None:
+        """Answers until `close` is called, by another thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._started = True
+        try:
+            asyncio.run(self._serve())
+        finally:
+            self._stopped.set()
+
+    async def _serve(self) -> None:
+        await self._server.serve(sockets=[self._socket])
+        state = self._server.server_state
+        if state.tasks:  # they were told to stop, and say so to those who wait
+            await asyncio.wait(state.tasks, timeout=1)
+        for connection in list(state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)
 
     def close(self, patience: float = 10.0) -> None:
         """Answers what it has taken, for `patience` seconds at most, and stops. To be called by another thread."""
-        self.shutdown()
-        deadline = time.monotonic() + patience
-        while self._busy and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.server_close()
-        self.scorer.close()
+        with self._lock:
+            self._closed = True
+        self._server.config.timeout_graceful_shutdown = patience  # type: ignore[assignment]  # any number will do
+        self._server.should_exit = True
+        if self._started:
+            self._stopped.wait()
+        self._socket.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.scorer.close(patience)
 
-    def answer(self, method: str, path: str, body: Any) -> Any:
-        """The JSON that answers a request.
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers a request; uvicorn calls it as soon as the headers are there."""
+        request, body, status = Request(scope, receive), bytearray(), 200
+        # What is refused by its headers is not read.
+        headers = {"Connection": "close"} if request.headers.get("content-length", "0") != "0" else {}
+        try:
+            understand = self._admit(request)
+            await self._read(request, body)
+            headers = {}
+            content = await self._answer(understand, bytes(body), receive)
+        except ClientDisconnect:
+            return
+        except RefusedError as error:
+            status, content = error.status, error_content(error.status, str(error))
+            headers |= error.headers
+        except asyncio.CancelledError:  # the server's patience is at its end
+            status, content = 503, error_content(503, "this server is about to stop")
+        except Exception as error:  # a defect costs one request
+            status, content = 500, error_content(500, f"internal error: {one_line(error)}")
+        finally:
+            self._held -= len(body)
+        await Response(content, status, headers, "application/json")(scope, receive, send)
+        self.answered += status == 200
+
+    def _admit(self, request: Request) -> Callable[[Any], Asked]:
+        """What is to understand the body, as far as the headers allow one.
 
         Raises:
+            RefusedError: they do not.
+        """
+        try:
+            path = unquote_to_bytes(request.scope["raw_path"]).decode().rstrip("/")
+        except UnicodeDecodeError:
+            raise RefusedError(400, "the path is no UTF-8") from None
+        given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
+        wanted = f"Bearer {self.key}".encode()
+        if self.key and path != "/health" and not hmac.compare_digest(given, wanted):
+            raise RefusedError(401, "the API key is missing or not the one of this server")
+        understand = self.answers.route(request.method, path)
+        length = request.headers.get("content-length")
+        if length is None and request.method == "POST":
+            raise RefusedError(411, "a POST needs a Content-Length")
+        if int(length or 0) > self.max_body:
+            raise RefusedError(413, f"a body of {length} bytes; this server takes {self.max_body}")
+        return understand
+
+    async def _read(self, request: Request, body: bytearray) -> None:
+        async for piece in request.stream():
+            body += piece
+            self._held += len(piece)
+            if self._held > _BODIES * self.max_body:
+                raise RefusedError(503, "too many long requests at a time", {"Retry-After": "1"})
+
+    async def _answer(self, understand: Callable[[Any], Asked], body: bytes, receive: Any) -> bytes:
+        """The JSON that answers a request, unless whoever asked goes away before the model has answered.
+
+        Raises:
+            ClientDisconnect: nobody waits any more; none of the rows is scored that was not at it already.
             RefusedError: a request that cannot be answered.
         """
-        routes: dict[tuple[str, str], Callable[[], Any]] = {
-            ("GET", "/health"): lambda: {"status": "ok"},
-            ("GET", "/v1/models"): self._models,
-            ("POST", "/v1/completions"): lambda: self._completions(body),
-            ("POST", "/generate"): lambda: self._generate(body),
-        }
-        if (method, path) not in routes:
-            known = [m for m, p in routes if p == path]
-            if known:
-                raise RefusedError(405, f"{path} takes {known[0]}", {"Allow": known[0]})
-            raise RefusedError(404, f"there is no {path} here; this server has {', '.join(p for _, p in routes)}")
-        found: Any = routes[method, path]()
-        return found
-
-    def _models(self) -> Any:
-        entry = {"id": self.name, "object": "model", "owned_by": "xtokmap", "max_model_len": self.scorer.max_length}
-        return {"object": "list", "data": [entry]}
-
-    def _completions(self, body: Any) -> Any:
-        """vLLM's `prompt_logprobs` and OpenAI's `echo` with `logprobs`."""
-        if not isinstance(body, dict):
-            raise RefusedError(400, "the body must be a JSON object")
-        if body.get("model") not in (None, "", self.name):
-            raise RefusedError(404, f"the model {body['model']!r:.100} does not exist; this server has {self.name!r}")
-        for name in ("stream", "suffix", "best_of", "n"):
-            if body.get(name) not in (None, False, 1) or body.get(name) is True:
-                raise RefusedError(400, f"{name}: this server scores prompts, and knows nothing of that")
-        new = _whole(body, "max_tokens", 1, 0, 1)
-        echo, logprobs = bool(body.get("echo", False)), self._topk(body, "logprobs")
-        asked = self._topk(body, "prompt_logprobs")
-        rows = self._prompts(body.get("prompt"), new)
-        topk = max(asked or 0, logprobs or 0)
-        jobs = [self.scorer.submit(row, topk) for row in rows]
-        choices = []
-        for number, (row, job) in enumerate(zip(rows, jobs, strict=True)):
-            scored = job.result()
-            text = self._text([scored.new]) if new else ""
-            choice: dict[str, Any] = {"index": number, "finish_reason": "length"}
-            choice["text"] = self._text(row) + text if echo else text
-            choice["logprobs"] = None if logprobs is None else self._openai(row, scored, logprobs, echo, new, body)
-            if asked is not None:
-                choice["prompt_logprobs"] = [None, *(self._ranked(scored, i, t, asked) for i, t in enumerate(row[1:]))]
-            if body.get("return_token_ids"):
-                choice |= {"prompt_token_ids": row, "token_ids": [scored.new] * new}
-            choices.append(choice)
-        tokens = sum(map(len, rows))
-        usage = {
-            "prompt_tokens": tokens,
-            "completion_tokens": new * len(rows),
-            "total_tokens": tokens + new * len(rows),
-        }
-        head = {"id": f"cmpl-{time.monotonic_ns()}", "object": "text_completion", "created": int(time.time())}
-        return {**head, "model": self.name, "choices": choices, "usage": usage}
-
-    def _ranked(self, scored: Scored, i: int, token: int, k: int) -> dict[str, Any]:
-        """Place i as vLLM has it: the token that is there, whatever its rank, and the k likeliest."""
-        ranked = {token: (scored.logprobs[i], scored.ranks[i])}
-        for rank, (other, value) in enumerate(zip(scored.top_ids[i][:k], scored.top_logprobs[i][:k], strict=True), 1):
-            ranked.setdefault(other, (value, rank))
-        # vLLM's stand-in for what JSON cannot have.
-        return {
-            str(token): {"logprob": max(value, -9999.0), "rank": rank, "decoded_token": self._text([token])}
-            for token, (value, rank) in ranked.items()
-        }
-
-    def _openai(
-        self, row: list[int], scored: Scored, k: int, echo: bool, new: int, body: dict[str, Any]
-    ) -> dict[str, Any]:
-        as_ids = bool(body.get("return_tokens_as_token_ids", False))
-
-        def spelled(token: int) -> str:
-            return f"token_id:{token}" if as_ids else self._text([token])
-
-        # Places of the tokens to speak of; -1 is the first token's, which nothing scores.
-        places = [*(range(-1, len(row) - 1) if echo else ()), *([len(row) - 1] if new else ())]
-        tokens = [*row, scored.new]
-        texts = [spelled(tokens[i + 1]) for i in places]
-        offsets = [0]
-        for text in texts:
-            offsets.append(offsets[-1] + len(text))
-        tops: list[dict[str, float] | None] = []
-        for i in places:
-            pairs = zip(scored.top_ids[i][:k], scored.top_logprobs[i][:k], strict=True) if i >= 0 else ()
-            top = {spelled(token): max(value, -9999.0) for token, value in pairs}
-            tops.append(None if i < 0 else {spelled(tokens[i + 1]): max(scored.logprobs[i], -9999.0), **top})
-        return {
-            "tokens": texts,
-            "token_logprobs": [None if i < 0 else max(scored.logprobs[i], -9999.0) for i in places],
-            "top_logprobs": tops,
-            "text_offset": offsets[:-1],
-        }
-
-    def _generate(self, body: Any) -> Any:
-        """SGLang's `/generate` with `return_logprob`."""
-        if not isinstance(body, dict):
-            raise RefusedError(400, "the body must be a JSON object")
-        sampling = body.get("sampling_params") or {}
-        if not isinstance(sampling, dict):
-            raise RefusedError(400, "sampling_params must be a JSON object")
-        new = _whole(sampling, "max_new_tokens", 1, 0, 1)
-        topk = self._topk(body, "top_logprobs_num") or 0
-        texts = bool(body.get("return_text_in_logprobs", False))
-        prompt = body.get("input_ids") if body.get("input_ids") is not None else body.get("text")
-        rows = self._prompts(prompt, new, name="input_ids")
-        jobs = [self.scorer.submit(row, topk) for row in rows]
-        answers = []
-        for row, job in zip(rows, jobs, strict=True):
-            scored = job.result()
-            start = min(_whole(body, "logprob_start_len", -1, -1, 2**31), len(row))
-            start = len(row) if start < 0 else start
-
-            def triple(value: float | None, token: int) -> list[Any]:
-                return [value if value is None else max(value, -9999.0), token, self._text([token]) if texts else None]
-
-            def top(i: int, scored: Scored = scored, triple: Any = triple) -> list[Any]:
-                return [triple(v, t) for t, v in zip(scored.top_ids[i], scored.top_logprobs[i], strict=True)]
-
-            meta: dict[str, Any] = {"prompt_tokens": len(row), "completion_tokens": new}
-            if body.get("return_logprob"):
-                meta["input_token_logprobs"] = [
-                    triple(scored.logprobs[i - 1] if i else None, row[i]) for i in range(start, len(row))
-                ]
-                meta["output_token_logprobs"] = [triple(scored.logprobs[-1], scored.new)] * new
-                if topk:
-                    meta["input_top_logprobs"] = [top(i - 1) if i else None for i in range(start, len(row))]
-                    meta["output_top_logprobs"] = [top(len(row) - 1)] * new
-            answers.append({"text": self._text([scored.new]) if new else "", "meta_info": meta})
-        return answers[0] if not _nested(prompt) else answers
-
-    def _topk(self, body: dict[str, Any], name: str) -> int | None:
-        if body.get(name) is None:
-            return None
-        most = self.limits.max_logprobs or self.scorer.vocab_size
-        return _whole(body, name, 0, 0, most)
-
-    def _prompts(self, prompt: Any, new: int, name: str = "prompt") -> list[list[int]]:
-        """Rows of ids, checked."""
-        given = prompt if _nested(prompt) else [prompt]
-        if not given:
-            raise RefusedError(400, f"{name} has no row")
-        rows = []
-        for b, row in enumerate(given):
-            where = f"{name}[{b}]" if _nested(prompt) else name
-            ids = self.tokenizer(row).input_ids if isinstance(row, str) else row
-            if not isinstance(ids, list) or not ids:
-                raise RefusedError(400, f"{where} must be a text or a list of token ids, and not empty")
-            for i, token in enumerate(ids):
-                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.scorer.vocab_size:
-                    raise RefusedError(
-                        400, f"{where}[{i}] is {token!r:.40}; the model has token ids 0 to {self.scorer.vocab_size - 1}"
-                    )
-            if len(ids) + new > self.scorer.max_length:
-                raise RefusedError(
-                    400,
-                    f"{where} has {len(ids)} tokens, and {new} new; the model takes {self.scorer.max_length} together",
-                )
-            rows.append(ids)
-        return rows
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _nested(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (list, str))
-
-
-def _whole(body: dict[str, Any], name: str, default: int, least: int, most: int) -> int:
-    value = body.get(name, default)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise RefusedError(400, f"{name} is {value!r:.40}; this server takes {least} to {most}")
-    return value
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection; requests come one after the other."""
-
-    protocol_version = "HTTP/1.1"
-    # An answer goes out in one piece and at once, or every request would wait for an acknowledgement.
-    wbufsize = -1
-    disable_nagle_algorithm = True
-    timeout = 600
-    server: TeacherServer
-
-    def do_GET(self) -> None:
-        """Answers a GET."""
-        self._serve("GET")
-
-    def do_POST(self) -> None:
-        """Answers a POST."""
-        self._serve("POST")
-
-    def _serve(self, method: str) -> None:
-        with self.server._lock:
-            self.server._busy += 1
+        if not body:
+            asked = understand(None)
+            return _content(asked, [])
+        loop = asyncio.get_running_loop()
+        gone = loop.create_task(_gone(receive))
         try:
-            path = self.path.partition("?")[0].rstrip("/")
+            asked = await loop.run_in_executor(self._pool, _understood, understand, body)
+            if gone.done():
+                raise ClientDisconnect
+            rows = self.scorer.submit(asked.rows, asked.topk)
+            found = loop.create_task(_all(rows))
+            first: set[asyncio.Task[Any]] = {found, gone}
             try:
-                body = self._body() if method == "POST" else None
-                self._check_key(path)
-                status, found, headers = 200, self.server.answer(method, path, body), {}
-            except RefusedError as error:
-                kind = "BadRequestError" if error.status == 400 else "Error"
-                found = {"error": {"message": str(error), "type": kind, "param": None, "code": error.status}}
-                status, headers = error.status, dict(error.headers)
-            except Exception as error:  # a defect costs one request
-                found = {"error": {"message": f"internal error: {one_line(error)}", "code": 500}}
-                status, headers = 500, {}
-            self.reply(status, found, headers)
-            self.wfile.flush()
-        except OSError:  # whoever asked is gone
-            self.close_connection = True
+                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+                if not found.done():
+                    raise ClientDisconnect
+                return await loop.run_in_executor(self._pool, _content, asked, found.result())
+            finally:
+                found.cancel()
+                self.scorer.drop(rows)
         finally:
-            with self.server._lock:
-                self.server._busy -= 1
+            gone.cancel()
 
-    def reply(self, status: int, found: Any, headers: dict[str, str]) -> None:
-        """Sends an answer."""
-        content = json.dumps(found, allow_nan=False).encode()
-        self.send_response(status)
-        for name, value in {**headers, "Content-Type": "application/json", "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-        self.server.answered += status == 200
 
-    def _body(self) -> Any:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _LONGEST_BODY:
-            self.close_connection = True  # what follows is not read
-            if length.isdigit():
-                raise RefusedError(413, f"a body of {length} bytes; this server takes {_LONGEST_BODY}")
-            raise RefusedError(411, "a POST needs a Content-Length")
-        content = self.rfile.read(int(length))
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise RefusedError(400, f"the body is no JSON: {one_line(error)}") from None
+async def _all(rows: Sequence[Future[Scored]]) -> list[Scored]:
+    return [await asyncio.wrap_future(row) for row in rows]
 
-    def _check_key(self, path: str) -> None:
-        given = self.headers.get("Authorization", "")
-        wanted = f"Bearer {self.server.key}"
-        if self.server.key and path != "/health" and not hmac.compare_digest(given.encode(), wanted.encode()):
-            raise RefusedError(401, "the API key is missing or not the one of this server")
 
-    def log_message(self, *_: object) -> None:
-        """Nothing: a line a request helps nobody."""
+async def _gone(receive: Any) -> None:
+    """Returns when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _understood(understand: Callable[[Any], Asked], body: bytes) -> Asked:
+    try:
+        return understand(json_of(body))
+    except RecursionError:
+        raise RefusedError(400, "the body is nested too deeply") from None
+
+
+def _content(asked: Asked, found: Sequence[Scored]) -> bytes:
+    return json.dumps(asked.answer(found), allow_nan=False).encode()
 
 
 def serve(
@@ -538,8 +444,14 @@ def serve(
     server = TeacherServer(model, tokenizer, name=name or source, host=host, port=port, limits=limits, key=key)
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
-    thread.start()
+
+    def run() -> None:
+        try:
+            server.serve_forever()
+        finally:
+            stop.set()  # whatever ends it ends the command
+
+    threading.Thread(target=run, daemon=True).start()
     secured = f"; a key is asked for ({KEY_VARIABLE})" if key else ""
     print(f"serving {server.name} at {server.url} (vLLM, SGLang and OpenAI completions){secured}", flush=True)
     try:
