@@ -8,8 +8,8 @@ number of processes may share a directory. Nothing is ever removed; the director
 The directory is `byte-tables` in `$XTOKMAP_CACHE`, or else in `xtokmap` in `$XDG_CACHE_HOME` or `~/.cache`.
 `XTOKMAP_CACHE=0` (or `no`, `off`, `false`) means none.
 
-Whoever can write a table can say what a token spells. Tables are taken only from a directory, in a folder, that are this
-user's own and that nobody else may write to; else there is no cache, and a warning says so once.
+Whoever can write a table can say what a token spells. Tables are taken only from a directory that is this user's own
+and that nobody else may write to, nor to the folder above it; else there is no cache, and a warning says so once.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def _opened(where: Path) -> Iterator[int | None]:
     if (
         hasattr(os, "geteuid") and above & _OTHERS and not above & stat.S_ISVTX
     ):  # in one as /tmp is, none moves another's
-        _say(where.parent, why := "others may write to it")
-        raise PermissionError(why)
+        _say(where.parent, "others may write to it")
+        raise PermissionError
     if os.open not in os.supports_dir_fd:
         yield None
         return
@@ -127,7 +127,7 @@ def _opened(where: Path) -> Iterator[int | None]:
         why = _distrusted(os.fstat(handle))
         if why is not None:
             _say(where, why)
-            raise PermissionError(why)
+            raise PermissionError
         yield handle
     finally:
         os.close(handle)
