@@ -88,7 +88,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise XTokMapError(f"{path}, line {number}: not a JSON object; is the file damaged?")
+            raise XTokMapError(f"{path}, line {number}: not JSON, or no object; is the file damaged?")
         rows.append(row)
     return rows
 
