@@ -214,7 +214,7 @@ def test_whatever_is_signed_but_does_not_fit_is_passed_over(where):
 # ---- where -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", ["0", "off", "OFF"])
+@pytest.mark.parametrize("setting", ["0", "off", "OFF", "no", "No", "false", "FALSE"])
 def test_no_cache(tmp_path, monkeypatch, reads, setting):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XTOKMAP_CACHE", setting)
@@ -235,6 +235,10 @@ def test_directories(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert cache.directory() == tmp_path / ".cache" / "xtokmap" / "byte-tables"
+    monkeypatch.setenv("XTOKMAP_CACHE", "~/x")
+    assert cache.directory() == tmp_path / "x" / "byte-tables"
+    monkeypatch.setenv("XTOKMAP_CACHE", "~nobody-of-this-name/x")
+    assert cache.directory() is None
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file", "read-only", "no path", "a directory under the name"])
@@ -259,6 +263,84 @@ def test_a_directory_that_cannot_be_used_is_no_error(tmp_path, monkeypatch, kind
         assert len(list((where / "byte-tables").iterdir())) == 1  # and nothing half-written beside it
     if kind == "read-only":
         where.chmod(stat.S_IRWXU)
+
+
+# ---- whose -------------------------------------------------------------------------------------------------------
+
+posix = pytest.mark.skipif(os.name != "posix", reason="no modes")
+
+
+@posix
+def test_a_new_cache_is_its_users_alone(tmp_path, where):
+    previous = os.umask(0o002)
+    try:
+        byte_table(write(tmp_path / "tokenizer.json", spec()))
+    finally:
+        os.umask(previous)
+    (file,) = where.iterdir()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (where.parent, where, file)] == [0o700, 0o700, 0o600]
+
+
+@pytest.fixture
+def planted(tmp_path, where):
+    """A tokenizer's file, and in the cache under its name a table that says something else, signed as it should be."""
+    path = write(tmp_path / "tokenizer.json", spec())
+    byte_table(path)
+    (file,) = where.iterdir()
+    cache.store(file.name, ByteTable.from_bytes([b"planted"]))
+    assert byte_table(path)[0] == b"planted"
+    return path, file
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o770, 0o777, 0o702, 0o1777])
+@pytest.mark.parametrize("which", ["the folder", "the one above", "the file"])
+def test_tables_that_others_may_write_are_not_believed(planted, where, which, mode, recwarn):
+    path, file = planted
+    loose = {"the folder": where, "the one above": where.parent, "the file": file}[which]
+    loose.chmod(mode)
+    for _ in range(2):
+        believed = byte_table(path)[0] == b"planted"
+        assert believed == (which == "the one above" and mode == 0o1777)  # as /tmp is: nobody moves what is another's
+        if which == "the file":
+            break  # it is replaced by one of this user's own
+    said = [str(w.message) for w in recwarn]
+    assert len(said) == (not believed)  # once
+    assert believed or (said[0].startswith(f"{loose}: others may write to it") and "chmod go-w" in said[0])
+    if which == "the folder":
+        assert [entry.name for entry in where.iterdir()] == [file.name]
+    if which == "the file":
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert byte_table(path)[0] == b"a"
+
+
+@posix
+@pytest.mark.parametrize("which", ["the folder", "the file"])
+def test_tables_of_another_user_are_not_believed(planted, where, which, monkeypatch):
+    path, file = planted
+    real = os.fstat
+
+    def fstat(handle):
+        found = real(handle)
+        if not os.path.samestat(found, os.stat(where if which == "the folder" else file)):
+            return found
+        return os.stat_result([*found[:4], os.geteuid() + 1, *found[5:10]])
+
+    monkeypatch.setattr(cache.os, "fstat", fstat)
+    with pytest.warns(UserWarning, match=f"it is user {os.geteuid() + 1}'s, not {os.geteuid()}'s"):
+        assert byte_table(path)[0] == b"a"
+
+
+@posix
+def test_a_link_is_no_table(planted, tmp_path):
+    path, file = planted
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert byte_table(path)[0] == b"a"
+    assert not file.is_symlink()
+    file.unlink()
+    os.mkfifo(file)
+    assert byte_table(path)[0] == b"a"
 
 
 def test_many_at_once(tmp_path, where):

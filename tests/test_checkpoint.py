@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import resource
 import shutil
 import signal
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,126 @@ def test_other_prompts_and_another_student_are_refused(tmp_path, whole):
     next(student.parameters()).requires_grad_(False)
     with pytest.raises(CheckpointError, match="of another student"):
         train(Config(**values), models=(student, *rest))
+
+
+class Weights:
+    """A teacher, or a student that is trained in part, whose path has other weights by now."""
+
+    @staticmethod
+    def trained_on(teacher):
+        for p in teacher.parameters():
+            p.add_(p.abs().mean() * 1e-2)
+
+    @staticmethod
+    def one_layer(teacher):
+        teacher.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+
+    @staticmethod
+    def another_seed(teacher):
+        teacher.load_state_dict(tiny.teacher_model(seed=5).state_dict())
+
+
+@pytest.mark.parametrize("change", [Weights.trained_on, Weights.one_layer, Weights.another_seed])
+def test_a_teacher_of_other_weights_is_refused(tmp_path, whole, change):
+    shutil.copytree(whole, tmp_path / "out")
+    values = killable.settings(tmp_path, resume=True, teacher="some/path")
+    for path in found(tmp_path / "out/checkpoints"):
+        state = json.loads(path.joinpath("state.json").read_text())
+        rewrite(path, "state.json", json.dumps({**state, "config": {**state["config"], "teacher": "some/path"}}))
+    models = tiny.pair()
+    with torch.no_grad():
+        change(models[2])
+    message = "is of a run with another teacher: what teacher='some/path' has now are other weights; put those back"
+    with pytest.raises(CheckpointError, match=message):
+        train(Config(**values), models=models)
+
+
+def test_the_weights_that_an_adapter_leaves_alone_are_looked_at_too(tmp_path):
+    pytest.importorskip("peft")
+    values = killable.settings(tmp_path, steps=2, lora_rank=2)
+    train(Config(**values), models=tiny.pair())
+    values |= {"resume": True, "steps": 3}
+    with pytest.raises(CheckpointError, match="is of another student: what student='' has now are other weights"):
+        train(Config(**values), models=(tiny.student_model(seed=3), *tiny.pair()[1:]))
+    assert len(train(Config(**values), models=tiny.pair()).metrics) == 3
+
+
+def test_the_same_teacher_in_another_dtype_is_the_same(tmp_path, whole):
+    """As with dtype=auto on another device."""
+    shutil.copytree(whole, tmp_path / "out")
+    models = tiny.pair()
+    models[2].bfloat16()
+    result = train(Config(**killable.settings(tmp_path, resume=True)), models=models)
+    assert len(result.metrics) == 8
+    with torch.no_grad():
+        models[2].model.embed_tokens.weight.mul_(-1)
+    with pytest.raises(CheckpointError, match="another teacher"):
+        train(Config(**killable.settings(tmp_path, resume=True)), models=models)
+
+
+def test_a_checkpoint_that_knows_of_no_teacher_is_gone_on_from(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "out")
+    for path in found(tmp_path / "out/checkpoints"):
+        state = json.loads(path.joinpath("state.json").read_text())
+        assert set(state.pop("untrained")) == {"student", "teacher"}
+        rewrite(path, "state.json", json.dumps(state))
+    assert len(train(Config(**killable.settings(tmp_path, resume=True)), models=tiny.pair()).metrics) == 8
+
+
+def rewrite(path, name, text):
+    """Another content for a checkpoint's file, that its manifest knows of."""
+    manifest = json.loads(path.joinpath("manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    path.joinpath(name).write_text(text)
+    path.joinpath("manifest.json").write_text(json.dumps(manifest))
+
+
+def records(folder):
+    return [line for line in (folder / "samples.jsonl").read_bytes().split(b"\n") if line]
+
+
+@pytest.mark.parametrize(
+    ("harm", "number"),
+    [
+        (lambda data: data[: data.rindex(b"columns")], -1),
+        (lambda data: data + b"\xff\xfe\x00\x80", None),
+        (lambda data: b"\x00" * 5000 + b"\n" + data, 1),
+        (lambda data: b"[" * 100_000 + b"\n" + data, 1),
+        (lambda data: b'5\n{"why": "gap"}\n{"why": []}\n' + data, 1),
+        (lambda data: data.replace(b'"kind"', b'"kin"', 1), 1),
+        (lambda data: data.replace(b'"cut": [', b'"cut": [[],', 1), 1),
+    ],
+)
+def test_damaged_samples_are_named_and_what_is_good_is_kept(tmp_path, whole, harm, number):
+    shutil.copytree(whole, tmp_path / "out")
+    path, good = tmp_path / "out/samples.jsonl", records(whole)
+    path.write_bytes(harm(path.read_bytes()))
+    number = {None: len(good) + 1, -1: len(good)}.get(number, number)
+    with pytest.warns(UserWarning, match="damaged, and left out") as said:
+        result = train(Config(**killable.settings(tmp_path, resume=True)), models=tiny.pair())
+    (text,) = (str(w.message) for w in said if "samples.jsonl" in str(w.message))
+    assert re.fullmatch(re.escape(f"{path}, line {number}") + r"( and \d+ more lines)?: damaged, and left out", text)
+    kept = records(result.output)
+    assert set(kept) < set(good) or kept == good
+    assert len(kept) >= len(good) - 1
+    assert (result.output / "report.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "nothing"])
+def test_something_else_in_the_place_of_the_samples(tmp_path, whole, kind):
+    shutil.copytree(whole, tmp_path / "out")
+    path = tmp_path / "out/samples.jsonl"
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(Config(**killable.settings(tmp_path, resume=True)), models=tiny.pair())
+    about = [str(w.message) for w in said if "samples.jsonl" in str(w.message)]
+    assert [text.startswith(str(path)) and "left out" in text for text in about] == [True] * (kind != "nothing")
+    assert path.is_file()
 
 
 def flip(file):

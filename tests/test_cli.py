@@ -116,6 +116,70 @@ def test_mistakes_are_one_line_and_exit_code_2(files, capsys, tmp_path):
         main(["align"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a\udc80b"], "the text: character 1 is U+DC80, half of a surrogate pair"),
+        (["--json", "a\ud800b"], "the text: character 1 is U+D800, half of a surrogate pair"),
+        (["--text-file", "a\0b"], r"text_file='a\x00b': character 1 is NUL"),
+        (["--text-file", "a\ud800b"], r"text_file='a\ud800b': character 1 is U+D800"),
+        (["--text-file", "FOLDER"], "FOLDER: Is a directory"),
+        (["--text-file", "FOLDER/none"], "FOLDER/none: No such file or directory"),
+        (["--text-file", "FOLDER/pipe"], "FOLDER/pipe: is a named pipe, not a file; it is not waited for"),
+    ],
+)
+def test_texts_that_cannot_be_aligned(files, capsys, tmp_path, arguments, said):
+    os.mkfifo(tmp_path / "pipe")
+    assert align(files, *(a.replace("FOLDER", str(tmp_path)) for a in arguments)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("xtokmap: " + said.replace("FOLDER", str(tmp_path)))
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "--student", "FOLDER/pipe", "--teacher", "FOLDER/pipe"], "FOLDER/pipe: is a named pipe, not a"),
+        (["inspect", "--student", "a\0b", "--teacher", "x"], r"student='a\x00b': character 1 is NUL"),
+        (["inspect", "--student", "FOLDER/new\nline.json", "--teacher", "x"], "FOLDER/new line.json: no such file"),
+        (["inspect", "--student", "./\x1b[31m.json", "--teacher", "x"], r"./\x1b[31m.json: no such file"),
+        (["report", "FOLDER", "--output", "a\0b"], r"output='a\x00b': character 1 is NUL"),
+        (["report", "FOLDER/nested"], "FOLDER/nested/metrics.jsonl, line 1: not JSON, or no object"),
+        (["report", "FOLDER/bytes"], "FOLDER/bytes/metrics.jsonl, line 1: not JSON, or no object"),
+        (["report", "FOLDER/number"], "FOLDER/number/metrics.jsonl, line 1: not JSON, or no object"),
+        (["demo", "--output", "a\0b"], r"output='a\x00b': character 1 is NUL"),
+        (["reproduce", "--quick", "--output", "a\0b"], r"output='a\x00b': character 1 is NUL"),
+    ],
+)
+def test_what_no_command_can_use(capsys, tmp_path, arguments, said):
+    os.mkfifo(tmp_path / "pipe")
+    for name, line in (("nested", b"[" * 100_000), ("bytes", b"\xff\xfe"), ("number", b"5")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "metrics.jsonl").write_bytes(line)
+    assert main([a.replace("FOLDER", str(tmp_path)) for a in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("xtokmap: " + said.replace("FOLDER", str(tmp_path)))
+    assert err.count("\n") == 1
+
+
+def test_standard_input_that_is_no_text(files):
+    command = [sys.executable, "-m", "xtokmap", "align", "--student", files[0], "--teacher", files[1], "-"]
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"na\xefve", capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stderr.decode()) == (2, "xtokmap: standard input: not UTF-8 at byte 2\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no /dev/fd")
+@pytest.mark.parametrize("path", ["/dev/stdin", "/dev/fd/0"])
+def test_what_a_shell_pipes_in_is_read_as_a_file(files, path):
+    command = [sys.executable, "-m", "xtokmap", "align", "--student", files[0], "--teacher", files[1]]
+    done = subprocess.run([*command, "--text-file", path], input=b"the fox", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().startswith("student  the")
+    assert "coverage 100.0%" in done.stdout.decode()
+
+
 def test_train_has_a_flag_for_every_field(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
@@ -200,6 +264,11 @@ def test_a_damaged_model_is_fetched_again_and_a_wrong_one_refused(package):
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XTOKMAP_CACHE", str(tmp_path))
     assert demo.cache_folder() == tmp_path
-    monkeypatch.delenv("XTOKMAP_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XTOKMAP_CACHE", "~/models")
+    assert demo.cache_folder() == tmp_path / "models"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    monkeypatch.setenv("XTOKMAP_CACHE", "no")  # no byte tables; a model has to be somewhere
+    assert demo.cache_folder() == tmp_path / "x" / "xtokmap"
+    monkeypatch.delenv("XTOKMAP_CACHE")
     assert demo.cache_folder() == tmp_path / "x" / "xtokmap"

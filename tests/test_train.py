@@ -373,6 +373,28 @@ def test_a_damaged_model_is_one_line(prompts, tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("side", "changes"), [(0, {}), (0, {"method": "sft"}), (2, {}), (2, {"method": "kd"})])
+def test_weights_that_are_not_finite_are_named(prompts, side, changes, value):
+    models = tiny.pair()
+    with torch.no_grad():
+        models[side].model.layers[1].mlp.up_proj.weight[3, 5] = value
+    whose = ("student", "", "teacher")[side]
+    message = f"^the {whose} .*: 1 values of model.layers.1.mlp.up_proj.weight are not finite"
+    with pytest.raises(xtokmap.XTokMapError, match=message):
+        train(config(prompts, **changes), models=models)
+
+
+def test_probabilities_that_are_not_finite_are_an_error_by_name(prompts):
+    with pytest.raises(xtokmap.XTokMapError, match=r"nothing can be sampled: .*temperature=1e-320"):
+        train(config(prompts, temperature=1e-320), models=tiny.pair())
+
+
+def test_a_device_on_which_nothing_is_computed_is_refused():
+    with pytest.raises(xtokmap.XTokMapError, match="device='meta': nothing is computed there"):
+        loop.pick_device("meta")
+
+
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(xtokmap.XTokMapError, match="device='abacus'"):
         loop.pick_device("abacus")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import xtokmap
 from xtokmap import Aligner, Alignment, Kind, UnsupportedTokenizerError, XTokMapError
+from xtokmap.files import check_name, check_text, obstacle, read_text
 from xtokmap.page import visible, write
 from xtokmap.tokenizers import text_codec
 
@@ -33,14 +35,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_reproduce(commands)
         _add_report(commands)
         args = parser.parse_args(argv)
+        for name, value in vars(args).items():
+            if isinstance(value, str | Path):
+                check_name(str(value), f"{name}={str(value)!r}")
         return int(args.run(args))
-    except (XTokMapError, OSError) as error:
-        print(f"xtokmap: {error}", file=sys.stderr)
+    except XTokMapError as error:
+        _complain(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None and error.strerror else ""
+        _complain(f"{place}{error.strerror or error}")
     except ImportError as error:
-        print(f"xtokmap: {error}; this command needs pip install 'xtokmap[train]'", file=sys.stderr)
+        _complain(f"{error}; this command needs pip install 'xtokmap[train]'")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        _complain(f"out of memory: {error}; a smaller micro_batch, max_new_tokens or lora_rank needs less")
     except KeyboardInterrupt:
         return 130
     return 2
+
+
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+
+
+def _complain(text: str) -> None:
+    """One line, whatever stands in it."""
+    line = " ".join(text.split())
+    shown = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    print(f"xtokmap: {''.join(shown)}", file=sys.stderr)
 
 
 # ---- align -------------------------------------------------------------------------------------------------------
@@ -59,14 +81,15 @@ def _add_align(commands: Any) -> None:
 
 def _align(args: argparse.Namespace) -> int:
     if args.text_file is not None:
-        try:
-            text = args.text_file.read_bytes().decode()  # line ends as they are
-        except UnicodeDecodeError as error:
-            raise XTokMapError(f"{args.text_file}: not UTF-8 at byte {error.start}") from None
+        text = read_text(args.text_file)
     elif args.text and args.text != ["-"]:
         text = " ".join(args.text)
     else:
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise XTokMapError(f"standard input: not UTF-8 at byte {error.start}") from None
+    check_text(text, "the text")  # what of an argument is not UTF-8, Python has as halves of surrogate pairs
     student, teacher = _tokenizer(args.student), _tokenizer(args.teacher)
     aligner = Aligner(student, teacher)
     student_ids, teacher_ids = (text_codec(t).encode_batch([text])[0] for t in (student, teacher))
@@ -127,6 +150,8 @@ def _tokenizer(source: str) -> Any:
         return path
     if not path.exists() and (source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise XTokMapError(f"{source}: no such file or directory")
+    if (problem := obstacle(path, inside=True)) is not None:
+        raise UnsupportedTokenizerError(problem)
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -138,7 +163,7 @@ def _tokenizer(source: str) -> Any:
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsupportedTokenizerError(f"{source}: transformers cannot load a tokenizer from it: {first}") from None
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from xtokmap._core import XTokMapError
 from xtokmap.alignment import Aligner, AlignmentBatch
+from xtokmap.files import check_text
 from xtokmap.tokenizers import TextCodec, text_codec
 
 Message = Mapping[str, Any]
@@ -114,6 +115,8 @@ class Renderer:
                 raise XTokMapError(
                     f"messages[{k}]: expected a dict with role and content, both strings, got {message!r}"
                 )
+            for name in ("role", "content"):
+                check_text(message[name], f"messages[{k}], {name}")
         whole = self._render(messages)
         parts, contents, last = [], [], 0
         for k, message in enumerate(messages):

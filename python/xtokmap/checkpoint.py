@@ -5,7 +5,8 @@ A checkpoint is a folder `step-00000050` of four files:
 - `state.safetensors`: the weights as the optimizer has them (float32, also where the model computes in less), buffers,
   the optimizer's moments, every process' random generators, and its part of the batch that is sampled already
   (`Config.overlap`);
-- `state.json`: the step, the position in the prompts, the learning rate's schedule, the config, the evaluation before;
+- `state.json`: the step, the position in the prompts, the learning rate's schedule, the config, the evaluation before,
+  and digests of a sample of the weights that are not trained;
 - `metrics.jsonl`: every step's line so far;
 - `manifest.json`: sizes and SHA-256 of the others.
 
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from xtokmap.config import Config
 from xtokmap.models import one_line, write_back
 from xtokmap.processes import is_part
 from xtokmap.rollouts import Evaluation
+from xtokmap.teacher import LocalTeacher
 
 if TYPE_CHECKING:
     from xtokmap.train import Run
@@ -117,10 +119,11 @@ def save(run: Run, folder: Path, *, keep: int = 2) -> Path:
     tensors = _tensors(run)
     for rank, parts in enumerate(run.processes.gather(own)):
         tensors.update((f"{name}.{rank}", value) for name, value in parts)
+    untrained = _digests(run)
     problem = None
     try:
         if run.processes.first:
-            _write(run, path, tensors, keep)
+            _write(run, path, tensors, untrained, keep)
         else:
             for _ in _whole(tensors):  # the first process asks for every tensor's parts
                 pass
@@ -133,7 +136,7 @@ def save(run: Run, folder: Path, *, keep: int = 2) -> Path:
     return path
 
 
-def _write(run: Run, path: Path, tensors: Mapping[str, Tensor], keep: int) -> None:
+def _write(run: Run, path: Path, tensors: Mapping[str, Tensor], untrained: _Digests, keep: int) -> None:
     folder, temporary = path.parent, path.parent / f"{_TEMPORARY}{path.name}"
     before = [other for other in found(folder) if other != path]
     advice = f"{before[-1]} is the last whole one, make room and pass resume" if before else "make room"
@@ -149,6 +152,7 @@ def _write(run: Run, path: Path, tensors: Mapping[str, Tensor], keep: int) -> No
                 "drawn": run.order.drawn,
                 "processes": run.processes.count,
                 "prompts": _digest_of_prompts(run),
+                "untrained": untrained,
                 "schedule": {"last_epoch": run.warmup.last_epoch, "rates": run.warmup.get_last_lr()},
                 "config": asdict(run.config),
                 "before": run.before and asdict(run.before),
@@ -297,6 +301,41 @@ def _digest_of_prompts(run: Run) -> str:
     return hashlib.sha256(json.dumps(run.prompts).encode()).hexdigest()
 
 
+#: Of weights that no checkpoint has: whose they are -> dtype of the values that were hashed -> SHA-256.
+_Digests: TypeAlias = "dict[str, dict[str, str]]"
+
+#: Values of every parameter that are looked at: enough to tell a training step, few enough to cost nothing.
+_LOOKED_AT = 1024
+
+
+def _digests(run: Run) -> _Digests:
+    """Of a sample of the weights that are not trained: a path may have others by the time that a run goes on.
+
+    Every process has to call it.
+    """
+    if run.untrained is None:
+        teacher = run.roller.teacher
+        frozen = {name: p for name, p in run.roller.student.named_parameters() if not p.requires_grad}
+        run.untrained = {"student": _digest_of_sample(frozen)}
+        if isinstance(teacher, LocalTeacher):  # of a served one nothing is known
+            run.untrained["teacher"] = _digest_of_sample(dict(teacher.model.named_parameters()))
+    return run.untrained
+
+
+@torch.no_grad()
+def _digest_of_sample(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """By the parameters' own dtype, and rounded to bfloat16: which a run on another device may have them in."""
+    own, rounded = hashlib.sha256(), hashlib.sha256()
+    kinds = sorted({str(p.dtype) for p in parameters.values()})
+    for name, p in sorted(parameters.items()):
+        flat = (p.full_tensor() if is_part(p) else p).detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // _LOOKED_AT)].cpu().contiguous()
+        for digest, part in ((own, values), (rounded, values.to(torch.bfloat16))):
+            digest.update(f"{name} {list(p.shape)}\n".encode())
+            digest.update(part.view(torch.uint8).numpy().tobytes())
+    return {"torch.bfloat16": rounded.hexdigest(), " ".join(kinds): own.hexdigest()}
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -371,7 +410,7 @@ def _problem(path: Path) -> str | None:
         files = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _FILES}
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return f"manifest.json is damaged: {one_line(error)}"
     for name, (size, sha256) in files.items():
         try:
@@ -404,6 +443,15 @@ def _check_same(path: Path, state: dict[str, Any], run: Run) -> None:
             )
     if state["prompts"] != _digest_of_prompts(run):
         raise CheckpointError(f"{path} is of a run with other prompts than those of {run.config.prompts}")
+    then_untrained = state.get("untrained", {})  # older versions looked at none
+    for side, digests in _digests(run).items():
+        there = then_untrained.get(side, {})
+        if any(there[kind] != digest for kind, digest in digests.items() if kind in there):
+            what = "a run with another teacher" if side == "teacher" else "another student"
+            raise CheckpointError(
+                f"{path} is of {what}: what {side}={getattr(run.config, side)!r} has now are other weights; put those "
+                "back that the run began with, or use another output"
+            )
     if state["processes"] != run.processes.count:
         raise CheckpointError(
             f"{path} is of a run with {state['processes']} processes, not {run.processes.count}: start as many"

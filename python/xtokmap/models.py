@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
+from xtokmap.files import obstacle
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -21,9 +22,12 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name != "auto":
         try:
-            return torch.empty(0, device=name).device
+            device = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise XTokMapError(f"device={name!r}: {one_line(error)}") from error
+        if device.type == "meta":
+            raise XTokMapError("device='meta': nothing is computed there; use cpu, cuda or mps")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -77,7 +81,34 @@ def _place(source: str) -> tuple[Path, str, dict[str, str]]:
         source, kwargs = str(path.parent), {"gguf_file": path.name}
     if (kwargs or source.startswith((".", "/", "~"))) and not path.exists():
         raise XTokMapError(f"{path}: no such model; pass a directory, a .gguf file or a hub id")
+    if (problem := obstacle(path, inside=True)) is not None:
+        raise XTokMapError(problem)
     return path, source, kwargs
+
+
+@torch.no_grad()
+def check_finite(model: Any, whose: str) -> None:
+    """Refuses weights of which nothing could be sampled.
+
+    Args:
+        model: whole, on any device.
+        whose: "student" or "teacher", and where it is from.
+
+    Raises:
+        XTokMapError: which parameters have values that are not finite.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.element_size() > 1]
+    named = [(name, p) for name, p in named if p.numel()]
+    # Both ends: NaN is in them, too, and nothing as large as the weights is made.
+    finite = [torch.isfinite(torch.stack(torch.aminmax(p))).all() for _, p in named]
+    whole = torch.stack(finite).tolist() if finite else []
+    bad = [(name, int((~torch.isfinite(p)).sum())) for (name, p), good in zip(named, whole, strict=True) if not good]
+    if bad:
+        (name, n), more = bad[0], f" (and {len(bad) - 1} more parameters)" if len(bad) > 1 else ""
+        raise XTokMapError(
+            f"the {whose}: {n} values of {name}{more} are not finite (NaN or infinite); the file is damaged, or "
+            "training had come apart before it was saved: take other weights"
+        )
 
 
 def with_adapter(model: Any, rank: int, alpha: float = 32.0, targets: str = "all-linear") -> Any:
@@ -110,6 +141,8 @@ def with_adapter(model: Any, rank: int, alpha: float = 32.0, targets: str = "all
             return get_peft_model(model, config)
     except ValueError as error:
         raise XTokMapError(f"lora_targets={targets!r}: {one_line(error)}") from error
+    except RuntimeError as error:
+        raise XTokMapError(f"lora_rank={rank}: no such adapter can be made: {one_line(error)[:200]}") from error
 
 
 def without_wrapper(model: Any) -> Any:

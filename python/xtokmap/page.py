@@ -69,7 +69,7 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise XTokMapError(f"{path}: not a JSON object; is the file damaged?")
@@ -80,13 +80,16 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise XTokMapError(f"{path}, line {number}: not JSON; is the file damaged?") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise XTokMapError(f"{path}, line {number}: not JSON, or no object; is the file damaged?")
+        rows.append(row)
     return rows
 
 

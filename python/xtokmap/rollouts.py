@@ -19,7 +19,7 @@ from xtokmap.alignment import Aligner, Kind
 from xtokmap.config import WHOLE, Config
 from xtokmap.cover import CoverQueries
 from xtokmap.losses import chunk_gap
-from xtokmap.models import without_wrapper
+from xtokmap.models import one_line, without_wrapper
 from xtokmap.processes import Processes, gathered
 from xtokmap.teacher import LocalTeacher, Scores, Teacher, batched_logprobs, completion_rows, render, stop_id
 from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
@@ -243,6 +243,9 @@ def sample(
 
     Returns:
         B rows of completion ids, up to the first end of turn, included; and whether that came.
+
+    Raises:
+        XTokMapError: the model's probabilities are not finite.
     """
     from transformers import GenerationConfig
 
@@ -260,7 +263,15 @@ def sample(
     model.eval()
     model = without_wrapper(model)
     with _only(model, how):
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+        try:
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+        except RuntimeError as error:  # on a GPU the sampler's assertion, after which nothing more can be asked
+            if not any(sign in str(error) for sign in ("probability tensor contains", "device-side assert")):
+                raise
+            raise XTokMapError(
+                f"nothing can be sampled: probabilities are not finite; a learning_rate that is too large for the "
+                f"weights, or temperature={config.temperature}, makes them so ({one_line(error)[:200]})"
+            ) from error
     completions, completed = [], []
     for row in out[:, width:].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), None)

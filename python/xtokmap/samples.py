@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from xtokmap.alignment import Alignment, Kind
 from xtokmap.cache import replacing
+from xtokmap.files import obstacle
 from xtokmap.rollouts import Evaluation, Roller, Rollouts
 
 #: How many are kept of each sort: responses evenly spaced over the run, those with the largest gap of a chunk, the last
@@ -94,13 +97,68 @@ class Samples:
             part.write_text("".join(lines), encoding="utf-8")
 
     def read(self, path: Path) -> None:
-        """Goes on from a file that `write` left."""
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if line.strip():
-                record = json.loads(line)
+        """Goes on from a file that `write` left; of a damaged one from what is good in it, and a warning says where."""
+        try:
+            if (problem := obstacle(path)) is None:
+                lines = path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            problem = f"{path}: cannot be read ({error.strerror})"
+        if problem is not None:
+            warnings.warn(f"{problem}; the samples so far are left out", stacklevel=3)
+            if not path.is_file():  # so that new ones can be written
+                with suppress(OSError):
+                    path.rename(path.with_name(f"{path.name}.damaged"))
+            return
+        damaged = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            record = _whole_record(line)
+            if record is None:
+                damaged.append(number)
+            else:
                 self.records[record["why"]].append(record)
+        if damaged:
+            more = f" and {len(damaged) - 1} more lines" if len(damaged) > 1 else ""
+            warnings.warn(f"{path}, line {damaged[0]}{more}: damaged, and left out", stacklevel=3)
+        self.records["gap"].sort(key=lambda record: -abs(record["gap"]))
         steps = [record["step"] for record in self.records["sample"]]
-        self.every = steps[1] - steps[0] if len(steps) > 1 else 1
+        self.every = max(1, steps[1] - steps[0]) if len(steps) > 1 else 1
+
+
+_NUMBER = (int, float, type(None))
+#: What a record is made of; one of a held-out prompt, and a column of the others.
+_PARTS: dict[str, Any] = {
+    **{"step": int, "prompt": str, "response": str, "completed": bool, "columns": list, "cut": list, "at": int},
+    "gap": _NUMBER,
+}
+_HELDOUT = {"prompt": str, "before": (str, type(None)), "after": (str, type(None))}
+_COLUMN = {"kind": str, "student": list, "teacher": list, "gap": _NUMBER}
+
+
+def _whole_record(line: bytes) -> dict[str, Any] | None:
+    """A line of the file as a record that a report can show; None where it is none."""
+
+    def made_of(value: dict[str, Any], parts: dict[str, Any]) -> bool:
+        return all(isinstance(value[name], kind) for name, kind in parts.items())
+
+    try:
+        record = json.loads(line)
+        if record["why"] == "heldout":
+            return record if made_of(record, _HELDOUT) else None
+        columns = record["columns"]
+        whole = record["why"] in KEEP and made_of(record, _PARTS) and len(record["cut"]) == 2
+        whole = whole and 0 <= record["at"] < max(1, len(columns))
+        whole = whole and not (record["why"] == "gap" and record["gap"] is None)
+        for column in columns:
+            whole = whole and made_of(column, _COLUMN)
+            for text, logprob in (*column["student"], *column["teacher"]):
+                whole = whole and isinstance(text, str) and isinstance(logprob, _NUMBER)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return record if whole else None
 
 
 def _record(

@@ -20,6 +20,7 @@ from torch import Tensor
 from xtokmap import cover
 from xtokmap._core import XTokMapError
 from xtokmap.cover import CoverQueries
+from xtokmap.files import check_text
 from xtokmap.models import without_wrapper
 from xtokmap.served import Answer, Client, TeacherError, self_test
 from xtokmap.tokenizers import byte_table
@@ -361,6 +362,8 @@ def render(tokenizer: Any, prompts: Sequence[str], plain_template: str = PLAIN_T
     """Prompts as ids: through the tokenizer's chat template, or through `plain_template` when it has none."""
     if "{prompt}" not in plain_template:
         raise XTokMapError(f"plain_template={plain_template!r} must contain {{prompt}}")
+    for k, prompt in enumerate(prompts):
+        check_text(prompt, f"prompt {k}")
     if getattr(tokenizer, "chat_template", None):
         texts = [
             tokenizer.apply_chat_template(

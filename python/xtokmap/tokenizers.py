@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from xtokmap import _core, cache
 from xtokmap._core import ByteTable, UnsupportedTokenizerError
+from xtokmap.files import check_text, obstacle
 
 #: Tokens that end a turn or a text, by name. Those of them that a vocabulary holds as special tokens are its stop ids,
 #: in this order, after the ones that the tokenizer itself declares; they correspond by this role, whatever their ids.
@@ -99,7 +100,8 @@ def byte_table(tokenizer: Any) -> ByteTable:
 
     Raises:
         UnsupportedTokenizerError: a kind or a part of a tokenizer whose bytes cannot be known exactly, a damaged file,
-            or a missing package; the message names it and says what to do.
+            a pipe, socket or device in the place of one, or a missing package; the message names it and says what to
+            do.
         FileNotFoundError: a path that does not exist.
     """
     if isinstance(tokenizer, ByteTable):
@@ -230,6 +232,8 @@ def _existing(path: str | os.PathLike[str]) -> Path:
             f"{path}: no such file or directory; a tokenizer on a hub must be loaded first, e.g. with "
             "transformers.AutoTokenizer.from_pretrained, and passed as an object"
         )
+    if (problem := obstacle(Path(path), inside=True)) is not None:
+        raise UnsupportedTokenizerError(problem)
     return Path(path)
 
 
@@ -1020,6 +1024,9 @@ class TextCodec(Protocol):
         (`<think>`) are found in the text as ever, except by slow transformers tokenizers. A prefix space that the
         tokenizer itself puts before a text stays: alignment takes it into the first chunk. Nothing is truncated or
         padded.
+
+        Raises:
+            XTokMapError: half of a surrogate pair in a text, where the tokenizer does not take it.
         """
         ...
 
@@ -1100,6 +1107,17 @@ def _load_encoder(path: Path) -> Any:
     )
 
 
+@contextmanager
+def _named(texts: Sequence[str]) -> Iterator[None]:
+    """What no encoder takes is named; each has an error of its own for it."""
+    try:
+        yield
+    except (TypeError, UnicodeError):
+        for k, text in enumerate(texts):
+            check_text(text, f"text {k}")
+        raise
+
+
 class _Lists:
     """A codec from a function that gives a list of ids for each text."""
 
@@ -1107,7 +1125,8 @@ class _Lists:
         self._encode = encode
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[Int64, Int64]:
-        rows = list(self._encode(list(texts)))
+        with _named(texts):
+            rows = list(self._encode(list(texts)))
         cu = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=cu[1:])
         return np.fromiter(chain.from_iterable(rows), np.int64, int(cu[-1])), cu
@@ -1118,7 +1137,8 @@ class _Fastokens:
         self._tokenizer = tokenizer
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[Int64, Int64]:
-        ids, offsets = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
+        with _named(texts):
+            ids, offsets = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
         return np.frombuffer(ids, np.uint32).astype(np.int64), np.frombuffer(offsets, np.uint64).astype(np.int64)
 
 

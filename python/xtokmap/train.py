@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import platform
 import signal
+import stat
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +31,11 @@ from xtokmap import page
 from xtokmap._core import XTokMapError
 from xtokmap.checkpoint import CheckpointError, found, restore, save, writing
 from xtokmap.config import Config
+from xtokmap.files import alone_in, check_text, decoded, in_use, obstacle
 from xtokmap.flops import ModelFlops, StepFlops
 from xtokmap.health import Monitor, measure, together
 from xtokmap.models import (
+    check_finite,
     float32_parameters,
     load,
     load_tokenizer,
@@ -84,14 +87,18 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
         XTokMapError: no such file, no prompt in it, or a line that cannot be used, by number.
     """
     path = Path(path)
+    if (problem := obstacle(path)) is not None:
+        raise XTokMapError(problem)
     if not path.is_file():
         raise XTokMapError(f"{path}: no such prompt file; give a .jsonl or .txt file")
     train: list[str] = []
     heldout: list[str] = []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise XTokMapError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    text = (
+        decoded(path.read_bytes(), path, "; save it as UTF-8")
+        .removeprefix("\ufeff")
+        .replace("\r\n", "\n")
+        .replace("\r", "\n")
+    )
     # Not splitlines(), which also parts at U+2028 and its like: they may stand inside a prompt.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -102,12 +109,13 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
         try:
             row = json.loads(line)
             prompt, split = row["prompt"], row.get("split", "train")
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise XTokMapError(f'{path}, line {number}: expected an object with "prompt", got {line[:80]!r}') from None
         if not isinstance(prompt, str) or split not in ("train", "heldout"):
             raise XTokMapError(
                 f"{path}, line {number}: prompt must be a string and split train or heldout, got {line[:80]!r}"
             )
+        check_text(prompt, f"{path}, line {number}: prompt")
         (train if split == "train" else heldout).append(prompt)
     if not train:
         raise XTokMapError(f"{path}: no training prompt in it")
@@ -170,6 +178,7 @@ class Run:
         ahead: the next batch, sampled already and being scored (with `Config.overlap`).
         monitor: watches over its health.
         samples: some of what was sampled.
+        untrained: digests of the weights that are not trained, where a checkpoint has asked for them.
     """
 
     def __init__(self, roller: Roller, prompts: Sequence[str], *, watch: bool = True) -> None:
@@ -201,6 +210,7 @@ class Run:
         self.before: Evaluation | None = None
         self.monitor = Monitor(config, (len(roller.aligner.student), len(roller.aligner.teacher)))
         self.samples = Samples()
+        self.untrained: dict[str, dict[str, str]] | None = None
         self.flops: StepFlops | None = None
         if isinstance(roller.teacher, LocalTeacher):  # of a served one nothing is known
             with suppress(XTokMapError):  # nobody knows what a mixture of experts costs
@@ -293,7 +303,7 @@ class Run:
         """After a resume: the health of the steps before, and the samples that were kept of them."""
         for line in self.history:
             self.monitor.check(line)
-        if samples.is_file():
+        if self.processes.first:  # which writes them
             self.samples.read(samples)
 
     def _account(self, rollouts: Rollouts) -> dict[str, Any]:
@@ -330,19 +340,14 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
             `config.teacher_url` nothing is done with the teacher.
 
     Raises:
-        XTokMapError: prompts or models that cannot be used.
+        XTokMapError: prompts or models that cannot be used, or another run is at work in the output folder.
         CheckpointError: checkpoints of another run are in the way, or something cannot be written.
         TeacherError: a server that cannot be the teacher; or one that stopped answering, after saving what there is.
     """
-    with launched(config.device) as (processes, where):
+    output = Path(config.output)
+    checkpoints = output / "checkpoints"
+    with launched(config.device) as (processes, where), _alone(output, processes, new=not config.resume):
         prompts, heldout = read_prompts(config.prompts)
-        output = Path(config.output)
-        checkpoints = output / "checkpoints"
-        if not config.resume and (there := found(checkpoints)):
-            raise CheckpointError(
-                f"{there[-1]} is of an earlier run: pass resume to go on with it, another output, or delete "
-                f"{checkpoints}"
-            )
         device = pick_device(where)
         torch.manual_seed(config.seed)
         if models is None:
@@ -356,6 +361,9 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                 teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
         else:
             student, tokenizer, teacher_model, teacher_tokenizer = models
+        check_finite(student, f"student {config.student}")
+        if teacher_model is not None and not config.teacher_url:
+            check_finite(teacher_model, f"teacher {config.teacher}")
         if config.lora_rank:
             student = with_adapter(student, config.lora_rank, config.lora_alpha, config.lora_targets)
         teacher = _teacher(config, teacher_model, teacher_tokenizer, device)
@@ -388,7 +396,8 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                     for warning in line["warnings"]:
                         say(f"warning: {warning['text']}")
                     if processes.first and config.report_every and run.done % config.report_every == 0:
-                        _report(run, output)
+                        with writing(output):
+                            _report(run, output)
                     if config.save_every and run.done % config.save_every == 0:
                         save(run, checkpoints, keep=config.keep_checkpoints)
                 if config.save_every:
@@ -416,9 +425,52 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         return Result(output, run.history, run.before, after, interrupted)
 
 
+@contextmanager
+def _alone(output: Path, processes: Processes, *, new: bool) -> Iterator[None]:
+    """No other run in the folder, and none before a new one; the first process looks, and all of them learn of it."""
+    checkpoints = output / "checkpoints"
+
+    def check() -> None:
+        if new and (there := found(checkpoints)):
+            raise CheckpointError(
+                f"{there[-1]} is of an earlier run: pass resume to go on with it, another output, or delete "
+                f"{checkpoints}"
+            )
+
+    with ExitStack() as stack:
+        problem: XTokMapError | None = None
+        if processes.first:
+            try:
+                if not in_use(output):
+                    check()  # before the folder is touched
+                with writing(output):
+                    stack.enter_context(alone_in(output))
+                check()
+            except XTokMapError as error:
+                problem = error
+        problem = processes.gather(problem)[0]
+        if problem is not None:
+            raise problem
+        yield
+
+
+#: Files of a run, and folders.
+_FILES = (
+    *("config.json", "environment.json", "metrics.jsonl", "evaluation.json", "samples.jsonl", "report.html"),
+    "curves.png",
+)
+_FOLDERS = ("student", "checkpoints")
+
+
 def _begin(output: Path, run: Run) -> None:
+    # What only the end of a run would find.
+    for name in (*_FILES, *_FOLDERS):
+        path = output / name
+        mode = path.stat().st_mode if path.exists() else 0
+        if mode and (stat.S_ISDIR(mode) != (name in _FOLDERS) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+            kind = "folder" if name in _FOLDERS else "file"
+            raise CheckpointError(f"{path}: cannot be written: it is no {kind}; move it away")
     with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
         config = json.dumps(asdict(run.config), indent=2, ensure_ascii=False)
         (output / "config.json").write_text(config + "\n")
         environment = json.dumps(_environment(run.roller), indent=2, ensure_ascii=False)
