@@ -77,8 +77,8 @@ def growth() -> list[str]:
         x = rng.choice(letters, size)
         y = x.copy()
         y[32::64] = rng.integers(ord("0"), ord("9") + 1, len(y[32::64]))
-        for start in range(0, size - 4096, int(4096 / 0.22)):
-            y[start : start + 4096] = rng.integers(ord("A"), ord("Z") + 1, 4096) ^ 0x60  # digits and signs
+        for start in range(0, size - 200, int(200 / 0.22)):
+            y[start : start + 200] = rng.choice(letters, 200)
         student, teacher = x.astype(np.int32), y.astype(np.int32)
         seconds = []
         for _ in range(5):
