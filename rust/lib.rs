@@ -36,6 +36,7 @@ mod byte_table;
 mod clean;
 mod cover;
 mod encoding;
+mod pool;
 #[cfg(feature = "python")]
 mod python;
 mod resync;
