@@ -101,6 +101,8 @@ static POOLS: Shared<Pools> = Shared::new(Pools::NONE, Pools::NONE, Pools::NONE)
 
 /// As many threads as `RAYON_NUM_THREADS` says, or as there are cores.
 const DEFAULT: usize = 0;
+#[cfg(feature = "python")]
+const MOST: usize = 64;
 
 /// A pool of so many threads.
 fn pool(threads: usize) -> Result<Arc<ThreadPool>, Error> {
@@ -178,7 +180,8 @@ pub(crate) fn within() -> bool {
     rayon::current_thread_index().is_some()
 }
 
-/// Runs `work` on this thread, and what is parallel in it on so many; `None`: as ever.
+/// Runs `work` on this thread, and what is parallel in it on so many; `None`: as ever. Thousands of threads that look
+/// for work take more time than it does: no more are made than [`MOST`], or than there are cores.
 ///
 /// # Errors
 /// [`Error::Argument`] where there cannot be so many threads.
@@ -193,7 +196,11 @@ pub(crate) fn with<T>(threads: Option<usize>, work: impl FnOnce() -> T) -> Resul
     let place = match threads {
         None => None,
         Some(1) => Some(Place::Here),
-        Some(threads) => Some(Place::of(pool(threads)?)),
+        Some(threads) if threads <= MOST => Some(Place::of(pool(threads)?)),
+        Some(threads) => {
+            let cores = std::thread::available_parallelism().map_or(MOST, usize::from);
+            Some(Place::of(pool(threads.min(cores.max(MOST)))?))
+        }
     };
     let _before = Before(ASKED.replace(place));
     Ok(work())

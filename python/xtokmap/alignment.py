@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from numpy.ma import MaskedArray  # now: an import that a fork interrupts in another thread never ends
 
 from xtokmap import _core
 from xtokmap._core import ByteTable, XTokMapError
@@ -391,7 +392,8 @@ class Aligner:
                 (`cu_seqlens` of flash-attention).
             teacher_cu: `[B+1]`, likewise.
             strict: raise where the bytes differ.
-            threads: number of threads; None follows `RAYON_NUM_THREADS`, or takes every core.
+            threads: number of threads, of which more than 64 are only made where there are as many cores; None follows
+                `RAYON_NUM_THREADS`, or takes every core. A process that is forked has threads of its own.
 
         Raises:
             TokenIdError, ByteMismatchError, XTokMapError: as `align`, naming the row; also for a mask or `cu` that does
@@ -658,7 +660,7 @@ def _as_numpy(array: Any, name: str) -> npt.NDArray[Any]:
     """A numpy view of a list, an array or a torch CPU tensor."""
     if type(array) is np.ndarray:
         return array
-    if isinstance(array, np.ma.MaskedArray):
+    if isinstance(array, MaskedArray):
         raise XTokMapError(
             f"{name}: a numpy.ma masked array, whose own mask nothing here looks at; pass its data "
             f"(numpy.ma.getdata), and which of them are tokens (~numpy.ma.getmaskarray) as a mask of bool"
