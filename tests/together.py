@@ -244,7 +244,7 @@ def pools(method: str) -> int:
 class Collate:
     def __init__(self) -> None:
         self.al = aligner()
-        self.want = answers()
+        answers()
 
     def __call__(self, _: list[int]) -> Any:
         import torch
