@@ -3,14 +3,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use rayon::prelude::*;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::batch::{Code, Halt, Job, Out, Room};
 use crate::byte_table::units;
 use crate::clean::{Word, PADDING};
 use crate::resync::{common_prefix, Resync};
-use crate::{ByteTable, Error, Invalid, Mismatch, Side};
+use crate::{pool, ByteTable, Error, Invalid, Mismatch, Side};
 
 /// What the two sides of a chunk are to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -453,7 +452,8 @@ impl Aligner {
         Ok(self.align_batch(student, teacher, false)?.flat)
     }
 
-    /// Aligns a batch, its rows over rayon's current thread pool. With `strict`, bytes that differ are an error.
+    /// Aligns a batch, its rows over the rayon pool that this is called in, or else over one of the crate's own that has
+    /// `RAYON_NUM_THREADS` threads, or as many as there are cores. With `strict`, bytes that differ are an error.
     ///
     /// # Errors
     /// [`Error::TokenId`] for an id outside its vocabulary, [`Error::RowTooLong`], [`Error::ByteMismatch`] where
@@ -505,7 +505,7 @@ impl Aligner {
                 teacher_ptr: &mut flat.teacher_ptr,
                 kind: &mut flat.kind,
             };
-            match job.run(out, room, true) {
+            match job.run(out, room) {
                 Ok(chunk_cu) => break chunk_cu,
                 Err(Halt::Full) => room = Room::All,
                 Err(Halt::Error(error)) => return Err(error),
@@ -542,7 +542,7 @@ impl Aligner {
             let stops = (0..len).filter(|&i| tokens.symbols[i].is_stop()).chain([len]);
             Ok(stops.map(|stop| tokens.slice(std::mem::replace(&mut from, stop + 1)..stop).decoded()).collect())
         };
-        (0..rows.len()).into_par_iter().map_init(Default::default, decode).collect()
+        pool::map_with(rows.len(), Default::default, decode).into_iter().collect()
     }
 
     /// Aligns row `b`, whatever its bytes, and returns its number of chunks.
@@ -575,8 +575,13 @@ impl Aligner {
         let (m, n) = (s.len(), t.len());
         let pieces_s = flagged(student.given(b, m, &mut vec![]), &self.student_pieces);
         let pieces_t = flagged(teacher.given(b, n, &mut vec![]), &self.teacher_pieces);
-        let tokens = |symbols, ends, pieces, table: &ByteTable| {
-            Tokens { symbols, ends, arena: &self.arena, base: 0, invalid: table.invalid(), pieces }
+        let tokens = |symbols, ends, pieces, table: &ByteTable| Tokens {
+            symbols,
+            ends,
+            arena: &self.arena,
+            base: 0,
+            invalid: table.invalid(),
+            pieces,
         };
         let s = tokens(s, student_end, &pieces_s, &self.student);
         let t = tokens(t, teacher_end, &pieces_t, &self.teacher);

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::align::{Aligner, Ids, Kind, Rows, Scratch};
 use crate::clean::{self, Side};
-use crate::Error;
+use crate::{pool, Error};
 
 /// A chunk's kind as it is written: itself, or its number.
 pub(crate) trait Code: Copy + Send {
@@ -155,15 +155,15 @@ impl<'a> Job<'a> {
         Sizes { students, teachers, room: self.room(0..self.student.len(), room) }
     }
 
-    /// Aligns every row and returns `chunk_cu`. `parallel`: over rayon's current thread pool.
+    /// Aligns every row, over the pool's threads, and returns `chunk_cu`.
     ///
     /// # Errors
     /// As [`Aligner::align_batch`], and [`Halt::Full`] unless the room is [`Room::All`].
-    pub fn run<K: Code>(&self, out: Out<'_, K>, room: Room, parallel: bool) -> Result<Vec<i64>, Halt> {
+    pub fn run<K: Code>(&self, out: Out<'_, K>, room: Room) -> Result<Vec<i64>, Halt> {
         let rows = 0..self.student.len();
         let (m, n) = self.tokens(rows.clone());
-        let grain = if parallel && rows.len() > 1 && m + n > GRAIN {
-            match rayon::current_num_threads() {
+        let grain = if rows.len() > 1 && m + n > GRAIN {
+            match pool::threads() {
                 1 => usize::MAX,
                 threads => GRAIN.max((m + n) / (PARTS * threads)),
             }
@@ -217,7 +217,7 @@ impl<'a> Job<'a> {
         let (left, right) = out.split_at(m, n, room_before);
         let (left_counts, right_counts) = counts.split_at_mut(rows_before);
         let more = second.len();
-        let (left, right) = rayon::join(
+        let (left, right) = pool::join(
             || self.run_parts(first, left, left_counts, room, grain),
             || self.run_parts(second, right, right_counts, room, grain),
         );

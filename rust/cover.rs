@@ -4,12 +4,12 @@
 //! What the teacher thinks of the *student's* encoding is a sum over the teacher tokens that could stand at that place:
 //! those whose text goes on past the student's boundary and still leaves the student its token. [`Cover`] finds them.
 
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 
 use crate::encoding::Bits;
+use crate::pool::{self, Shared};
 use crate::{Alignment, Batch, Encoding, Error, Kind, VocabMap};
 
 /// Teacher tokens of one row that count together.
@@ -144,7 +144,7 @@ pub struct Cover {
     /// One tokenizer on both sides: nothing has to be transferred.
     same: bool,
     limit: usize,
-    store: RwLock<Store>,
+    store: Shared<Store>,
 }
 
 /// What a walk over a row needs to know, from the store or to be found out.
@@ -279,8 +279,19 @@ impl Known for Discovery<'_> {
     }
 }
 
-fn poisoned() -> Error {
-    Error::Argument("an earlier query did not finish; make a new Aligner".to_owned())
+/// The store to read, unless this thread must not wait for it.
+fn read(lock: &RwLock<Store>) -> Option<RwLockReadGuard<'_, Store>> {
+    if pool::within() {
+        return lock.try_read().ok();
+    }
+    lock.read().ok()
+}
+
+fn write(lock: &RwLock<Store>) -> Option<RwLockWriteGuard<'_, Store>> {
+    if pool::within() {
+        return lock.try_write().ok();
+    }
+    lock.write().ok()
 }
 
 /// The queries of one row, with sets numbered as in the store.
@@ -465,7 +476,7 @@ impl Cover {
             at[u as usize] += 1;
         }
         let same = student.same_as(&teacher);
-        Self { student, teacher, map, by_first: (ptr, ids), same, limit: STORE_LIMIT, store: RwLock::default() }
+        Self { student, teacher, map, by_first: (ptr, ids), same, limit: STORE_LIMIT, store: Shared::default() }
     }
 
     /// The same, keeping no more than about this many elements of sets between batches.
@@ -496,7 +507,8 @@ impl Cover {
         open
     }
 
-    /// The queries of a batch whose flat ids are given, its rows over rayon's current thread pool.
+    /// The queries of a batch whose flat ids are given, its rows over the threads that [`crate::Aligner::align_batch`]
+    /// takes.
     ///
     /// # Errors
     /// [`Error::Argument`] where the batch does not fit the ids or the vocabularies.
@@ -508,11 +520,15 @@ impl Cover {
         let rows = self.rows(batch, students, teachers)?;
         // Rows that are not worth a task of their own are done together.
         let at_once = 2048 * rows.len() / (students.len() + 1) + 1;
-        let mut resets = self.make_room()?;
+        self.with_store(|lock| self.queries_in(lock, &rows, at_once, students.len()))
+    }
+
+    fn queries_in(&self, lock: &RwLock<Store>, rows: &[Row<'_>], at_once: usize, tokens: usize) -> Option<Queries> {
+        let mut resets = self.make_room(lock)?;
         let mut done: Vec<Option<RowQueries>> = vec![];
         done.resize_with(rows.len(), || None);
         loop {
-            let store = self.store.read().map_err(|_| poisoned())?;
+            let store = read(lock)?;
             if store.resets != resets {
                 resets = store.resets;
                 done.fill_with(|| None);
@@ -522,16 +538,12 @@ impl Cover {
                     *done = self.walk(*row, &mut Stored(&store));
                 }
             };
-            if at_once >= rows.len() {
-                done.iter_mut().zip(&rows).for_each(|(done, row)| known(done, row));
-            } else {
-                done.par_iter_mut().zip(&rows).with_min_len(at_once).for_each(|(done, row)| known(done, row));
-            }
+            pool::for_each(&mut done, at_once, |b, done| known(done, &rows[b]));
             if done.iter().all(Option::is_some) {
-                return Ok(gather(done.into_iter().flatten(), &store, students.len()));
+                return Some(gather(done.into_iter().flatten(), &store, tokens));
             }
             drop(store);
-            let mut store = self.store.write().map_err(|_| poisoned())?;
+            let mut store = write(lock)?;
             let mut discovery = Discovery { cover: self, store: &mut store, missing: vec![] };
             for (row, _) in rows.iter().zip(&done).filter(|(_, done)| done.is_none()) {
                 self.walk(*row, &mut discovery);
@@ -550,15 +562,21 @@ impl Cover {
         }
     }
 
+    /// Works with what is known, or, where that would mean to wait for oneself, with nothing.
+    fn with_store<T>(&self, work: impl Fn(&RwLock<Store>) -> Option<T>) -> Result<T, Error> {
+        let found = self.store.lock().and_then(&work).or_else(|| work(&RwLock::default()));
+        found.ok_or_else(|| Error::Argument("a bug: nobody else has this lock".to_owned()))
+    }
+
     /// Empties a store that has grown too large; how often that happened.
-    fn make_room(&self) -> Result<u64, Error> {
+    fn make_room(&self, lock: &RwLock<Store>) -> Option<u64> {
         {
-            let store = self.store.read().map_err(|_| poisoned())?;
+            let store = read(lock)?;
             if store.elements <= self.limit && !store.after.is_empty() {
-                return Ok(store.resets);
+                return Some(store.resets);
             }
         }
-        let mut store = self.store.write().map_err(|_| poisoned())?;
+        let mut store = write(lock)?;
         if store.elements > self.limit || store.after.is_empty() {
             *store = Store {
                 whole: vec![UNKNOWN; self.teacher.table().len()],
@@ -567,7 +585,7 @@ impl Cover {
                 ..Store::default()
             };
         }
-        Ok(store.resets)
+        Some(store.resets)
     }
 
     /// For every student token that starts inside a teacher token, which teacher tokens go on behind the bytes before it.
@@ -580,8 +598,12 @@ impl Cover {
 
     pub(crate) fn interior_of(&self, batch: Fields<'_>, students: &[u32], teachers: &[u32]) -> Result<Interior, Error> {
         let rows = self.rows(batch, students, teachers)?;
-        self.make_room()?;
-        let mut store = self.store.write().map_err(|_| poisoned())?;
+        self.with_store(|lock| self.interior_in(lock, batch, &rows))
+    }
+
+    fn interior_in(&self, lock: &RwLock<Store>, batch: Fields<'_>, rows: &[Row<'_>]) -> Option<Interior> {
+        self.make_room(lock)?;
+        let mut store = write(lock)?;
         let mut found = Interior::default();
         let mut keys = vec![];
         for (b, row) in rows.iter().enumerate() {
@@ -603,7 +625,7 @@ impl Cover {
         let empty = Arc::new(Set::default());
         let set = |key| store.sets.get(store.set_of[key] as usize).unwrap_or(&empty).clone();
         found.sets = keys.iter().map(set).collect();
-        Ok(found)
+        Some(found)
     }
 
     /// Works out sets that are missing.
@@ -614,15 +636,14 @@ impl Cover {
         nodes.sort_unstable();
         nodes.dedup();
         nodes.retain(|&node| store.nodes.get(node as usize).is_some_and(|node| node.rests.is_none()));
-        let rests: Vec<Vec<Rest>> =
-            nodes.par_iter().map(|&node| self.rests(&store.nodes[node as usize], false)).collect();
+        let rests: Vec<Vec<Rest>> = pool::map(nodes.len(), |k| self.rests(&store.nodes[nodes[k] as usize], false));
         for (&node, rests) in nodes.iter().zip(rests) {
             store.elements += rests.len();
             store.nodes[node as usize].rests = Some(rests);
         }
         // The sets of one student token share what merges with it.
         let by_token: Vec<&[SetKey]> = missing.chunk_by(|a, b| a.0 == b.0).collect();
-        let sets: Vec<Vec<Set>> = by_token.par_iter().map(|keys| self.sets(keys, &store.nodes)).collect();
+        let sets: Vec<Vec<Set>> = pool::map(by_token.len(), |k| self.sets(by_token[k], &store.nodes));
         for (&key, set) in missing.iter().zip(sets.into_iter().flatten()) {
             let mut id = NOTHING;
             if set.complement || !set.ids.is_empty() {

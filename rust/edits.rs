@@ -263,7 +263,8 @@ impl Edits {
         if equal < needed.max(LONG.min(needed + 4)) {
             let (n, m) = (x + equal, y + equal);
             let path = self.shortest(&a[n..], &b[m..], FEW_EDITS).ok()?;
-            let reached = self.reach[(path.edits * path.edits).wrapping_add_signed(path.edits as isize + path.diagonal)];
+            let reached =
+                self.reach[(path.edits * path.edits).wrapping_add_signed(path.edits as isize + path.diagonal)];
             (equal + reached >= needed + 3 * path.edits).then_some(())?;
         }
         while run.a > 0 && run.b > 0 && a[run.a - 1] == b[run.b - 1] {

@@ -1,11 +1,11 @@
 //! How one tokenizer cuts bytes into its tokens: the rule itself, on short byte strings.
 
 use std::hash::Hasher;
-use std::sync::{Arc, OnceLock, RwLock};
+use std::sync::{Arc, OnceLock};
 
-use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHasher};
 
+use crate::pool::{self, Shared};
 use crate::{ByteTable, Error, Sorted};
 
 /// How a tokenizer chooses among the ways to cut a text into its tokens.
@@ -142,8 +142,8 @@ pub struct Encoding {
     /// For every class after a boundary the ids that are in it.
     in_class: Vec<Vec<u32>>,
     /// For such a class, and a number of characters: of every id in it the first token of that many characters.
-    cut: Arc<RwLock<FxHashMap<(usize, u8), Cut>>>,
-    sorted: OnceLock<Sorted>,
+    cut: Arc<Shared<FxHashMap<(usize, u8), Cut>>>,
+    sorted: Sorted,
 }
 
 #[derive(Clone, Debug)]
@@ -278,8 +278,8 @@ impl Encoding {
                 in_class[class as usize].push(id as u32);
             }
         }
-        let mut all =
-            Self { table, ids, longest, rule, splits, in_class, cut: Arc::default(), sorted: OnceLock::new() };
+        let sorted = Sorted::new(&table);
+        let mut all = Self { table, ids, longest, rule, splits, in_class, cut: Arc::default(), sorted };
         all.grow_trees();
         Ok(all)
     }
@@ -292,7 +292,7 @@ impl Encoding {
     pub fn learn(&self, class: usize, reach: Vec<u8>) -> Result<(), Error> {
         match &self.splits {
             Some(s) if class < s.reach.len() && reach.len() == s.width => {
-                s.reach[class].get_or_init(|| reach);
+                let _ = s.reach[class].set(reach);
                 Ok(())
             }
             _ => Err(Error::Argument(format!("class {class}: no such class, or not of {} values", reach.len()))),
@@ -306,7 +306,7 @@ impl Encoding {
 
     /// The vocabulary in the order of its bytes.
     pub fn sorted(&self) -> &Sorted {
-        self.sorted.get_or_init(|| Sorted::new(&self.table))
+        &self.sorted
     }
 
     /// The token that these bytes are, if there is one: of several the one that the rule makes.
@@ -402,17 +402,14 @@ impl Encoding {
     /// [`Encoding::first`] of every token of another table, of its first `pieces[token]` bytes where that is given: as
     /// far as the pre-tokenizer's first piece goes. -1 where there is none.
     pub(crate) fn first_of_all(&self, other: &ByteTable, pieces: &[u32]) -> Vec<i32> {
-        (0..other.len() as u32)
-            .into_par_iter()
-            .map(|v| {
-                let bytes = other.bytes(v);
-                let end = pieces.get(v as usize).map_or(bytes.len(), |&end| bytes.len().min(end as usize));
-                match &bytes[..end] {
-                    [] => -1,
-                    bytes => self.first(bytes).map_or(-1, |id| id as i32),
-                }
-            })
-            .collect()
+        pool::map(other.len(), |v| {
+            let bytes = other.bytes(v as u32);
+            let end = pieces.get(v).map_or(bytes.len(), |&end| bytes.len().min(end as usize));
+            match &bytes[..end] {
+                [] => -1,
+                bytes => self.first(bytes).map_or(-1, |id| id as i32),
+            }
+        })
     }
 
     fn first_symbols(&self, bytes: &[u8], characters: bool) -> Vec<u32> {
@@ -469,26 +466,20 @@ impl Encoding {
     fn grow_trees(&mut self) {
         let Inner::Bpe(bpe) = &self.rule else { return };
         let v = self.table.len();
-        let broken = (0..v as u32)
-            .into_par_iter()
-            .map(|id| {
-                let bytes = self.table.bytes(id);
-                let added = || (0..bytes.len()).any(|at| self.added_at(bpe, &bytes[at..]).is_some());
-                !bpe.is_added[id as usize] && (self.id(bytes) != Some(id) || added())
-            })
-            .collect();
-        let made: Vec<(bool, Option<Made>)> = (0..v as u32)
-            .into_par_iter()
-            .map(|id| {
-                let mut symbols = self.first_symbols(self.table.bytes(id), bpe.characters);
-                let last = bpe.merge(&mut symbols);
-                if symbols == [id] {
-                    (true, last)
-                } else {
-                    (false, None)
-                }
-            })
-            .collect();
+        let broken = pool::map(v, |id| {
+            let bytes = self.table.bytes(id as u32);
+            let added = || (0..bytes.len()).any(|at| self.added_at(bpe, &bytes[at..]).is_some());
+            !bpe.is_added[id] && (self.id(bytes) != Some(id as u32) || added())
+        });
+        let made: Vec<(bool, Option<Made>)> = pool::map(v, |id| {
+            let mut symbols = self.first_symbols(self.table.bytes(id as u32), bpe.characters);
+            let last = bpe.merge(&mut symbols);
+            if symbols == [id as u32] {
+                (true, last)
+            } else {
+                (false, None)
+            }
+        });
         let (mut children, mut by_left) = (vec![vec![]; v], vec![vec![]; v]);
         for (id, made) in made.iter().enumerate() {
             if let Some(Made { left, rank, .. }) = made.1 {
@@ -498,8 +489,8 @@ impl Encoding {
         for (&(left, right), &(rank, merged)) in &bpe.merges {
             by_left[left as usize].push((rank, right, merged));
         }
-        by_left.par_iter_mut().for_each(|list| list.sort_unstable());
-        children.par_iter_mut().for_each(|list| list.sort_unstable());
+        pool::for_each(&mut by_left, 1, |_, list| list.sort_unstable());
+        pool::for_each(&mut children, 1, |_, list| list.sort_unstable());
         let (mut order, mut span) = (Vec::with_capacity(v), vec![[0; 2]; v]);
         for root in (0..v as u32).filter(|&id| made[id as usize].1.is_none()) {
             // Tokens to enter, and tokens to leave again.
@@ -601,11 +592,12 @@ impl Encoding {
     /// [`Encoding::cut`] of all tokens of a class.
     fn cuts(&self, class: usize, characters: u8) -> Cut {
         let known = |all: &FxHashMap<(usize, u8), Cut>| all.get(&(class, characters)).cloned();
-        if let Some(cuts) = self.cut.read().ok().and_then(|all| known(&all)) {
+        let kept = self.cut.lock();
+        if let Some(cuts) = kept.and_then(|kept| known(&*kept.read().ok()?)) {
             return cuts;
         }
         let cuts: Cut = Arc::new(self.in_class[class].iter().map(|&id| (id, self.cut(id, characters))).collect());
-        if let Ok(mut all) = self.cut.write() {
+        if let Some(mut all) = kept.and_then(|kept| kept.write().ok()) {
             all.insert((class, characters), cuts.clone());
         }
         cuts
@@ -753,20 +745,18 @@ fn implied(table: &ByteTable, ids: &ByBytes, ranks: Option<&[u32]>) -> Result<Me
     if let Some(ranks) = ranks.filter(|ranks| ranks.len() != table.len()) {
         return Err(Error::Argument(format!("{} ranks for a byte table of {} ids", ranks.len(), table.len())));
     }
-    let pairs: Vec<_> = (0..table.len() as u32)
-        .into_par_iter()
-        .flat_map_iter(|id| {
-            let bytes = table.bytes(id);
-            let rank = ranks.map_or(id, |ranks| ranks[id as usize]);
-            // Of tokens with equal bytes one is ever made.
-            let own = ids.get(table, bytes) == Some(id);
-            (1..bytes.len()).filter(move |_| own).filter_map(move |cut| {
-                let left = ids.get(table, &bytes[..cut])?;
-                let right = ids.get(table, &bytes[cut..])?;
-                Some(((left, right), (rank, id)))
-            })
+    let pairs = pool::flat_map(table.len(), |id| {
+        let id = id as u32;
+        let bytes = table.bytes(id);
+        let rank = ranks.map_or(id, |ranks| ranks[id as usize]);
+        // Of tokens with equal bytes one is ever made.
+        let own = ids.get(table, bytes) == Some(id);
+        (1..bytes.len()).filter(move |_| own).filter_map(move |cut| {
+            let left = ids.get(table, &bytes[..cut])?;
+            let right = ids.get(table, &bytes[cut..])?;
+            Some(((left, right), (rank, id)))
         })
-        .collect();
+    });
     Ok(pairs.into_iter().collect())
 }
 

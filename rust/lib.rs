@@ -37,6 +37,7 @@ mod clean;
 mod cover;
 mod edits;
 mod encoding;
+mod pool;
 #[cfg(feature = "python")]
 mod python;
 mod resync;

@@ -1,22 +1,24 @@
 //! The Python module `xtokmap._core`: the only file that knows `PyO3` and numpy.
+//!
+//! What the locks are, and why none can hang, is written in `pool.rs`.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::any::Any;
+use std::panic::{catch_unwind, AssertUnwindSafe, PanicHookInfo};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::{PyIndexError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyBytesMethods, PyDict, PyList, PySlice, PyString, PyTuple};
 use pyo3::{create_exception, IntoPyObjectExt};
-use rayon::ThreadPool;
 
 use crate::batch::{Halt, Job, Out, Room, Sizes};
 use crate::scan::{self, Spelling};
 use crate::{
-    Aligner, Alignment, ByteTable, Cover, Encoding, Error, Ids, Invalid, Kind, Layout, Queries, Rows, Rule, Set, Side,
-    Sorted, SpanMode, Splits, VocabMap,
+    pool, Aligner, Alignment, ByteTable, Cover, Encoding, Error, Ids, Invalid, Kind, Layout, Queries, Rows, Rule, Set,
+    Side, Sorted, SpanMode, Splits, VocabMap,
 };
 
 create_exception!(xtokmap, XTokMapError, PyValueError, "Base of every error that xtokmap raises.");
@@ -67,22 +69,63 @@ fn set_attributes(err: &PyErr, attributes: &[(&str, i64)]) {
     });
 }
 
-fn read_only<T: numpy::Element>(array: &Bound<'_, PyArray1<T>>) -> PyResult<()> {
-    let kwargs = PyDict::new(array.py());
+/// Runs what Python asked for. A panic is a bug of the core, and to who called an error like any other.
+fn caught<T>(work: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(bug(&*panic)))
+}
+
+/// What the last panic said, and where it was: it may come from a thread of a pool.
+static PANIC: Mutex<Option<(String, String)>> = Mutex::new(None);
+
+fn message(panic: &dyn Any) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic")
+}
+
+/// In the place of printing: the exception says it all.
+fn note_panic(info: &PanicHookInfo<'_>) {
+    let place = info.location().map_or_else(String::new, |place| format!(" ({}:{})", place.file(), place.line()));
+    if let Ok(mut last) = PANIC.try_lock() {
+        *last = Some((message(info.payload()).to_owned(), place));
+    }
+}
+
+fn bug(panic: &(dyn Any + Send)) -> PyErr {
+    let said = message(panic);
+    let last = PANIC.try_lock().ok().and_then(|mut last| last.take());
+    let place = last.filter(|last| last.0 == said).map_or_else(String::new, |last| last.1);
+    XTokMapError::new_err(format!("bug in xtokmap: {said}{place}; please report it with the arguments that led to it"))
+}
+
+/// A read-only array that is made when it is first asked for.
+fn kept<T: numpy::Element>(
+    py: Python<'_>,
+    cell: &OnceLock<Py<PyArray1<T>>>,
+    values: impl FnOnce() -> Vec<T>,
+) -> PyResult<Py<PyArray1<T>>> {
+    if let Some(array) = cell.get() {
+        return Ok(array.clone_ref(py));
+    }
+    let array = values().into_pyarray(py);
+    let kwargs = PyDict::new(py);
     kwargs.set_item("write", false)?;
-    array.call_method("setflags", (), Some(&kwargs)).map(|_| ())
+    array.call_method("setflags", (), Some(&kwargs))?;
+    // Another thread may have made one meanwhile; the first stays.
+    let late = cell.set(array.clone().unbind());
+    drop(late);
+    Ok(cell.get().map_or_else(|| array.unbind(), |array| array.clone_ref(py)))
 }
 
 #[pyclass(frozen, name = "ByteTable", module = "xtokmap")]
 struct PyByteTable {
     table: Arc<ByteTable>,
-    lengths: PyOnceLock<Py<PyArray1<i32>>>,
-    is_special: PyOnceLock<Py<PyArray1<bool>>>,
+    lengths: OnceLock<Py<PyArray1<i32>>>,
+    is_special: OnceLock<Py<PyArray1<bool>>>,
 }
 
 impl PyByteTable {
     fn new(table: Arc<ByteTable>) -> Self {
-        Self { table, lengths: PyOnceLock::new(), is_special: PyOnceLock::new() }
+        Self { table, lengths: OnceLock::new(), is_special: OnceLock::new() }
     }
 }
 
@@ -105,63 +148,80 @@ impl PyByteTable {
         invalid: &str,
         byte_pieces: Vec<Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let invalid = invalid_from(invalid)?;
-        let items = tokens
-            .try_iter()
-            .map_err(|_| {
-                XTokMapError::new_err(format!(
-                    "tokens: expected a sequence of bytes or None, got {}",
-                    type_name(tokens)
-                ))
-            })?
-            .enumerate()
-            .map(|(i, item)| {
-                let item = item?;
-                if item.is_none() {
-                    return Ok(None);
-                }
-                let wrong = || format!("tokens[{i}]: expected bytes or None (special), got {}", type_name(&item));
-                item.cast::<PyBytes>().cloned().map(Some).map_err(|_| XTokMapError::new_err(wrong()))
-            })
-            .collect::<PyResult<Vec<Option<Bound<'_, PyBytes>>>>>()?;
-        let table = ByteTable::from_tokens(items.iter().map(|item| item.as_ref().map(PyBytesMethods::as_bytes)))?;
-        let ids = |given: Vec<Bound<'_, PyAny>>, name: &str| {
-            let id = |(k, id): (usize, Bound<'_, PyAny>)| {
-                let id = integer(&id, || format!("{name}[{k}]"))?;
-                u32::try_from(id).map_err(|_| {
-                    XTokMapError::new_err(format!("{name}: id {id} is outside the byte table of {} ids", table.len()))
+        caught(|| {
+            let invalid = invalid_from(invalid)?;
+            let items = tokens
+                .try_iter()
+                .map_err(|_| {
+                    XTokMapError::new_err(format!(
+                        "tokens: expected a sequence of bytes or None, got {}",
+                        type_name(tokens)
+                    ))
+                })?
+                .enumerate()
+                .map(|(i, item)| {
+                    let item = item?;
+                    if item.is_none() {
+                        return Ok(None);
+                    }
+                    let wrong = || format!("tokens[{i}]: expected bytes or None (special), got {}", type_name(&item));
+                    item.cast::<PyBytes>().cloned().map(Some).map_err(|_| XTokMapError::new_err(wrong()))
                 })
+                .collect::<PyResult<Vec<Option<Bound<'_, PyBytes>>>>>()?;
+            let table = ByteTable::from_tokens(items.iter().map(|item| item.as_ref().map(PyBytesMethods::as_bytes)))?;
+            let ids = |given: Vec<Bound<'_, PyAny>>, name: &str| {
+                let id = |(k, id): (usize, Bound<'_, PyAny>)| {
+                    let id = integer(&id, || format!("{name}[{k}]"))?;
+                    u32::try_from(id).map_err(|_| {
+                        XTokMapError::new_err(format!(
+                            "{name}: id {id} is outside the byte table of {} ids",
+                            table.len()
+                        ))
+                    })
+                };
+                given.into_iter().enumerate().map(id).collect::<PyResult<Vec<u32>>>()
             };
-            given.into_iter().enumerate().map(id).collect::<PyResult<Vec<u32>>>()
-        };
-        let (stop_ids, byte_pieces) = (ids(stop_ids, "stop_ids")?, ids(byte_pieces, "byte_pieces")?);
-        let table = table.with_invalid(invalid).with_stop_ids(stop_ids)?.with_byte_pieces(byte_pieces)?;
-        Ok(Self::new(Arc::new(table)))
+            let (stop_ids, byte_pieces) = (ids(stop_ids, "stop_ids")?, ids(byte_pieces, "byte_pieces")?);
+            let table = table.with_invalid(invalid).with_stop_ids(stop_ids)?.with_byte_pieces(byte_pieces)?;
+            Ok(Self::new(Arc::new(table)))
+        })
     }
 
     #[staticmethod]
     #[pyo3(signature = (arena, offsets, special, stop_ids, invalid, byte_pieces))]
     #[allow(clippy::needless_pass_by_value)]
     fn from_arrays(
+        py: Python<'_>,
         arena: Array<'_, u8>,
         offsets: Array<'_, u32>,
-        special: Array<'_, bool>,
+        special: &Bound<'_, PyArray1<bool>>,
         stop_ids: Array<'_, u32>,
         invalid: &str,
         byte_pieces: Array<'_, u32>,
     ) -> PyResult<Self> {
-        let table = ByteTable::from_parts(arena.to_vec()?, offsets.to_vec()?, special.to_vec()?)?;
-        let table = table.with_invalid(invalid_from(invalid)?).with_stop_ids(stop_ids.to_vec()?)?;
-        Ok(Self::new(Arc::new(table.with_byte_pieces(byte_pieces.to_vec()?)?)))
+        caught(|| {
+            let invalid = invalid_from(invalid)?;
+            let special = bytes_of(special)?.cast_into::<PyArray1<u8>>()?.try_readonly()?;
+            let special = special.as_slice()?.iter().map(|&byte| byte != 0).collect();
+            let (arena, offsets) = (values(&arena)?, values(&offsets)?);
+            let (stop_ids, byte_pieces) = (values(&stop_ids)?, values(&byte_pieces)?);
+            let make = || {
+                let table = ByteTable::from_parts(arena, offsets, special)?.with_invalid(invalid);
+                table.with_stop_ids(stop_ids)?.with_byte_pieces(byte_pieces)
+            };
+            Ok(Self::new(Arc::new(py.detach(make)?)))
+        })
     }
 
     fn to_arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let table = &*self.table;
-        let (arena, offsets) = (PyArray1::from_slice(py, table.arena()), PyArray1::from_slice(py, table.offsets()));
-        let special = PyArray1::from_slice(py, table.special());
-        let stop_ids = PyArray1::from_slice(py, table.stop_ids());
-        let byte_pieces = PyArray1::from_slice(py, table.byte_pieces());
-        (arena, offsets, special, stop_ids, self.invalid(), byte_pieces).into_pyobject(py)
+        caught(|| {
+            let table = &*self.table;
+            let (arena, offsets) = (PyArray1::from_slice(py, table.arena()), PyArray1::from_slice(py, table.offsets()));
+            let special = PyArray1::from_slice(py, table.special());
+            let stop_ids = PyArray1::from_slice(py, table.stop_ids());
+            let byte_pieces = PyArray1::from_slice(py, table.byte_pieces());
+            (arena, offsets, special, stop_ids, self.invalid(), byte_pieces).into_pyobject(py)
+        })
     }
 
     fn __len__(&self) -> usize {
@@ -169,13 +229,15 @@ impl PyByteTable {
     }
 
     fn __getitem__<'py>(&self, py: Python<'py>, id: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let index: Result<usize, _> = id.extract();
-        match index.ok().and_then(|index| self.table.get(index)) {
-            Some(bytes) => Ok(bytes.map(|b| PyBytes::new(py, b))),
-            None => {
-                Err(PyIndexError::new_err(format!("id {id} is outside the byte table of {} ids", self.table.len())))
+        caught(|| {
+            let index: Result<usize, _> = id.extract();
+            match index.ok().and_then(|index| self.table.get(index)) {
+                Some(bytes) => Ok(bytes.map(|b| PyBytes::new(py, b))),
+                None => {
+                    Err(PyIndexError::new_err(format!("id {id} is outside the byte table of {} ids", self.table.len())))
+                }
             }
-        }
+        })
     }
 
     fn __repr__(&self) -> String {
@@ -184,39 +246,33 @@ impl PyByteTable {
     }
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
-        let tokens: Vec<Option<Bound<'py, PyBytes>>> =
-            (0..self.table.len()).map(|id| self.table.get(id).flatten().map(|b| PyBytes::new(py, b))).collect();
-        let rebuild = py.import("xtokmap._core")?.getattr("_rebuild_byte_table")?;
-        let args = (tokens, self.table.stop_ids().to_vec(), self.invalid(), self.table.byte_pieces().to_vec());
-        Ok((rebuild, args.into_pyobject(py)?))
+        caught(|| {
+            let tokens: Vec<Option<Bound<'py, PyBytes>>> =
+                (0..self.table.len()).map(|id| self.table.get(id).flatten().map(|b| PyBytes::new(py, b))).collect();
+            let rebuild = py.import("xtokmap._core")?.getattr("_rebuild_byte_table")?;
+            let args = (tokens, self.table.stop_ids().to_vec(), self.invalid(), self.table.byte_pieces().to_vec());
+            Ok((rebuild, args.into_pyobject(py)?))
+        })
     }
 
     #[getter]
     fn lengths(&self, py: Python<'_>) -> PyResult<Py<PyArray1<i32>>> {
-        let array = self.lengths.get_or_try_init(py, || {
-            let array = self.table.iter().map(|b| b.len() as i32).collect::<Vec<_>>().into_pyarray(py);
-            read_only(&array).map(|()| array.unbind())
-        })?;
-        Ok(array.clone_ref(py))
+        caught(|| kept(py, &self.lengths, || self.table.iter().map(|b| b.len() as i32).collect()))
     }
 
     #[getter]
     fn is_special(&self, py: Python<'_>) -> PyResult<Py<PyArray1<bool>>> {
-        let array = self.is_special.get_or_try_init(py, || {
-            let array = self.table.special().to_vec().into_pyarray(py);
-            read_only(&array).map(|()| array.unbind())
-        })?;
-        Ok(array.clone_ref(py))
+        caught(|| kept(py, &self.is_special, || self.table.special().to_vec()))
     }
 
     #[getter]
     fn stop_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, self.table.stop_ids())
+        caught(|| PyTuple::new(py, self.table.stop_ids()))
     }
 
     #[getter]
     fn byte_pieces<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, self.table.byte_pieces())
+        caught(|| PyTuple::new(py, self.table.byte_pieces()))
     }
 
     #[getter]
@@ -229,21 +285,23 @@ impl PyByteTable {
     }
 
     fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
-        let mut text = Vec::new();
-        let items = ids.try_iter().map_err(|_| not_an_integer("ids", ids))?;
-        for (position, item) in items.enumerate() {
-            let id = integer(&item?, || format!("ids, position {position}"))?;
-            let Some(bytes) = usize::try_from(id).ok().and_then(|id| self.table.get(id)) else {
-                let len = self.table.len();
-                let message = format!("ids, position {position}: id {id} is outside the byte table of {len} ids");
-                let err = TokenIdError::new_err(message);
-                let place = [("row", 0), ("position", position as i64), ("id", id), ("vocab_size", len as i64)];
-                set_attributes(&err, &place);
-                return Err(err);
-            };
-            text.extend_from_slice(bytes.unwrap_or_default());
-        }
-        Ok(PyBytes::new(py, &text))
+        caught(|| {
+            let mut text = Vec::new();
+            let items = ids.try_iter().map_err(|_| not_an_integer("ids", ids))?;
+            for (position, item) in items.enumerate() {
+                let id = integer(&item?, || format!("ids, position {position}"))?;
+                let Some(bytes) = usize::try_from(id).ok().and_then(|id| self.table.get(id)) else {
+                    let len = self.table.len();
+                    let message = format!("ids, position {position}: id {id} is outside the byte table of {len} ids");
+                    let err = TokenIdError::new_err(message);
+                    let place = [("row", 0), ("position", position as i64), ("id", id), ("vocab_size", len as i64)];
+                    set_attributes(&err, &place);
+                    return Err(err);
+                };
+                text.extend_from_slice(bytes.unwrap_or_default());
+            }
+            Ok(PyBytes::new(py, &text))
+        })
     }
 }
 
@@ -269,11 +327,16 @@ fn _rebuild_byte_table(
     invalid: &str,
     byte_pieces: Vec<Bound<'_, PyAny>>,
 ) -> PyResult<PyByteTable> {
-    PyByteTable::from_bytes(tokens, stop_ids, invalid, byte_pieces)
+    caught(|| PyByteTable::from_bytes(tokens, stop_ids, invalid, byte_pieces))
 }
 
 fn type_name(object: &Bound<'_, PyAny>) -> String {
     object.get_type().name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
+}
+
+/// The bytes of a bool array: numpy takes every byte but 0 for True, Rust has only 0 and 1.
+fn bytes_of<'py>(array: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    array.call_method1("view", ("uint8",))
 }
 
 /// A contiguous 1-D integer array and how its rows lie in it, held while the GIL is released.
@@ -307,6 +370,10 @@ impl<'py> Held<'py> {
         let layout = if let Ok(cu) = layout.cast::<PyArray1<i64>>() {
             HeldLayout::Ragged(cu.try_readonly()?)
         } else if let Ok(mask) = layout.cast::<PyArray2<bool>>() {
+            let bytes = bytes_of(mask)?.cast_into::<PyArray2<u8>>()?.try_readonly()?;
+            if bytes.as_slice()?.iter().fold(0, |all, byte| all | byte) > 1 {
+                return Err(PyTypeError::new_err("layout: a mask whose True is another byte than 1"));
+            }
             HeldLayout::Padded(mask.try_readonly()?)
         } else {
             return Err(PyTypeError::new_err("layout: expected int64 cu_seqlens [B+1] or a bool mask [B, T]"));
@@ -332,37 +399,16 @@ impl<'py> Held<'py> {
 /// More would be a mistake rather than a machine.
 const MAX_THREADS: i64 = 4096;
 
-/// The pool that was asked for last, with the process that has its threads: a fork has none of them.
-static POOL: Mutex<Option<(u32, usize, Arc<ThreadPool>)>> = Mutex::new(None);
-
-fn pool(threads: usize) -> Result<Arc<ThreadPool>, Error> {
-    let process = std::process::id();
-    let mut last = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    match &*last {
-        Some((of, n, pool)) if (*of, *n) == (process, threads) => return Ok(pool.clone()),
-        // Nothing is left to stop.
-        Some((of, ..)) if *of != process => std::mem::forget(last.take()),
-        _ => {}
-    }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = Arc::new(pool.map_err(|e| Error::Argument(format!("threads={threads}: {e}")))?);
-    *last = Some((process, threads, pool.clone()));
-    Ok(pool)
-}
-
-/// Runs `work` without the GIL, on `threads` threads (`None`: rayon's own pool, which follows `RAYON_NUM_THREADS`).
+/// Runs `work` without the GIL, on `threads` threads (`None`: as many as `RAYON_NUM_THREADS` says, or all cores).
 fn in_threads<T: Send, E: From<Error> + Send>(
     py: Python<'_>,
     threads: Option<i64>,
     work: impl FnOnce() -> Result<T, E> + Send,
 ) -> Result<T, E> {
-    py.detach(|| match threads {
-        None => work(),
-        Some(n) if !(1..=MAX_THREADS).contains(&n) => {
-            Err(Error::Argument(format!("threads={n}: use 1 to {MAX_THREADS}, or None for all cores")).into())
-        }
-        Some(n) => pool(n as usize)?.install(work),
-    })
+    if let Some(n) = threads.filter(|n| !(1..=MAX_THREADS).contains(n)) {
+        return Err(Error::Argument(format!("threads={n}: use 1 to {MAX_THREADS}, or None for all cores")).into());
+    }
+    py.detach(|| pool::with(threads.map(|n| n as usize), work)?)
 }
 
 /// The memory of a batch, which its arrays are views of.
@@ -374,9 +420,6 @@ struct Memory {
 impl Memory {
     /// Nothing larger is kept: bytes.
     const MAX: usize = 64 << 20;
-    /// As much is kept: while one batch is at work, the next may be made.
-    const KEPT: usize = 2;
-
     fn new(py: Python<'_>, numbers: usize, kinds: usize) -> Self {
         let (numbers, kinds) = (PyArray1::zeros(py, numbers, false), PyArray1::zeros(py, kinds, false));
         Self { numbers: numbers.unbind(), kinds: kinds.unbind() }
@@ -392,38 +435,70 @@ impl Memory {
     }
 }
 
-#[pyclass(frozen, name = "Aligner", module = "xtokmap._core")]
-struct PyAligner {
-    aligner: Aligner,
-    /// Memory of earlier batches: fresh pages cost several times the alignment.
-    memory: Mutex<Vec<Memory>>,
+/// Memory of earlier batches: fresh pages cost several times the alignment. The last comes first; while one batch is at
+/// work, the next may be made.
+///
+/// Without a GIL nothing is kept: a count of references is then no more than a guess.
+#[derive(Default)]
+struct Memories([Mutex<Option<Memory>>; 2]);
+
+/// `None` also where another thread is at the place.
+fn taken(place: &Mutex<Option<Memory>>) -> Option<Memory> {
+    place.try_lock().ok()?.take()
 }
 
-impl PyAligner {
-    fn memory(&self, py: Python<'_>, numbers: usize, kinds: usize) -> Memory {
-        let mut kept = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        match kept.iter().position(|memory| memory.fits(py, numbers, kinds)) {
-            Some(k) => kept.swap_remove(k),
-            None => Memory::new(py, numbers, kinds),
+/// Puts a memory in its place; what has none, this one or the one before, is handed back.
+fn put(place: &Mutex<Option<Memory>>, memory: Memory) -> Option<Memory> {
+    match place.try_lock() {
+        Ok(mut place) => place.replace(memory),
+        Err(_) => Some(memory),
+    }
+}
+
+impl Memories {
+    fn take(&self, py: Python<'_>, numbers: usize, kinds: usize) -> Memory {
+        for place in &self.0 {
+            if let Some(memory) = taken(place) {
+                if memory.fits(py, numbers, kinds) {
+                    return memory;
+                }
+                drop(put(place, memory));
+            }
         }
+        Memory::new(py, numbers, kinds)
     }
 
     fn keep(&self, py: Python<'_>, memory: Memory) {
         if memory.numbers.bind(py).len() * size_of::<i32>() <= Memory::MAX {
-            let mut kept = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-            kept.truncate(Memory::KEPT - 1);
-            kept.insert(0, memory);
+            let [first, second] = &self.0;
+            drop(put(first, memory).map(|before| put(second, before)));
         }
     }
+}
+
+/// Whether one thread at a time uses Python's objects.
+fn has_gil(py: Python<'_>) -> PyResult<bool> {
+    match py.import("sys")?.getattr_opt("_is_gil_enabled")? {
+        Some(is_enabled) => is_enabled.call0()?.extract(),
+        None => Ok(true),
+    }
+}
+
+#[pyclass(frozen, name = "Aligner", module = "xtokmap._core")]
+struct PyAligner {
+    aligner: Aligner,
+    memories: Option<Memories>,
 }
 
 #[pymethods]
 impl PyAligner {
     #[new]
     fn new(py: Python<'_>, student: &PyByteTable, teacher: &PyByteTable) -> PyResult<Self> {
-        let (student, teacher) = (student.table.clone(), teacher.table.clone());
-        let aligner = py.detach(|| Aligner::new(student, teacher))?;
-        Ok(Self { aligner, memory: Mutex::default() })
+        caught(|| {
+            let (student, teacher) = (student.table.clone(), teacher.table.clone());
+            let aligner = py.detach(|| Aligner::new(student, teacher))?;
+            Ok(Self { aligner, memories: has_gil(py)?.then(Memories::default) })
+        })
     }
 
     /// The fields of an `AlignmentBatch` in their order, up to `chunk_cu`.
@@ -439,50 +514,55 @@ impl PyAligner {
         strict: bool,
         threads: Option<i64>,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        let (student, teacher) = (Held::new(student_ids, student_layout)?, Held::new(teacher_ids, teacher_layout)?);
-        let (student, teacher) = (student.rows(Side::Student)?, teacher.rows(Side::Teacher)?);
-        let job = Job::new(&self.aligner, student, teacher, strict)?;
-        let mut room = Room::Usual;
-        let (memory, sizes, chunk_cu) = loop {
-            let sizes = job.sizes(room);
-            let memory = self.memory(py, sizes.numbers(), sizes.room);
-            let done = {
-                let mut numbers = memory.numbers.bind(py).try_readwrite()?;
-                let mut kinds = memory.kinds.bind(py).try_readwrite()?;
-                let out = sizes.out(numbers.as_slice_mut()?, kinds.as_slice_mut()?);
-                match threads {
-                    Some(1) => py.detach(|| job.run(out, room, false)),
-                    _ => in_threads(py, threads, || job.run(out, room, true)),
+        caught(|| {
+            let (student, teacher) = (Held::new(student_ids, student_layout)?, Held::new(teacher_ids, teacher_layout)?);
+            let (student, teacher) = (student.rows(Side::Student)?, teacher.rows(Side::Teacher)?);
+            let job = Job::new(&self.aligner, student, teacher, strict)?;
+            let mut room = Room::Usual;
+            let (memory, sizes, chunk_cu) = loop {
+                let sizes = job.sizes(room);
+                let (n, room_for) = (sizes.numbers(), sizes.room);
+                let memory = self
+                    .memories
+                    .as_ref()
+                    .map_or_else(|| Memory::new(py, n, room_for), |kept| kept.take(py, n, room_for));
+                let done = {
+                    let mut numbers = memory.numbers.bind(py).try_readwrite()?;
+                    let mut kinds = memory.kinds.bind(py).try_readwrite()?;
+                    let out = sizes.out(numbers.as_slice_mut()?, kinds.as_slice_mut()?);
+                    in_threads(py, threads, || job.run(out, room))
+                };
+                match done {
+                    Ok(chunk_cu) => break (memory, sizes, chunk_cu),
+                    Err(Halt::Full) => room = Room::All,
+                    Err(Halt::Error(error)) => return Err(error.into()),
                 }
             };
-            match done {
-                Ok(chunk_cu) => break (memory, sizes, chunk_cu),
-                Err(Halt::Full) => room = Room::All,
-                Err(Halt::Error(error)) => return Err(error.into()),
+            let chunks = chunk_cu.last().map_or(0, |&chunks| chunks as usize);
+            let numbers = memory.numbers.bind(py);
+            let view =
+                |from: usize, len: usize| numbers.get_item(PySlice::new(py, from as isize, (from + len) as isize, 1));
+            let [s_end, t_end, s_chunk, t_chunk, pos, off, s_ptr, t_ptr] = sizes.starts();
+            let (m, n, ptr) = (sizes.students, sizes.teachers, chunks + chunk_cu.len() - 1);
+            let all = [
+                view(s_ptr, ptr)?,
+                view(t_ptr, ptr)?,
+                memory.kinds.bind(py).get_item(PySlice::new(py, 0, chunks as isize, 1))?,
+                view(s_chunk, m)?,
+                view(t_chunk, n)?,
+                view(s_end, m)?,
+                view(t_end, n)?,
+                view(pos, m)?,
+                view(off, m)?,
+                job.student_cu.into_pyarray(py).into_any(),
+                job.teacher_cu.into_pyarray(py).into_any(),
+                chunk_cu.into_pyarray(py).into_any(),
+            ];
+            if let Some(kept) = &self.memories {
+                kept.keep(py, memory);
             }
-        };
-        let chunks = chunk_cu.last().map_or(0, |&chunks| chunks as usize);
-        let numbers = memory.numbers.bind(py);
-        let view =
-            |from: usize, len: usize| numbers.get_item(PySlice::new(py, from as isize, (from + len) as isize, 1));
-        let [s_end, t_end, s_chunk, t_chunk, pos, off, s_ptr, t_ptr] = sizes.starts();
-        let (m, n, ptr) = (sizes.students, sizes.teachers, chunks + chunk_cu.len() - 1);
-        let all = [
-            view(s_ptr, ptr)?,
-            view(t_ptr, ptr)?,
-            memory.kinds.bind(py).get_item(PySlice::new(py, 0, chunks as isize, 1))?,
-            view(s_chunk, m)?,
-            view(t_chunk, n)?,
-            view(s_end, m)?,
-            view(t_end, n)?,
-            view(pos, m)?,
-            view(off, m)?,
-            job.student_cu.into_pyarray(py).into_any(),
-            job.teacher_cu.into_pyarray(py).into_any(),
-            chunk_cu.into_pyarray(py).into_any(),
-        ];
-        self.keep(py, memory);
-        PyTuple::new(py, all)
+            PyTuple::new(py, all)
+        })
     }
 
     fn student_texts<'py>(
@@ -492,11 +572,13 @@ impl PyAligner {
         layout: &Bound<'py, PyAny>,
         threads: Option<i64>,
     ) -> PyResult<(Vec<String>, Vec<usize>)> {
-        let held = Held::new(ids, layout)?;
-        let rows = held.rows(Side::Student)?;
-        let texts = in_threads(py, threads, || self.aligner.decode_lossy(Side::Student, rows))?;
-        let counts = texts.iter().map(Vec::len).collect();
-        Ok((texts.into_iter().flatten().collect(), counts))
+        caught(|| {
+            let held = Held::new(ids, layout)?;
+            let rows = held.rows(Side::Student)?;
+            let texts = in_threads(py, threads, || self.aligner.decode_lossy(Side::Student, rows))?;
+            let counts = texts.iter().map(Vec::len).collect();
+            Ok((texts.into_iter().flatten().collect(), counts))
+        })
     }
 }
 
@@ -526,50 +608,56 @@ impl PyEncoding {
         added: Option<Array<'py, u32>>,
         splits: Option<(Array<'py, u32>, Array<'py, u32>, usize, usize)>,
     ) -> PyResult<Self> {
-        let rule = match (rule, scores) {
-            ("longest match", _) => Rule::LongestMatch,
-            ("unigram", Some(scores)) => Rule::Unigram(values(&scores)?),
-            ("bpe", _) => {
-                let triples = |m: PyReadonlyArray2<'_, u32>| {
-                    let triples = m.as_slice()?.chunks_exact(3).map(|t| [t[0], t[1], t[2]]).collect();
-                    Ok::<Vec<[u32; 3]>, PyErr>(triples)
-                };
-                let ranks = ranks.map(|ranks| values(&ranks)).transpose()?;
-                let added = added.map(|added| values(&added)).transpose()?.unwrap_or_default();
-                Rule::Bpe { merges: merges.map(triples).transpose()?, ranks, characters, whole, added }
-            }
-            _ => {
-                return Err(XTokMapError::new_err(format!("rule {rule:?}: use longest match, bpe or unigram (scores)")))
-            }
-        };
-        let splits = match splits {
-            None => None,
-            Some((before, after, classes, width)) => {
-                let reach = vec![OnceLock::new(); classes];
-                Some(Splits { before: values(&before)?, after: values(&after)?, reach, width })
-            }
-        };
-        let table = table.table.clone();
-        Ok(Self(Arc::new(py.detach(|| Encoding::new(table, rule, splits))?)))
+        caught(|| {
+            let rule = match (rule, scores) {
+                ("longest match", _) => Rule::LongestMatch,
+                ("unigram", Some(scores)) => Rule::Unigram(values(&scores)?),
+                ("bpe", _) => {
+                    let triples = |m: PyReadonlyArray2<'_, u32>| {
+                        let triples = m.as_slice()?.chunks_exact(3).map(|t| [t[0], t[1], t[2]]).collect();
+                        Ok::<Vec<[u32; 3]>, PyErr>(triples)
+                    };
+                    let ranks = ranks.map(|ranks| values(&ranks)).transpose()?;
+                    let added = added.map(|added| values(&added)).transpose()?.unwrap_or_default();
+                    Rule::Bpe { merges: merges.map(triples).transpose()?, ranks, characters, whole, added }
+                }
+                _ => {
+                    return Err(XTokMapError::new_err(format!(
+                        "rule {rule:?}: use longest match, bpe or unigram (scores)"
+                    )))
+                }
+            };
+            let splits = match splits {
+                None => None,
+                Some((before, after, classes, width)) => {
+                    let reach = vec![OnceLock::new(); classes];
+                    Some(Splits { before: values(&before)?, after: values(&after)?, reach, width })
+                }
+            };
+            let table = table.table.clone();
+            Ok(Self(Arc::new(py.detach(|| Encoding::new(table, rule, splits))?)))
+        })
     }
 
-    fn encode(&self, bytes: &[u8]) -> Vec<u32> {
-        self.0.encode(bytes)
+    fn encode(&self, py: Python<'_>, bytes: &[u8]) -> PyResult<Vec<u32>> {
+        caught(|| Ok(py.detach(|| self.0.encode(bytes))))
     }
 
     #[pyo3(signature = (class_, reach))]
     #[allow(clippy::needless_pass_by_value)]
     fn learn(&self, class_: usize, reach: Array<'_, u8>) -> PyResult<()> {
-        Ok(self.0.learn(class_, values(&reach)?)?)
+        caught(|| Ok(self.0.learn(class_, values(&reach)?)?))
     }
 
     fn joined(&self, token: u32, next: u32) -> PyResult<bool> {
-        for id in [token, next] {
-            if id as usize >= self.0.table().len() {
-                return Err(PyIndexError::new_err(format!("id {id} is outside {} ids", self.0.table().len())));
+        caught(|| {
+            for id in [token, next] {
+                if id as usize >= self.0.table().len() {
+                    return Err(PyIndexError::new_err(format!("id {id} is outside {} ids", self.0.table().len())));
+                }
             }
-        }
-        Ok(self.0.joined(token, next))
+            Ok(self.0.joined(token, next))
+        })
     }
 }
 
@@ -590,12 +678,14 @@ impl PyCover {
         teacher: &PyEncoding,
         pieces: Option<Array<'_, u32>>,
     ) -> PyResult<Self> {
-        let (student, teacher) = (student.0.clone(), teacher.0.clone());
-        let pieces = pieces.map(|pieces| values(&pieces)).transpose()?.unwrap_or_default();
-        Ok(py.detach(|| {
-            let map = Arc::new(VocabMap::new(&student, &teacher, &pieces));
-            Self { cover: Cover::new(student, teacher, map.clone()), map }
-        }))
+        caught(|| {
+            let (student, teacher) = (student.0.clone(), teacher.0.clone());
+            let pieces = pieces.map(|pieces| values(&pieces)).transpose()?.unwrap_or_default();
+            Ok(py.detach(|| {
+                let map = Arc::new(VocabMap::new(&student, &teacher, &pieces));
+                Self { cover: Cover::new(student, teacher, map.clone()), map }
+            }))
+        })
     }
 
     #[getter]
@@ -605,25 +695,27 @@ impl PyCover {
 
     /// The arrays of the vocabulary map by name.
     fn vocab_map<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let all = PyDict::new(py);
-        let map = &*self.map;
-        for (name, values) in [
-            ("teacher_to_student", &map.teacher_to_student),
-            ("student_to_teacher", &map.student_to_teacher),
-            ("prefix", &map.prefix),
-            ("canonical", &map.canonical),
-            ("teacher_first", &map.teacher_first),
-            ("group", &map.group),
-            ("student_order", &map.student.order),
-            ("teacher_order", &map.teacher.order),
-        ] {
-            all.set_item(name, values.clone().into_pyarray(py))?;
-        }
-        for (name, sorted) in [("student_range", &map.student), ("teacher_range", &map.teacher)] {
-            all.set_item(name, ranges(py, sorted)?)?;
-        }
-        all.set_item("open", self.cover.open().into_pyarray(py))?;
-        Ok(all)
+        caught(|| {
+            let all = PyDict::new(py);
+            let map = &*self.map;
+            for (name, values) in [
+                ("teacher_to_student", &map.teacher_to_student),
+                ("student_to_teacher", &map.student_to_teacher),
+                ("prefix", &map.prefix),
+                ("canonical", &map.canonical),
+                ("teacher_first", &map.teacher_first),
+                ("group", &map.group),
+                ("student_order", &map.student.order),
+                ("teacher_order", &map.teacher.order),
+            ] {
+                all.set_item(name, values.clone().into_pyarray(py))?;
+            }
+            for (name, sorted) in [("student_range", &map.student), ("teacher_range", &map.teacher)] {
+                all.set_item(name, ranges(py, sorted)?)?;
+            }
+            all.set_item("open", self.cover.open().into_pyarray(py))?;
+            Ok(all)
+        })
     }
 
     #[pyo3(signature = (batch, student_ids, teacher_ids, threads=None))]
@@ -636,19 +728,21 @@ impl PyCover {
         teacher_ids: Array<'py, u32>,
         threads: Option<i64>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let kinds = batch.kinds()?;
-        let batch = batch.with(&kinds)?;
-        let (students, teachers) = (student_ids.as_slice()?, teacher_ids.as_slice()?);
-        let found = in_threads(py, threads, || self.cover.queries_of(batch, students, teachers))?;
-        let all = PyDict::new(py);
-        let Queries { indptr, row, set, base, flags, sets } = found;
-        all.set_item("indptr", indptr.into_pyarray(py))?;
-        for (name, values) in [("row", row), ("set", set), ("base", base)] {
-            all.set_item(name, values.into_pyarray(py))?;
-        }
-        all.set_item("flags", flags.into_pyarray(py))?;
-        all.set_item("sets", PySets(sets))?;
-        Ok(all)
+        caught(|| {
+            let kinds = batch.kinds()?;
+            let batch = batch.with(&kinds)?;
+            let (students, teachers) = (student_ids.as_slice()?, teacher_ids.as_slice()?);
+            let found = in_threads(py, threads, || self.cover.queries_of(batch, students, teachers))?;
+            let all = PyDict::new(py);
+            let Queries { indptr, row, set, base, flags, sets } = found;
+            all.set_item("indptr", indptr.into_pyarray(py))?;
+            for (name, values) in [("row", row), ("set", set), ("base", base)] {
+                all.set_item(name, values.into_pyarray(py))?;
+            }
+            all.set_item("flags", flags.into_pyarray(py))?;
+            all.set_item("sets", PySets(sets))?;
+            Ok(all)
+        })
     }
 
     /// student int64 `[Q]`, teacher int64 `[Q]`, range int64 `[Q, 2]` and the sets of a batch's interior positions.
@@ -660,13 +754,16 @@ impl PyCover {
         student_ids: Array<'py, u32>,
         teacher_ids: Array<'py, u32>,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        let kinds = batch.kinds()?;
-        let batch = batch.with(&kinds)?;
-        let (students, teachers) = (student_ids.as_slice()?, teacher_ids.as_slice()?);
-        let found = py.detach(|| self.cover.interior_of(batch, students, teachers))?;
-        let n = found.range.len();
-        let range = found.range.into_flattened().into_pyarray(py).reshape([n, 2])?;
-        (found.student.into_pyarray(py), found.teacher.into_pyarray(py), range, PySets(found.sets)).into_pyobject(py)
+        caught(|| {
+            let kinds = batch.kinds()?;
+            let batch = batch.with(&kinds)?;
+            let (students, teachers) = (student_ids.as_slice()?, teacher_ids.as_slice()?);
+            let found = py.detach(|| self.cover.interior_of(batch, students, teachers))?;
+            let n = found.range.len();
+            let range = found.range.into_flattened().into_pyarray(py).reshape([n, 2])?;
+            (found.student.into_pyarray(py), found.teacher.into_pyarray(py), range, PySets(found.sets))
+                .into_pyobject(py)
+        })
     }
 }
 
@@ -687,27 +784,33 @@ impl PySets {
 
     /// indptr int64 `[n+1]`, ids int32, next int32 and whole bool of all elements, complement bool `[n]`.
     fn arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let total = self.0.iter().map(|set| set.ids.len()).sum();
-        let (mut indptr, mut complement) = (vec![0i64], Vec::with_capacity(self.0.len()));
-        let (mut ids, mut next, mut whole) =
-            (Vec::with_capacity(total), Vec::with_capacity(total), Vec::with_capacity(total));
-        for set in &self.0 {
-            ids.extend_from_slice(&set.ids);
-            next.extend_from_slice(&set.next);
-            next.resize(ids.len(), -1);
-            whole.extend_from_slice(&set.whole);
-            whole.resize(ids.len(), false);
-            indptr.push(ids.len() as i64);
-            complement.push(set.complement);
-        }
-        let arrays = (
-            indptr.into_pyarray(py),
-            ids.into_pyarray(py),
-            next.into_pyarray(py),
-            whole.into_pyarray(py),
-            complement.into_pyarray(py),
-        );
-        arrays.into_pyobject(py)
+        caught(|| {
+            let total = self.0.iter().map(|set| set.ids.len()).sum();
+            let (mut indptr, mut complement) = (vec![0i64], Vec::with_capacity(self.0.len()));
+            let (mut ids, mut next, mut whole) = (vec![], vec![], vec![]);
+            py.detach(|| {
+                ids.reserve(total);
+                next.reserve(total);
+                whole.reserve(total);
+                for set in &self.0 {
+                    ids.extend_from_slice(&set.ids);
+                    next.extend_from_slice(&set.next);
+                    next.resize(ids.len(), -1);
+                    whole.extend_from_slice(&set.whole);
+                    whole.resize(ids.len(), false);
+                    indptr.push(ids.len() as i64);
+                    complement.push(set.complement);
+                }
+            });
+            let arrays = (
+                indptr.into_pyarray(py),
+                ids.into_pyarray(py),
+                next.into_pyarray(py),
+                whole.into_pyarray(py),
+                complement.into_pyarray(py),
+            );
+            arrays.into_pyobject(py)
+        })
     }
 }
 
@@ -851,9 +954,11 @@ impl BatchFields<'_> {
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)]
 fn overlaps<'py>(py: Python<'py>, alignment: Fields<'py>) -> PyResult<Bound<'py, PyTuple>> {
-    let a = alignment.alignment()?;
-    let all = py.detach(|| crate::overlaps(&a));
-    (all.indptr.into_pyarray(py), all.indices.into_pyarray(py), all.nbytes.into_pyarray(py)).into_pyobject(py)
+    caught(|| {
+        let a = alignment.alignment()?;
+        let all = py.detach(|| crate::overlaps(&a));
+        (all.indptr.into_pyarray(py), all.indices.into_pyarray(py), all.nbytes.into_pyarray(py)).into_pyobject(py)
+    })
 }
 
 /// Spans int64 `[k, 2]` of one side on the other.
@@ -866,12 +971,14 @@ fn map_spans<'py>(
     to_teacher: bool,
     cover: bool,
 ) -> PyResult<Bound<'py, PyArray2<i64>>> {
-    let (a, spans) = (alignment.alignment()?, pairs(&spans)?);
-    let to = if to_teacher { Side::Teacher } else { Side::Student };
-    let mode = if cover { SpanMode::Cover } else { SpanMode::Inside };
-    let mapped = py.detach(|| crate::map_spans(&a, &spans, to, mode))?;
-    let k = mapped.len();
-    mapped.into_flattened().into_pyarray(py).reshape([k, 2])
+    caught(|| {
+        let (a, spans) = (alignment.alignment()?, pairs(&spans)?);
+        let to = if to_teacher { Side::Teacher } else { Side::Student };
+        let mode = if cover { SpanMode::Cover } else { SpanMode::Inside };
+        let mapped = py.detach(|| crate::map_spans(&a, &spans, to, mode))?;
+        let k = mapped.len();
+        mapped.into_flattened().into_pyarray(py).reshape([k, 2])
+    })
 }
 
 fn pairs(array: &PyReadonlyArray2<'_, i64>) -> PyResult<Vec<[i64; 2]>> {
@@ -886,18 +993,24 @@ fn align_offsets<'py>(
     student: PyReadonlyArray2<'py, i64>,
     teacher: PyReadonlyArray2<'py, i64>,
 ) -> PyResult<Bound<'py, PyDict>> {
-    let (student, teacher) = (pairs(&student)?, pairs(&teacher)?);
-    let mut flat = py.detach(|| crate::align_offsets(&student, &teacher))?;
-    let starts = flat.starts.take().unwrap_or_default();
-    let all = fields(py, flat)?;
-    all.set_item("_starts", (starts.0.into_pyarray(py), starts.1.into_pyarray(py)))?;
-    Ok(all)
+    caught(|| {
+        let (student, teacher) = (pairs(&student)?, pairs(&teacher)?);
+        let mut flat = py.detach(|| crate::align_offsets(&student, &teacher))?;
+        let starts = flat.starts.take().unwrap_or_default();
+        let all = fields(py, flat)?;
+        all.set_item("_starts", (starts.0.into_pyarray(py), starts.1.into_pyarray(py)))?;
+        Ok(all)
+    })
 }
 
 #[pyfunction]
 #[allow(clippy::type_complexity, clippy::needless_pass_by_value)]
-fn get_alignments(py: Python<'_>, tokens_a: Vec<String>, tokens_b: Vec<String>) -> (Vec<Vec<usize>>, Vec<Vec<usize>>) {
-    py.detach(|| crate::align_texts(&tokens_a, &tokens_b))
+fn get_alignments(
+    py: Python<'_>,
+    tokens_a: Vec<String>,
+    tokens_b: Vec<String>,
+) -> PyResult<(Vec<Vec<usize>>, Vec<Vec<usize>>)> {
+    caught(|| Ok(py.detach(|| crate::align_texts(&tokens_a, &tokens_b))))
 }
 
 /// The bytes of tokens inside a text: replacements first, then "plain", "byte level" or "byte pieces".
@@ -908,23 +1021,25 @@ fn spell<'py>(
     replacements: Vec<(String, String)>,
     kind: &str,
 ) -> PyResult<Bound<'py, PyList>> {
-    let spelling = match kind {
-        "plain" => Spelling::Plain,
-        "byte level" => Spelling::ByteLevel,
-        "byte pieces" => Spelling::BytePieces,
-        _ => return Err(XTokMapError::new_err(format!("kind={kind:?}: no way to spell a token"))),
-    };
-    let spell = |token: Bound<'py, PyAny>| {
-        let bytes = scan::spell(token.cast::<PyString>()?.to_str()?, &replacements, spelling);
-        Ok(PyBytes::new(token.py(), &bytes))
-    };
-    PyList::new(tokens.py(), tokens.iter().map(spell).collect::<PyResult<Vec<_>>>()?)
+    caught(|| {
+        let spelling = match kind {
+            "plain" => Spelling::Plain,
+            "byte level" => Spelling::ByteLevel,
+            "byte pieces" => Spelling::BytePieces,
+            _ => return Err(XTokMapError::new_err(format!("kind={kind:?}: no way to spell a token"))),
+        };
+        let spell = |token: Bound<'py, PyAny>| {
+            let bytes = scan::spell(token.cast::<PyString>()?.to_str()?, &replacements, spelling);
+            Ok(PyBytes::new(token.py(), &bytes))
+        };
+        PyList::new(tokens.py(), tokens.iter().map(spell).collect::<PyResult<Vec<_>>>()?)
+    })
 }
 
 /// The end of the JSON array of strings, or of arrays of strings, at `start`; None where there is no such array.
 #[pyfunction]
-fn json_strings_end(json: &[u8], start: usize) -> Option<usize> {
-    scan::json_strings_end(json, start)
+fn json_strings_end(py: Python<'_>, json: &[u8], start: usize) -> PyResult<Option<usize>> {
+    caught(|| Ok(py.detach(|| scan::json_strings_end(json, start))))
 }
 
 /// The names and the integers of the JSON object at `start`, and its end; None where there is no such object.
@@ -935,10 +1050,12 @@ fn json_ids<'py>(
     json: &[u8],
     start: usize,
 ) -> PyResult<Option<(Bound<'py, PyList>, Bound<'py, PyList>, usize)>> {
-    let Some((all, end)) = scan::json_ids(json, start) else { return Ok(None) };
-    let names = PyList::new(py, all.iter().map(|(name, _)| PyString::new(py, name)))?;
-    let ids = PyList::new(py, all.iter().map(|&(_, id)| id))?;
-    Ok(Some((names, ids, end)))
+    caught(|| {
+        let Some((all, end)) = py.detach(|| scan::json_ids(json, start)) else { return Ok(None) };
+        let names = PyList::new(py, all.iter().map(|(name, _)| PyString::new(py, name)))?;
+        let ids = PyList::new(py, all.iter().map(|&(_, id)| id))?;
+        Ok(Some((names, ids, end)))
+    })
 }
 
 /// The strings of an array of a GGUF file (none unless `keep`), and where it ends; None where the file ends first.
@@ -952,25 +1069,57 @@ fn gguf_strings<'py>(
     big_endian: bool,
     keep: bool,
 ) -> PyResult<Option<(Bound<'py, PyList>, usize)>> {
-    let mut strings = vec![];
-    let end = scan::gguf_strings(data.as_slice()?, start, count, big_endian, |string| {
-        if keep {
-            strings.push(PyBytes::new(py, string));
-        }
-    });
-    end.map(|end| Ok((PyList::new(py, strings)?, end))).transpose()
+    caught(|| {
+        let data = data.as_slice()?;
+        let mut strings = vec![];
+        let end = py.detach(|| {
+            scan::gguf_strings(data, start, count, big_endian, |string| {
+                if keep {
+                    strings.push(string);
+                }
+            })
+        });
+        let strings = strings.into_iter().map(|string| PyBytes::new(py, string));
+        end.map(|end| Ok((PyList::new(py, strings.collect::<Vec<_>>())?, end))).transpose()
+    })
+}
+
+/// Fails as a bug in the core would, in a thread of a pool: for the test of what comes of it.
+#[pyfunction]
+fn _fail(py: Python<'_>, threads: Option<i64>) -> PyResult<()> {
+    caught(|| {
+        in_threads::<_, Error>(py, threads, || {
+            pool::map(64, |k| assert!(k != 40, "asked to fail"));
+            Ok(())
+        })?;
+        Ok(())
+    })
+}
+
+#[pyfunction]
+fn _forked() {
+    pool::forked();
 }
 
 #[pymodule(gil_used = false)]
 #[pyo3(name = "_core")]
 fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
+    std::panic::set_hook(Box::new(note_panic));
+    if let Some(register) = py.import("os")?.getattr_opt("register_at_fork")? {
+        let kwargs = PyDict::new(py);
+        kwargs.set_item("after_in_child", wrap_pyfunction!(_forked, module)?)?;
+        register.call((), Some(&kwargs))?;
+    }
+    // What is made when it is first used: a fork that comes by just then would wait for it.
+    drop(vec![0u8].into_pyarray(py).try_readwrite()?);
     module.add_class::<PyByteTable>()?;
     module.add_class::<PyAligner>()?;
     module.add_class::<PyEncoding>()?;
     module.add_class::<PyCover>()?;
     module.add_class::<PySets>()?;
     module.add_function(wrap_pyfunction!(_rebuild_byte_table, module)?)?;
+    module.add_function(wrap_pyfunction!(_fail, module)?)?;
     module.add_function(wrap_pyfunction!(overlaps, module)?)?;
     module.add_function(wrap_pyfunction!(map_spans, module)?)?;
     module.add_function(wrap_pyfunction!(align_offsets, module)?)?;

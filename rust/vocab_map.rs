@@ -1,8 +1,6 @@
 //! Maps between two vocabularies: equal bytes, longest prefixes, ranges of the byte-sorted orders.
 
-use rayon::prelude::*;
-
-use crate::{ByteTable, Encoding};
+use crate::{pool, ByteTable, Encoding};
 
 /// The ids of one table that have bytes, sorted by them, and for every id the range that its bytes are a prefix of.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,7 +16,7 @@ impl Sorted {
     /// Sorts a table.
     pub fn new(table: &ByteTable) -> Self {
         let mut order: Vec<i32> = (0..table.len() as i32).filter(|&id| !table.bytes(id as u32).is_empty()).collect();
-        order.par_sort_unstable_by(|&a, &b| table.bytes(a as u32).cmp(table.bytes(b as u32)).then(a.cmp(&b)));
+        pool::sort(&mut order, |&a, &b| table.bytes(a as u32).cmp(table.bytes(b as u32)).then(a.cmp(&b)));
         let mut range = vec![[0, 0]; table.len()];
         // Tokens whose ranges are still open; each is a prefix of the next.
         let mut open: Vec<i32> = vec![];
@@ -80,25 +78,18 @@ impl VocabMap {
     /// `pieces`: for every teacher token how many bytes the student's pre-tokenizer puts in one piece; empty: all.
     pub fn new(student: &Encoding, teacher: &Encoding, pieces: &[u32]) -> Self {
         let (s, t) = (student.table(), teacher.table());
-        let ((sorted_s, sorted_t), (canonical, teacher_first)) = rayon::join(
-            || rayon::join(|| student.sorted().clone(), || teacher.sorted().clone()),
-            || rayon::join(|| student.first_of_all(t, pieces), || teacher.first_of_all(s, &[])),
-        );
+        let (canonical, teacher_first) = (student.first_of_all(t, pieces), teacher.first_of_all(s, &[]));
         let exact = |from: &ByteTable, to: &Encoding| -> Vec<i32> {
-            let one = |id| to.id(from.bytes(id)).map_or(-1, |id| id as i32);
-            (0..from.len() as u32).into_par_iter().map(one).collect()
+            pool::map(from.len(), |id| to.id(from.bytes(id as u32)).map_or(-1, |id| id as i32))
         };
-        let (teacher_to_student, student_to_teacher) = rayon::join(|| exact(t, student), || exact(s, teacher));
-        let prefix = (0..t.len() as u32)
-            .into_par_iter()
-            .map(|id| match teacher_to_student[id as usize] {
-                -1 => student.longest_prefix(t.bytes(id)).map_or(-1, |id| id as i32),
-                id => id,
-            })
-            .collect();
+        let (teacher_to_student, student_to_teacher) = (exact(t, student), exact(s, teacher));
+        let prefix = pool::map(t.len(), |id| match teacher_to_student[id] {
+            -1 => student.longest_prefix(t.bytes(id as u32)).map_or(-1, |id| id as i32),
+            id => id,
+        });
         let mut group = vec![-1; t.len()];
         let (mut groups, mut root) = (0, None);
-        for &id in &sorted_t.order {
+        for &id in &teacher.sorted().order {
             if teacher_to_student[id as usize] >= 0 {
                 continue;
             }
@@ -116,8 +107,8 @@ impl VocabMap {
             prefix,
             canonical,
             teacher_first,
-            student: sorted_s,
-            teacher: sorted_t,
+            student: student.sorted().clone(),
+            teacher: teacher.sorted().clone(),
             group,
         }
     }

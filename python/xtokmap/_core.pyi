@@ -18,6 +18,7 @@ __all__ = [
     "XTokMapError",
     "_Sets",
     "__version__",
+    "_fail",
     "_rebuild_byte_table",
     "align_offsets",
     "get_alignments",
@@ -154,6 +155,7 @@ class _Sets:
         npt.NDArray[np.bool_],
     ]: ...
 
+def _fail(threads: int | None) -> None: ...
 def _rebuild_byte_table(
     tokens: Iterable[bytes | None], stop_ids: Sequence[int], invalid: str, byte_pieces: Sequence[int]
 ) -> ByteTable: ...

@@ -6,17 +6,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from functools import cached_property
 from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from numpy.ma import MaskedArray  # now: an import that a fork interrupts in another thread never ends
 
 from xtokmap import _core
 from xtokmap._core import ByteTable, XTokMapError
-from xtokmap.cover import CoverQueries, Transfer, VocabMap, padded_places
+from xtokmap.cover import CoverQueries, Transfer, VocabMap, once, padded_places
 from xtokmap.tokenizers import TextCodec, byte_table, text_codec
 
 Int32: TypeAlias = npt.NDArray[np.int32]
@@ -392,7 +392,8 @@ class Aligner:
                 (`cu_seqlens` of flash-attention).
             teacher_cu: `[B+1]`, likewise.
             strict: raise where the bytes differ.
-            threads: number of threads; None follows `RAYON_NUM_THREADS`, or takes every core.
+            threads: number of threads, of which more than 64 are only made where there are as many cores; None follows
+                `RAYON_NUM_THREADS`, or takes every core. A process that is forked has threads of its own.
 
         Raises:
             TokenIdError, ByteMismatchError, XTokMapError: as `align`, naming the row; also for a mask or `cu` that does
@@ -505,7 +506,7 @@ class Aligner:
         if batch._bytes is None or (batch._bytes.student, batch._bytes.teacher) != (self.student, self.teacher):
             raise XTokMapError(f"{what} needs a batch that this aligner made: align or retokenize the ids with it")
 
-    @cached_property
+    @once
     def _transfer(self) -> Transfer:
         return Transfer(self._student_source, self.student, self._teacher_source, self.teacher)
 
@@ -593,6 +594,9 @@ class _Rows(NamedTuple):
                 )
             flags = flags.astype(np.bool_)
         flags = np.ascontiguousarray(flags)
+        # A view of other bytes as bool: numpy takes every byte but 0 for True, and counts bytes that are 1.
+        if (bytes_ := flags.view(np.uint8)).max(initial=0) > 1:
+            flags = bytes_ != 0
         # Rows without any column cannot be counted from a flat mask.
         layout = flags if flags.size else np.zeros(len(flags) + 1, dtype=np.int64)
         return cls(array.reshape(-1), layout, flags)
@@ -625,7 +629,7 @@ def _joined(rows: Sequence[Any]) -> Any:
     try:
         if len(set(map(attrgetter("dtype"), rows))) > 1:
             return None
-        joined = np.concatenate(rows) if isinstance(rows[0], np.ndarray) else torch and torch.cat(list(rows)).numpy()
+        joined = np.concatenate(rows) if type(rows[0]) is np.ndarray else torch and torch.cat(list(rows)).numpy()
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None
     return joined if joined is not None and joined.dtype.kind in "iu" else None
@@ -655,6 +659,11 @@ def _as_numpy(array: Any, name: str) -> npt.NDArray[Any]:
     """A numpy view of a list, an array or a torch CPU tensor."""
     if type(array) is np.ndarray:
         return array
+    if isinstance(array, MaskedArray):
+        raise XTokMapError(
+            f"{name}: a numpy.ma masked array, whose own mask nothing here looks at; pass its data "
+            f"(numpy.ma.getdata), and which of them are tokens (~numpy.ma.getmaskarray) as a mask of bool"
+        )
     if hasattr(array, "detach") and hasattr(array, "is_cpu"):
         if not array.is_cpu:
             raise XTokMapError(f"{name}: a tensor on {array.device}; alignment runs on the CPU, pass {name}.cpu()")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,34 @@ if TYPE_CHECKING:
 Int32: TypeAlias = npt.NDArray[np.int32]
 Int64: TypeAlias = npt.NDArray[np.int64]
 Bool: TypeAlias = npt.NDArray[np.bool_]
+
+
+_T = TypeVar("_T")
+
+
+class once(Generic[_T]):  # noqa: N801
+    """A property that is worked out when it is first asked for; of several threads that ask at once, by each.
+
+    `functools.cached_property` has one lock for all objects up to Python 3.11, and a process that is forked while
+    another thread holds it would wait for it for ever.
+    """
+
+    def __init__(self, make: Callable[[Any], _T]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> once[_T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> _T: ...
+    def __get__(self, instance: object | None, owner: type) -> once[_T] | _T:
+        if instance is None:
+            return self
+        made: _T = instance.__dict__.setdefault(self._name, self._make(instance))
+        return made
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -173,7 +200,7 @@ class CoverQueries:
     def __len__(self) -> int:
         return len(self.student_cu) - 1
 
-    @cached_property
+    @once
     def sets(self) -> Sets:
         """The sets that the terms name."""
         return Sets(*self._sets.arrays())
