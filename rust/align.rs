@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::batch::{Code, Halt, Job, Out, Room};
-use crate::byte_table::units;
+use crate::byte_table::{read, Read};
 use crate::clean::{Word, PADDING};
 use crate::resync::{common_prefix, Resync};
 use crate::{pool, ByteTable, Error, Invalid, Mismatch, Side};
@@ -265,25 +265,25 @@ impl<'a> Tokens<'a> {
         text
     }
 
-    /// What the tokenizer's decoder reads in `text`, the bytes of all tokens: see [`units`].
-    pub fn units(&self, text: &[u8], mut push: impl FnMut(Option<char>, usize)) {
+    /// What the tokenizer's decoder reads in `text`, the bytes of all tokens.
+    pub fn read<'t>(&self, text: &'t [u8], mut push: impl FnMut(Read<'t>)) {
         if self.pieces.is_empty() {
-            return units(text, self.invalid, push);
+            return read(text, self.invalid, push);
         }
         // Runs of byte pieces, and what is between them; what has no bytes parts nothing.
         let (mut start, mut end, mut in_run) = (0, 0, false);
-        let mut read = |run: &[u8], of_pieces: bool| match std::str::from_utf8(run) {
-            Err(_) if of_pieces => run.iter().for_each(|_| push(None, 1)),
-            _ => units(run, Invalid::Maximal, &mut push),
+        let mut read_run = |run: &'t [u8], of_pieces: bool| match std::str::from_utf8(run) {
+            Err(_) if of_pieces => run.iter().for_each(|_| push(Read::Invalid(1))),
+            _ => read(run, Invalid::Maximal, &mut push),
         };
         for (symbol, &piece) in self.symbols.iter().zip(self.pieces) {
             if symbol.len > 0 && piece != in_run {
-                read(&text[start..end], in_run);
+                read_run(&text[start..end], in_run);
                 (start, in_run) = (end, piece);
             }
             end += symbol.len as usize;
         }
-        read(&text[start..end], in_run);
+        read_run(&text[start..end], in_run);
     }
 
     /// What the tokenizer's decoder spells.
@@ -293,7 +293,10 @@ impl<'a> Tokens<'a> {
             Ok(text) => text,
             Err(error) => {
                 let mut text = String::with_capacity(error.as_bytes().len() + 8);
-                self.units(error.as_bytes(), |unit, _| text.push(unit.unwrap_or(char::REPLACEMENT_CHARACTER)));
+                self.read(error.as_bytes(), |what| match what {
+                    Read::Text(valid) => text.push_str(valid),
+                    Read::Invalid(_) => text.push(char::REPLACEMENT_CHARACTER),
+                });
                 text
             }
         }

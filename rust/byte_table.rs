@@ -196,14 +196,21 @@ impl ByteTable {
     }
 }
 
-/// Bytes as a decoder reads them: every character, or `None` for what becomes one U+FFFD, with its number of bytes.
-pub(crate) fn units(bytes: &[u8], invalid: Invalid, mut push: impl FnMut(Option<char>, usize)) {
+/// What a decoder reads.
+pub(crate) enum Read<'a> {
+    Text(&'a str),
+    /// Bytes that become one U+FFFD.
+    Invalid(usize),
+}
+
+/// Bytes as a decoder with this rule reads them.
+pub(crate) fn read<'a>(bytes: &'a [u8], invalid: Invalid, mut push: impl FnMut(Read<'a>)) {
     for chunk in bytes.utf8_chunks() {
-        chunk.valid().chars().for_each(|c| push(Some(c), c.len_utf8()));
+        push(Read::Text(chunk.valid()));
         let rest = chunk.invalid().len();
         match invalid {
-            Invalid::Each => (0..rest).for_each(|_| push(None, 1)),
-            Invalid::Maximal | Invalid::Run if rest > 0 => push(None, rest),
+            Invalid::Each => (0..rest).for_each(|_| push(Read::Invalid(1))),
+            Invalid::Maximal | Invalid::Run if rest > 0 => push(Read::Invalid(rest)),
             Invalid::Maximal | Invalid::Run => {}
         }
     }

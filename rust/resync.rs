@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use unicode_normalization::char::{canonical_combining_class, decompose_compatible};
 
 use crate::align::Tokens;
+use crate::byte_table::Read;
 use crate::edits::{Edits, Run};
 
 /// Combining marks or invisible characters with nothing before them to belong to.
@@ -37,27 +38,37 @@ struct Text<'a> {
 impl<'a> Text<'a> {
     fn new(tokens: Tokens<'a>) -> Self {
         let bytes = tokens.text();
-        let (mut atoms, mut starts) = (Vec::with_capacity(bytes.len()), Vec::with_capacity(bytes.len()));
+        let mut atoms: Vec<u32> = Vec::with_capacity(bytes.len());
+        let mut starts = Vec::with_capacity(bytes.len());
         let mut invalid = vec![];
         let mut at = 0;
-        tokens.units(&bytes, |unit, len| {
-            let before = atoms.len();
-            let mut push = |char: u32| {
-                starts.push(if atoms.len() == before { at } else { at | INSIDE });
-                atoms.push(char);
-            };
-            match unit {
-                Some(c) => fold(c, |folded| push(folded as u32)),
-                None => {
-                    invalid.push((at, len as u32));
-                    push(char::REPLACEMENT_CHARACTER as u32);
+        tokens.read(&bytes, |what| match what {
+            Read::Text(text) => {
+                for c in text.chars() {
+                    if c.is_ascii_graphic() {
+                        starts.push(at);
+                        atoms.push(c.to_ascii_lowercase() as u32);
+                    } else {
+                        let before = atoms.len();
+                        fold(c, |folded| {
+                            starts.push(if atoms.len() == before { at } else { at | INSIDE });
+                            atoms.push(folded as u32);
+                        });
+                        // Marks join the unit before them, if there is one.
+                        if atoms.is_empty() {
+                            starts.push(at);
+                            atoms.push(MARK);
+                        }
+                    }
+                    at += c.len_utf8() as u32;
                 }
             }
-            // Marks join the unit before them, if there is one.
-            if atoms.is_empty() {
-                (atoms, starts) = (vec![MARK], vec![at]);
+            Read::Invalid(len) => {
+                invalid.push((at, len as u32));
+                starts.push(at);
+                atoms.push(char::REPLACEMENT_CHARACTER as u32);
+                at += len as u32;
             }
-            at += len as u32;
         });
         Self { tokens, bytes, atoms, starts, invalid, recent: 0 }
     }
