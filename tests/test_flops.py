@@ -81,7 +81,8 @@ def test_sampling_with_a_cache(make):
         # Rows without a signal are not worked out.
         ("opd", "transfer_kl", 0.2),
         ("opd", "byte_kl", 0.2),
-        ("kd", "transfer_kl", 0.2),
+        # An untrained teacher's samples are half U+FFFD, which is aligned and has no signal.
+        ("kd", "transfer_kl", 0.4),
     ],
 )
 def test_a_step(method, loss, slack, monkeypatch):
