@@ -92,7 +92,7 @@ docs: $(VENV)/built
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
 	$(VENV)/bin/pdoc --output-directory docs/build --docformat google \
 		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.cache xtokmap.encoding xtokmap.cover xtokmap.chat xtokmap.torch \
-		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.served xtokmap.serve \
+		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.http1 xtokmap.served xtokmap.serve \
 		xtokmap.config xtokmap.models xtokmap.rollouts xtokmap.updates xtokmap.report xtokmap.train xtokmap.checkpoint \
 		xtokmap.processes xtokmap.flops xtokmap.health xtokmap.samples xtokmap.page xtokmap.track xtokmap.reproduce
 
