@@ -20,7 +20,7 @@ FUZZ_TARGETS := align resync spans
 help:
 	@echo "make demo   distil a real pair of model families, on this machine, with a report"
 	@echo "make test   every test, Rust and Python"
-	@echo "make fuzz   fuzz the Rust core and the file readers, FUZZ_SECONDS=60 each"
+	@echo "make fuzz   fuzz the Rust core, the file readers and the client of a server that lies, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
 	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for a part of it"
 	@echo "make lint   formatting, clippy, ruff, mypy, stubtest"
@@ -56,6 +56,7 @@ fuzz: $(VENV)/built target/tools/bin/cargo-fuzz
 			fuzz/corpus/$$target fuzz/seeds/$$target -- -max_total_time=$(FUZZ_SECONDS) -max_len=600 -timeout=10; \
 	done
 	$(PY) fuzz/readers.py $(FUZZ_SECONDS)
+	$(PY) fuzz/client.py $(FUZZ_SECONDS)
 
 # pytokenizations has no wheels for new Pythons and is built; the benchmarks leave out what is missing.
 $(VENV)/benches: $(VENV)/built

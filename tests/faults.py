@@ -21,13 +21,18 @@ def plain(body, *headers, status="200 OK"):
     return b"\r\n".join([f"HTTP/1.1 {status}".encode(), *headers, b"Content-Length: %d" % len(body), b"", body])
 
 
+def last(body, *headers, **options):
+    """An answer behind which the connection is closed, as it is behind every lie."""
+    return plain(body, b"Connection: close", *headers, **options)
+
+
 def first_number(new):
     """A sound answer whose first logprob is something else."""
 
     def lie(found):
         text, count = re.subn(r"-[0-9]+[.][0-9e-]+", lambda _: new, json.dumps(found), count=1)
         assert count
-        yield plain(text.encode())
+        yield last(text.encode())
 
     return lie
 
@@ -39,7 +44,7 @@ def changed(change):
         found = copy.deepcopy(found)
         place, name = rows_at(found)
         place[name] = [row if row is None else change(row) for row in place[name]]
-        yield plain(json.dumps(found).encode())
+        yield last(json.dumps(found).encode())
 
     return lie
 
@@ -98,13 +103,13 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
 #: Answers that no server gives that is merely broken. Each has `lie(found)`: the bytes for a sound answer, in parts.
 LIES = {
-    "nested": lambda found: [plain(b"[" * 100_000)],
-    "nested objects": lambda found: [plain(b'{"choices":' * 50_000)],
-    "not UTF-8": lambda found: [plain(json.dumps(found).encode().replace(b'"', b'"\xff', 1))],
-    "UTF-16": lambda found: [plain(json.dumps(found).encode("utf-16"))],
-    "a list": lambda found: [plain(json.dumps([found]).encode())],
-    "null": lambda found: [plain(b"null")],
-    "only lists": lambda found: [plain(b"[" + b"[]," * 50_000 + b"[]]")],
+    "nested": lambda found: [last(b"[" * 100_000)],
+    "nested objects": lambda found: [last(b'{"choices":' * 50_000)],
+    "not UTF-8": lambda found: [last(json.dumps(found).encode().replace(b'"', b'"\xff', 1))],
+    "UTF-16": lambda found: [last(json.dumps(found).encode("utf-16"))],
+    "a list": lambda found: [last(json.dumps([found]).encode())],
+    "null": lambda found: [last(b"null")],
+    "only lists": lambda found: [last(b"[" + b"[]," * 50_000 + b"[]]")],
     "400 digits": first_number("1" * 400),
     "5,000 digits": first_number("1" * 5000),
     "Infinity": first_number("Infinity"),
@@ -113,8 +118,8 @@ LIES = {
     "true for a number": first_number("true"),
     "null rows": changed(lambda row: None),
     "numbers for rows": changed(lambda row: 7),
-    "a name twice": lambda found: [plain(json.dumps(found).encode().replace(b"{", b'{"id": 1, "id": 1, ', 1))],
-    "half a surrogate pair": lambda found: [plain(json.dumps({"said": "\ud83d", **found}).encode())],
+    "a name twice": lambda found: [last(json.dumps(found).encode().replace(b"{", b'{"id": 1, "id": 1, ', 1))],
+    "half a surrogate pair": lambda found: [last(json.dumps({"said": "\ud83d", **found}).encode())],
     "an id beyond the vocabulary": another_id("1234567"),
     "an id of many digits": another_id("1" * 5000),
     "an id with a space": another_id(" 6"),
@@ -122,8 +127,8 @@ LIES = {
     "an id with a sign": another_id("+6"),
     "an id in other digits": another_id("٦"),
     "a huge row": changed(wide),
-    "gzip": lambda found: [plain(gzip.compress(json.dumps(found).encode()), b"Content-Encoding: gzip")],
-    "a gzip bomb": lambda found: [plain(BOMB, b"Content-Encoding: gzip")],
+    "gzip": lambda found: [last(gzip.compress(json.dumps(found).encode()), b"Content-Encoding: gzip")],
+    "a gzip bomb": lambda found: [last(BOMB, b"Content-Encoding: gzip")],
     "no HTTP": lambda found: [b"\x16\x03\x01\x02\x00" * 100],
     "a long status line": lambda found: [b"HTTP/1.1 200 " + b"O" * 2**20],
     "a long header": endless(OK + b"X: ", b"x" * 2**16),
@@ -136,12 +141,12 @@ LIES = {
     "a negative length": lambda found: [OK + b"Content-Length: -5\r\n\r\n" + json.dumps(found).encode()],
     "two lengths": lambda found: [OK + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n" + json.dumps(found).encode()],
     "a length of 10**30": lambda found: [OK + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n{}"],
-    "a status of 0": lambda found: [plain(b"{}", status="000 No")],
-    "switching protocols": lambda found: [plain(b"", status="101 Yes")],
-    "429 now": lambda found: [plain(b"{}", b"Retry-After: 0", status="429 No")],
-    "429 in the past": lambda found: [plain(b"{}", b"Retry-After: -1e308", status="429 No")],
-    "503 with nested words": lambda found: [plain(b'{"error":' + b"[" * 50_000, status="503 No")],
-    "503 with control characters": lambda found: [plain(UGLY.encode(), status="503 No")],
+    "a status of 0": lambda found: [last(b"{}", status="000 No")],
+    "switching protocols": lambda found: [last(b"", status="101 Yes")],
+    "429 now": lambda found: [last(b"{}", b"Retry-After: 0", status="429 No")],
+    "429 in the past": lambda found: [last(b"{}", b"Retry-After: -1e308", status="429 No")],
+    "503 with nested words": lambda found: [last(b'{"error":' + b"[" * 50_000, status="503 No")],
+    "503 with control characters": lambda found: [last(UGLY.encode(), status="503 No")],
     "trickling headers": endless(OK, b"X: y\r\n", 0.05),
     "trickling 100": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.05),
     "a trickling body": endless(OK + CHUNKED, b"1\r\n \r\n", 0.05),

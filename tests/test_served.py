@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from dataclasses import replace
 from email.utils import formatdate
 
@@ -806,6 +807,91 @@ def test_a_server_that_must_not_be_a_teacher_ends_the_run_at_its_start(prompts, 
     ):
         train(config(prompts, teacher_url=server.url), models=tiny.pair())
     assert not (prompts.parent / "out").exists()
+
+
+#: Requests of a run: of the self-test, and of a batch.
+TEST, BATCH = 7, 2
+
+
+def faulty_run(prompts, model, fault, at):
+    """Three steps, an evaluation before and after, and a fault at one request: how many batches it has cost.
+
+    None where it ended the run at its start.
+    """
+    plan = faults.Plan([None] * at + [fault], slow=3.0)
+    # Nothing is asked twice here, so that what is lost can be seen.
+    changes = {"teacher_retries": 0, "teacher_concurrency": 1, "batch_size": BATCH}
+    changes |= {"teacher_timeout": 1.5 if fault in faults.SLOW else 20.0, "save_every": 2, "max_new_tokens": 6}
+    ended = None
+    with (
+        faults.serving(model, tiny.teacher_tokenizer(), plan) as server,
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        settings = config(prompts, teacher_url=server.url, **{**changes, "output": f"{prompts.parent}/out-{at}"})
+        try:
+            result = train(settings, models=tiny.pair())
+        except TeacherError as error:  # and nothing else
+            ended = str(error)
+    assert plan.log == [fault]
+    if ended is not None:
+        assert at < TEST, ended
+        assert ended.isprintable()
+        assert not (prompts.parent / f"out-{at}").exists()
+        return None
+    assert len(result.metrics) == 3
+    assert all(math.isfinite(line["loss"]) for line in result.metrics)
+    lost = sum(line["skipped_batches"] for line in result.metrics)
+    # With its first request the client looks for a protocol, and finds another one than it would have.
+    assert lost + (result.before is None) + (result.after is None) == (at > 0)
+    assert [str(w.message).isprintable() for w in said if "no scores" in str(w.message)] == [True] * lost
+    assert (result.output / "student" / "model.safetensors").exists()
+    return lost
+
+
+KINDS = [*faults.FAULTS, *faults.LIES]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_fault_of_any_kind_costs_its_batch(prompts, model, capsys, overlap):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        changes = {"teacher_url": server.url, "teacher_retries": 0, "teacher_concurrency": 1, "batch_size": BATCH}
+        changes |= {"teacher_timeout": 1.0, "max_new_tokens": 4, "eval_samples": 0, "steps": len(KINDS)}
+        plan.slow = 1.5
+        # The last request of a batch fails, and none of the next.
+        plan.faults = [None] * TEST + [
+            part for kind in KINDS for part in (*[None] * (BATCH - 1), kind, *[None] * BATCH)
+        ]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            result = train(config(prompts, overlap=overlap, **changes), models=tiny.pair())
+    assert plan.log == KINDS
+    assert [line["skipped_batches"] for line in result.metrics] == [1] * len(KINDS)
+    assert all(math.isfinite(line["loss"]) for line in result.metrics)
+    assert [str(w.message).isprintable() for w in said if "no scores" in str(w.message)] == [True] * len(KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", KINDS)
+def test_a_fault_at_any_request_of_a_run_costs_at_most_its_batch(prompts, model, capsys, fault):
+    ends = [faulty_run(prompts, model, fault, at) for at in range(TEST + 2 + 3 * BATCH + 2)]
+    # The evaluations have as many held-out prompts as there are in the file.
+    assert ends[0] in (None, 0)
+    assert ends[1:] == [None] * (TEST - 1) + [0, 0] + [1] * 3 * BATCH + [0, 0]
+
+
+def test_a_run_that_cannot_go_on_has_a_checkpoint_of_what_there_is(prompts, model, capsys, recwarn):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, save_every=50)
+        plan.faults = [None] * (TEST + 4) + ["nested"] * 99
+        with pytest.raises(TeacherError, match=r"ended after 1 steps, which are saved in .*4 batches in a row"):
+            train(settings, models=tiny.pair())
+        plan.faults = []
+        result = train(replace(settings, resume=True), models=tiny.pair())
+    assert len(result.metrics) == 3
+    assert [path.name for path in found(result.output / "checkpoints")]
 
 
 # ---- overlap -----------------------------------------------------------------------------------------------------
