@@ -58,6 +58,7 @@ fuzz: $(VENV)/built target/tools/bin/cargo-fuzz
 	$(PY) fuzz/readers.py $(FUZZ_SECONDS)
 	$(PY) fuzz/edits.py $(FUZZ_SECONDS)
 	$(PY) fuzz/threads.py $(FUZZ_SECONDS)
+	$(PY) fuzz/client.py $(FUZZ_SECONDS)
 
 # pytokenizations has no wheels for new Pythons and is built; the benchmarks leave out what is missing.
 $(VENV)/benches: $(VENV)/built
@@ -95,7 +96,7 @@ docs: $(VENV)/built
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
 	$(VENV)/bin/pdoc --output-directory docs/build --docformat google \
 		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.cache xtokmap.encoding xtokmap.cover xtokmap.chat xtokmap.torch \
-		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.served xtokmap.serve xtokmap.scorer \
+		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.http1 xtokmap.served xtokmap.serve xtokmap.scorer \
 		xtokmap.config xtokmap.models xtokmap.rollouts xtokmap.updates xtokmap.report xtokmap.train xtokmap.checkpoint \
 		xtokmap.processes xtokmap.flops xtokmap.health xtokmap.samples xtokmap.page xtokmap.track xtokmap.reproduce
 

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from dataclasses import replace
 from email.utils import formatdate
 
@@ -23,6 +24,7 @@ import xtokmap
 from xtokmap import Aligner, served
 from xtokmap import train as loop
 from xtokmap.checkpoint import found
+from xtokmap.http1 import Answer
 from xtokmap.losses import chunk_credit, strict_kl
 from xtokmap.rollouts import Scoring, sample
 from xtokmap.served import PROTOCOLS, Client
@@ -179,10 +181,10 @@ def test_a_passing_fault_is_survived(model, protocol, fault):
         ("429", "sglang", "the last: status 429"),
         ("no answer", "vllm", "the last: the connection failed"),
         ("cut body", "vllm", "the last: the connection failed"),
-        ("slow", "openai", r"the last: no answer within 0\.3 s"),
+        ("slow", "openai", r"the last: no whole answer within 0\.3 s"),
         ("broken JSON", "vllm", "bytes that are no JSON"),
-        ("NaN", "vllm", "row 3 has logprob nan"),
-        ("NaN", "sglang", "row 3 has logprob nan"),
+        ("NaN", "vllm", "NaN in it, which is no JSON"),
+        ("NaN", "sglang", "NaN in it, which is no JSON"),
         ("positive", "openai", r"row 3 has logprob 0\.5"),
         ("one row short", "vllm", "prompt_logprobs has 5 rows for 6 tokens"),
         ("one row short", "sglang", "input_token_logprobs has 5 rows for 6 tokens"),
@@ -265,12 +267,38 @@ def test_requests_at_a_time_are_bound(model):
     assert 2 <= most <= 3
 
 
-def test_a_pause_that_the_server_asks_for_holds_for_all():
+def test_a_pause_that_the_server_asks_for_is_bounded():
+    most = served._LONGEST_ASKED_PAUSE
+    assert most <= 60
     assert served._retry_after("1.5") == 1.5
-    assert served._retry_after(formatdate(time.time() + 100, usegmt=True)) == pytest.approx(100, abs=5)
-    assert served._retry_after(formatdate(time.time() - 100, usegmt=True)) == 0
-    assert served._retry_after("1e9") == 600
-    assert [served._retry_after(text) for text in (None, "soon", "nan", "")] == [None] * 4
+    assert served._retry_after(formatdate(time.time() + 20, usegmt=True)) == pytest.approx(20, abs=5)
+    absurd = ("1e9", "1e308", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT", "1000000", "1000000.5")
+    assert [served._retry_after(text) for text in absurd] == [None, None, most, most, most, most]
+    past = ("0", "-0", "-5", "-1e308", formatdate(time.time() - 100, usegmt=True), "Mon, 01 Jan 0001 00:00:00 +2359")
+    none = (None, "soon", "nan", "inf", "", "²", "1_0", "1.2.3", "." * 400, "Mon, 99 Jan 2026", "-", "\x00")
+    assert [served._retry_after(text) for text in (*past, *none)] == [None] * (len(past) + len(none))
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "-1e308", "Mon, 01 Jan 2001 00:00:00 GMT", None])
+def test_without_a_pause_of_the_servers_there_is_ones_own(said, monkeypatch):
+    def speak(sock, head):
+        headers = [] if said is None else [f"Retry-After: {said}".encode()]
+        sock.sendall(faults.plain(b"{}", *headers, status="429 No"))
+        return True
+
+    pauses = []
+    monkeypatch.setattr(threading.Event, "wait", lambda event, seconds=None: pauses.append(seconds))
+    with faults.talking(speak) as url:
+        client = Client(url, protocol="sglang", retries=8, pause=1.0, timeout=20.0)
+        with (
+            client._connections() as http,
+            pytest.raises(TeacherError, match="gave up after 9 attempts, the last: status 429"),
+        ):
+            client._ask(http, PROTOCOLS["sglang"], [1, 2], 0, threading.Event())
+    own = [seconds for seconds in pauses if seconds is not None and seconds > 0]
+    assert len(own) == 8
+    for k, seconds in enumerate(own):
+        assert min(2**k, 30) / 2 <= seconds <= min(2**k, 30)
 
 
 def test_a_pause_is_waited_for(model):
@@ -281,6 +309,211 @@ def test_a_pause_is_waited_for(model):
         client.score([[1, 2, 3]])
         assert client._not_before >= start + 0.05
         assert time.monotonic() >= client._not_before
+
+
+# ---- lies --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("lie", faults.LIES)
+def test_a_lie_is_a_bad_answer_and_asked_again(model, protocol, lie):
+    plan = faults.Plan()
+    want = LocalTeacher(model, tiny.teacher_tokenizer()).score(PROMPTS, COMPLETIONS).logprobs
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        teacher = teacher_of(server, protocol=protocol, topk=2, timeout=0.5 if lie in faults.SLOW else 20.0)
+        teacher.client.connect(PROMPTS[0])
+        plan.faults = [lie, None, lie]
+        got = teacher.score(PROMPTS, COMPLETIONS, top=True)
+        torch.testing.assert_close(got.logprobs, want, atol=2e-5, rtol=0)
+        assert plan.log == [lie] * 2
+        figures = dict(teacher.client.figures)
+        kinds = {*figures} - {"requests", "answers"}
+        assert sum(figures[kind] for kind in kinds) == 2
+        assert kinds <= {"bad answer", "connection", "time-out", "status 429", "status 500", "status 503"}
+        # And for good: an error of ours, in one line that can be shown.
+        teacher.client.retries = 1
+        plan.faults = [lie] * 2
+        with pytest.raises(TeacherError, match="gave up after 2 attempts, the last: ") as caught:
+            teacher.client.score([[8, 9, 10, 20]], topk=2)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def vllm(rows, **more):
+    return {"choices": [{"prompt_logprobs": rows, **more}]}
+
+
+def sglang(rows, tops=None):
+    return {"meta_info": {"input_token_logprobs": rows, "input_top_logprobs": tops}}
+
+
+def openai(tokens, values, tops):
+    return {"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops}}]}
+
+
+IDS = [5, 6]
+OWN = {"logprob": -1.0, "decoded_token": "b"}
+NAMED = ["token_id:5", "token_id:6"]
+DEEP = "[" * 900 + "]" * 900
+
+
+@pytest.mark.parametrize(
+    ("protocol", "answer", "message"),
+    [
+        ("vllm", "[" * 100_000, "more lists"),
+        ("vllm", "[" * 20_000, "nested too deeply"),
+        ("vllm", '{"a":' * 20_000, "nested too deeply"),
+        ("vllm", vllm([None, {"6": {"logprob": 10**400}}]), "row 1 has logprob an integer of 1329 bits"),
+        ("vllm", '{"choices":[{"prompt_logprobs":[null,{"6":{"logprob":-' + "1" * 5000 + "}}]}]}", "no JSON"),
+        ("vllm", vllm([None, {"6": OWN, " 6": OWN}]), "' 6' is no token id"),
+        ("vllm", vllm([None, {"6": OWN, "06": OWN}]), "'06' is no token id"),
+        ("vllm", vllm([None, {"6": OWN, "+6": OWN}]), r"'\+6' is no token id"),
+        ("vllm", vllm([None, {"6": OWN, "1_0": OWN}]), "'1_0' is no token id"),
+        ("vllm", vllm([None, {"6": OWN, "٦": OWN}]), "is no token id"),
+        ("vllm", vllm([None, {"6": OWN, "6\n": OWN}]), r"'6\\n' is no token id"),
+        ("vllm", vllm([None, {"6": OWN, "4294967302": OWN}]), "'4294967302' is no token id"),
+        ("vllm", vllm([None, {"6": OWN, "100": {"logprob": -9.0}}]), "token 100 is among .*; the vocabulary has 100"),
+        ("vllm", '{"choices":[{"prompt_logprobs":[null,{"6":{"logprob":-1},"6":{"logprob":-2}}]}]}', "a name twice"),
+        ("vllm", vllm([None, {str(k): {"logprob": -9.0} for k in range(50)}]), "row 1 has 50 tokens; 3 and the one"),
+        ("vllm", vllm([None, {"6": {**OWN, "decoded_token": 7}}]), "row 1 has 7 for a text"),
+        ("vllm", vllm([None, {"6": {**OWN, "decoded_token": "\ud800"}}]), "half a surrogate pair"),
+        ("vllm", vllm([None, {"6": {"logprob": True}}]), "row 1 has True for a logprob"),
+        ("vllm", vllm([None, {"6": {"logprob": "-1"}}]), "row 1 has '-1' for a logprob"),
+        ("vllm", vllm([None, {"6": [-1.0]}]), "row 1 of prompt_logprobs does not have token 6"),
+        ("vllm", vllm([None, [["6", -1.0]]]), "row 1 of prompt_logprobs does not have token 6"),
+        ("vllm", vllm({"0": None, "1": {"6": OWN}}), "prompt_logprobs is a dict of 2 for 2 tokens"),
+        ("vllm", '{"choices":[{"prompt_logprobs":' + DEEP + "}]}", "prompt_logprobs has 1 rows|nested too deeply"),
+        ("vllm", vllm([None, {"6": OWN}], prompt_token_ids=7), "not the ids that were sent"),
+        ("vllm", {"choices": {"0": {}}}, "not one choice"),
+        ("vllm", {"choices": [[]]}, "not one choice"),
+        ("vllm", "7", "not one choice"),
+        ("vllm", '"' + "\\ud83d" + '"', "half a surrogate pair"),
+        ("sglang", '{"meta_info":{"input_token_logprobs":[[null,5],[-1.0,Infinity]]}}', "Infinity in it"),
+        ("sglang", '{"meta_info":{"input_token_logprobs":[[null,5],[-1.0,1e999]]}}', "inf, which is no token id"),
+        ("sglang", sglang([[None, 5], [-1.0, 6.9]]), "6.9, which is no token id"),
+        ("sglang", sglang([[None, 5], [-1.0, 6.0]]), "6.0, which is no token id"),
+        ("sglang", sglang([[None, 5], [-1.0, "6"]]), "'6', which is no token id"),
+        ("sglang", sglang([[None, 5], [-1.0, True]]), "True, which is no token id"),
+        ("sglang", sglang([[None, 5], [-1.0, None]]), "None, which is no token id"),
+        ("sglang", sglang([[None, 5], [-1.0, 10**400]]), "an integer of 1329 bits, which is no token id"),
+        ("sglang", sglang([[None, 5], [-1.0, 6, ["b"]]]), "has a list of 1 for a text"),
+        ("sglang", sglang([[None, 5], {"0": -1.0, "1": 6}]), "is a dict of 2, not"),
+        ("sglang", sglang([[None, 5], [-1.0, 6]]), "input_top_logprobs is None for 2 tokens"),
+        ("sglang", sglang([[None, 5], [-1.0, 6]], [None, None]), r"input_top_logprobs\[1\] is None, not a list"),
+        ("sglang", sglang([[None, 5], [-1.0, 6]], [None, 7]), r"input_top_logprobs\[1\] is 7, not a list"),
+        ("sglang", sglang([[None, 5], [-1.0, 6]], [None, [[-1.0, 6], [-1.0, 6]]]), "has a token twice"),
+        ("sglang", sglang([[None, 5], [-1.0, 6]], [None, [[-9.0, 100]]]), "token 100 is among"),
+        ("sglang", sglang([[None, 5], [-1.0, 6]], [None, [[None, 7]]]), "row 1 has None for a logprob"),
+        ("sglang", {"meta_info": [1]}, "no meta_info"),
+        ("openai", openai(NAMED, [None, -1.0], [None, None]), r"top_logprobs\[1\] is None, not a mapping"),
+        ("openai", openai(NAMED, [None, -1.0], None), "top_logprobs is None for 2 tokens"),
+        ("openai", openai(NAMED, [None, -1.0], [None, {"token_id:06": -1.0}]), "'06' is no token id"),
+        ("openai", openai(NAMED, [None, -1.0], [None, {"token_id:100": -9.0}]), "token 100 is among"),
+        ("openai", openai(NAMED, [None, -1.0], [None, {"b": -9.0}]), "tokens without ids"),
+        ("openai", openai(["token_id:5", "b"], [None, -1.0], [None, {}]), "are ids, and others are not"),
+        ("openai", openai(["token_id:5", 6], [None, -1.0], [None, {}]), "has 6 for a text"),
+        ("openai", openai([["a"], "b"], [None, -1.0], [None, {}]), "has a list of 1 for a text"),
+        ("openai", openai(NAMED, [None, [-1.0]], [None, {}]), "row 1 has a list of 1 for a logprob"),
+        ("openai", {"choices": [{"logprobs": {"tokens": {"0": 1}}}]}, "no logprobs.tokens"),
+    ],
+)
+def test_smallest_lies(protocol, answer, message):
+    content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+    client = Client("http://127.0.0.1:9", protocol=protocol, vocab_size=100)
+
+    class Said:
+        def ask(self, *args, **kwargs):
+            return Answer(200, {}, content)
+
+    client.retries, client.pause = 1, 0.0
+    with pytest.raises(TeacherError, match=f"gave up after 2 attempts, the last: .*({message})"):
+        client._ask(Said(), PROTOCOLS[protocol], IDS, 3, threading.Event())
+    assert client.figures["bad answer"] == 2
+
+
+def test_pairs_of_surrogates_and_escaped_backslashes_are_no_lies():
+    text = r'{"a": "\ud83d\ude00 \\ud83d \\\ud83d\ude00 \u00e9 \"", "b": "\\"}'
+    assert served._json(text.encode(), 10_000) == {"a": '😀 \\ud83d \\😀 é "', "b": "\\"}
+
+
+def test_a_check_that_is_missing_costs_no_run(model, monkeypatch):
+    def broken(*args):
+        raise OverflowError
+
+    monkeypatch.setattr(served, "_checked", broken)
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        teacher = teacher_of(server, protocol="vllm", retries=1)
+        with pytest.raises(TeacherError, match=r"gave up after 2 attempts.*OverflowError on reading it"):
+            teacher.client.score([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"data": [{"id": 7}]}',
+        b'{"data": [{"id": 7}, {"id": "a"}]}',
+        b'{"data": [{"id": ["a"]}]}',
+        b'{"data": [{"id": ""}]}',
+        b'{"data": [{"id": "' + b"a" * 2000 + b'"}]}',
+        b'{"data": [{"id": "\\ud800"}]}',
+        b'{"data": [7]}',
+        b'{"data": [{}]}',
+        b'{"data": {"id": "a"}}',
+        b'{"data": 7}',
+        b"[]",
+        b"[" * 100_000,
+        b"1" * 5000,
+    ],
+)
+def test_lists_of_models_that_are_none(model, content):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        plan.lists = [faults.plain(content)]
+        client = teacher_of(server, protocol="vllm", retries=1).client
+        assert client.connect([1, 2, 3]) == "vllm"
+        assert client.model == "teacher"
+        assert client.figures["bad answer"] == 1
+        plan.lists = [faults.plain(content)] * 2
+        with pytest.raises(TeacherError, match="/v1/models: gave up after 2 attempts") as caught:
+            teacher_of(server, protocol="vllm", retries=1).client.connect([1, 2, 3])
+    assert str(caught.value).isprintable()
+
+
+def test_what_a_server_says_is_escaped_and_short(model):
+    names = json.dumps({"data": [{"id": faults.UGLY + str(k)} for k in range(100)]}).encode()
+
+    def said_of(body, status="400 No"):
+        def speak(sock, head):
+            sock.sendall(faults.plain(body, status=status))
+
+        with faults.talking(speak) as url, pytest.raises(TeacherError) as caught:
+            Client(url, protocol="vllm", key=KEY, **FAST).connect([1, 2])
+        return str(caught.value)
+
+    ugly = faults.UGLY + KEY
+    bodies = [ugly.encode(), json.dumps({"error": {"message": ugly}}).encode(), json.dumps({"detail": [ugly]}).encode()]
+    said = [*map(said_of, bodies), said_of(names, status="200 OK")]
+    for text in said:
+        assert text.isprintable()
+        assert len(text) < 500
+        assert KEY not in text
+        assert "owned" in text
+    assert r"\x1b[2J\x1b]0;owned\x07 \u202eright\u2066 to left [/red] \x9b31m***" in said[0]
+    # Not even the beginning of a key that is cut off.
+    assert KEY[:10] not in said_of(b"x" * (served._LONGEST_TEXT - 15) + KEY.encode())
+    assert KEY[:10] not in said_of(json.dumps({"detail": "y" * 290 + KEY}).encode())
+
+
+def test_words_of_a_server_are_no_markup():
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    from xtokmap.report import Progress
+
+    progress = Progress(1)
+    progress.bar = Bar(console=Console(width=200, force_terminal=True, record=True))
+    progress.say(f"before: not evaluated: {served._escaped(faults.UGLY)} [/no]")
+    assert "[/red] \\x9b31m [/no]" in progress.bar.console.export_text()
 
 
 # ---- who is a teacher --------------------------------------------------------------------------------------------
@@ -533,7 +766,7 @@ def test_a_lost_batch_is_left_out_and_counted(prompts, model):
         settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, steps=2)
         # The self-test takes 7 requests; then one batch, a lost one, and whatever comes.
         plan.faults = [None] * 7 + [None] * 4 + ["NaN"] * 4
-        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*logprob nan"):
+        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*NaN in it"):
             result = train(settings, models=tiny.pair())
     assert [line["skipped_batches"] for line in result.metrics] == [0, 1]
     assert all(math.isfinite(line["loss"]) for line in result.metrics)
@@ -574,6 +807,91 @@ def test_a_server_that_must_not_be_a_teacher_ends_the_run_at_its_start(prompts, 
     ):
         train(config(prompts, teacher_url=server.url), models=tiny.pair())
     assert not (prompts.parent / "out").exists()
+
+
+#: Requests of a run: of the self-test, and of a batch.
+TEST, BATCH = 7, 2
+
+
+def faulty_run(prompts, model, fault, at):
+    """Three steps, an evaluation before and after, and a fault at one request: how many batches it has cost.
+
+    None where it ended the run at its start.
+    """
+    plan = faults.Plan([None] * at + [fault], slow=3.0)
+    # Nothing is asked twice here, so that what is lost can be seen.
+    changes = {"teacher_retries": 0, "teacher_concurrency": 1, "batch_size": BATCH}
+    changes |= {"teacher_timeout": 1.5 if fault in faults.SLOW else 20.0, "save_every": 2, "max_new_tokens": 6}
+    ended = None
+    with (
+        faults.serving(model, tiny.teacher_tokenizer(), plan) as server,
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        settings = config(prompts, teacher_url=server.url, **{**changes, "output": f"{prompts.parent}/out-{at}"})
+        try:
+            result = train(settings, models=tiny.pair())
+        except TeacherError as error:  # and nothing else
+            ended = str(error)
+    assert plan.log == [fault]
+    if ended is not None:
+        assert at < TEST, ended
+        assert ended.isprintable()
+        assert not (prompts.parent / f"out-{at}").exists()
+        return None
+    assert len(result.metrics) == 3
+    assert all(math.isfinite(line["loss"]) for line in result.metrics)
+    lost = sum(line["skipped_batches"] for line in result.metrics)
+    # With its first request the client looks for a protocol, and finds another one than it would have.
+    assert lost + (result.before is None) + (result.after is None) == (at > 0)
+    assert [str(w.message).isprintable() for w in said if "no scores" in str(w.message)] == [True] * lost
+    assert (result.output / "student" / "model.safetensors").exists()
+    return lost
+
+
+KINDS = [*faults.FAULTS, *faults.LIES]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_fault_of_any_kind_costs_its_batch(prompts, model, capsys, overlap):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        changes = {"teacher_url": server.url, "teacher_retries": 0, "teacher_concurrency": 1, "batch_size": BATCH}
+        changes |= {"teacher_timeout": 1.0, "max_new_tokens": 4, "eval_samples": 0, "steps": len(KINDS)}
+        plan.slow = 1.5
+        # The last request of a batch fails, and none of the next.
+        plan.faults = [None] * TEST + [
+            part for kind in KINDS for part in (*[None] * (BATCH - 1), kind, *[None] * BATCH)
+        ]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            result = train(config(prompts, overlap=overlap, **changes), models=tiny.pair())
+    assert plan.log == KINDS
+    assert [line["skipped_batches"] for line in result.metrics] == [1] * len(KINDS)
+    assert all(math.isfinite(line["loss"]) for line in result.metrics)
+    assert [str(w.message).isprintable() for w in said if "no scores" in str(w.message)] == [True] * len(KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", KINDS)
+def test_a_fault_at_any_request_of_a_run_costs_at_most_its_batch(prompts, model, capsys, fault):
+    ends = [faulty_run(prompts, model, fault, at) for at in range(TEST + 2 + 3 * BATCH + 2)]
+    # The evaluations have as many held-out prompts as there are in the file.
+    assert ends[0] in (None, 0)
+    assert ends[1:] == [None] * (TEST - 1) + [0, 0] + [1] * 3 * BATCH + [0, 0]
+
+
+def test_a_run_that_cannot_go_on_has_a_checkpoint_of_what_there_is(prompts, model, capsys, recwarn):
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, save_every=50)
+        plan.faults = [None] * (TEST + 4) + ["nested"] * 99
+        with pytest.raises(TeacherError, match=r"ended after 1 steps, which are saved in .*4 batches in a row"):
+            train(settings, models=tiny.pair())
+        plan.faults = []
+        result = train(replace(settings, resume=True), models=tiny.pair())
+    assert len(result.metrics) == 3
+    assert [path.name for path in found(result.output / "checkpoints")]
 
 
 # ---- overlap -----------------------------------------------------------------------------------------------------
@@ -640,7 +958,7 @@ def test_a_lost_batch_is_left_out_with_overlap(prompts, model):
     with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
         settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, overlap=True)
         plan.faults = [None] * 7 + [None] * 4 + ["NaN"] * 4
-        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*logprob nan"):
+        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*NaN in it"):
             result = train(settings, models=tiny.pair())
     assert [line["skipped_batches"] for line in result.metrics] == [0, 1, 0]
     assert all(math.isfinite(line["loss"]) for line in result.metrics)

@@ -45,7 +45,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self.bar is not None:
-            self.bar.console.print(text, highlight=False)
+            self.bar.console.print(text, highlight=False, markup=False)
         else:
             print(text, flush=True)
 

@@ -21,7 +21,16 @@ from xtokmap.cover import CoverQueries
 from xtokmap.losses import chunk_gap
 from xtokmap.models import one_line, without_wrapper
 from xtokmap.processes import Processes, gathered
-from xtokmap.teacher import LocalTeacher, Scores, Teacher, batched_logprobs, completion_rows, render, stop_id
+from xtokmap.teacher import (
+    LocalTeacher,
+    Scores,
+    Teacher,
+    TeacherError,
+    batched_logprobs,
+    completion_rows,
+    render,
+    stop_id,
+)
 from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
 
 
@@ -375,6 +384,9 @@ def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: 
         seed: of the samples; the state of the random generators is restored afterwards.
 
     Every process of the run has to call it, and samples its share of the answers.
+
+    Raises:
+        TeacherError: some process' samples have no scores; in every process, so that none waits for another.
     """
     # Whatever the run learns from: the student's samples, and the logprobs of their text.
     config, n = replace(roller.config, method="opd", loss="full"), len(prompts)
@@ -383,6 +395,7 @@ def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: 
     completed, lengths, counts = 0, 0, torch.zeros(len(Kind), dtype=torch.long, device=roller.device)
     processes = roller.processes
     found: list[tuple[int, float, float, str]] = []
+    failure: str | None = None
     devices = [roller.device] if roller.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(processes.seed(seed))
@@ -390,8 +403,14 @@ def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: 
         size = -(-config.batch_size // processes.count)
         for first in range(0, len(work), size):
             batch = work[first : first + size]
-            rollouts = roller.roll([prompts[i] for i in batch], config)
-            own = roller.all_logprobs(rollouts)
+            rollouts = roller.sample([prompts[i] for i in batch], config)
+            try:
+                roller.score(rollouts, config)
+            except TeacherError as error:
+                failure = failure or str(error)
+            own = roller.all_logprobs(rollouts)  # which takes all processes, where the student is parted
+            if failure is not None:
+                continue
             assert rollouts.teacher is not None
             gap, bytes_of = chunk_gap(own, rollouts.teacher.logprobs, rollouts.index, stops=config.score_stop)
             counts += coverage_counts(rollouts.index)
@@ -399,6 +418,9 @@ def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: 
             found += zip(batch, gap.tolist(), bytes_of.tolist(), answers, strict=True)
             completed += sum(rollouts.completed)
             lengths += sum(rollouts.lengths)
+    failures = [text for text in processes.gather(failure) if text is not None]
+    if failures:
+        raise TeacherError(failures[0])
     for i, x, y, answer in (row for part in processes.gather(found) for row in part):
         nats[i] += x
         nbytes[i] += y

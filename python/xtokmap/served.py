@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -17,12 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
 
+from xtokmap import http1
 from xtokmap._core import XTokMapError
 
 #: The environment variable with the server's API key. It is no setting, so that it is in no config.json.
@@ -35,10 +37,23 @@ _NOTHING = -9000.0
 _ABOVE = 1e-2
 
 #: Seconds: the longest pause that is made of its own accord, and the longest that a server may ask for.
-_LONGEST_PAUSE, _LONGEST_ASKED_PAUSE = 30.0, 600.0
+_LONGEST_PAUSE, _LONGEST_ASKED_PAUSE = 30.0, 60.0
+
+#: Bytes that may come back: for each of a row's k likeliest tokens, a few times what any protocol writes of one; and
+#: for everything else, headers included. One in `_STRUCTURE` may be a comma or open a list or an object: a megabyte of
+#: `[],` is twenty of Python's.
+_ENTRY, _ROOM, _STRUCTURE = 256, 2**18, 8
+
+#: Bytes of a list of models.
+_LIST_ROOM = 2**21
+
+#: Characters of a server's text in a message.
+_LONGEST_TEXT = 300
 
 #: What a token id spells; None for special tokens and ids that are none.
 Spell: TypeAlias = "Callable[[int], bytes | None]"
+
+Found = TypeVar("Found")
 
 
 class TeacherError(XTokMapError):
@@ -137,10 +152,10 @@ class VLLM:
             own = row.get(str(ids[i])) if isinstance(row, dict) else None
             if not isinstance(own, dict):
                 raise BadAnswerError(f"row {i} of prompt_logprobs does not have token {ids[i]}, which is there")
-            tops.append({_id(key): _number(entry, "logprob", i) for key, entry in row.items()})
+            tops.append({_key(key): _number(entry, "logprob", i) for key, entry in row.items()})
             logprobs.append(tops[-1][ids[i]])
-            texts.append(own.get("decoded_token"))
-        return _checked(ids, logprobs, tops, texts)
+            texts.append(_text(own.get("decoded_token"), i))
+        return _checked(ids, topk, logprobs, tops, texts)
 
 
 class SGLang:
@@ -178,11 +193,14 @@ class SGLang:
         if topk:
             top_rows = _rows("input_top_logprobs", meta.get("input_top_logprobs"), len(ids))
             for i in range(1, len(ids)):
-                row = [_triple(entry, f"input_top_logprobs[{i}]") for entry in top_rows[i] or ()]
+                where = f"input_top_logprobs[{i}]"
+                if not isinstance(top_rows[i], list):
+                    raise BadAnswerError(f"{where} is {_shown(top_rows[i])}, not a list")
+                row = [_triple(entry, where) for entry in top_rows[i]]
                 tops[i] = {token: _number(entry, 0, i) for entry, (_, token, _) in zip(top_rows[i], row, strict=True)}
                 if len(tops[i]) < len(row):
-                    raise BadAnswerError(f"input_top_logprobs[{i}] has a token twice")
-        return _checked(ids, logprobs, tops, [text for _, _, text in triples])
+                    raise BadAnswerError(f"{where} has a token twice")
+        return _checked(ids, topk, logprobs, tops, [text for _, _, text in triples])
 
 
 class OpenAI:
@@ -212,11 +230,12 @@ class OpenAI:
         values = _rows("token_logprobs", given.get("token_logprobs"), len(tokens))
         if values[0] is not None:
             raise BadAnswerError("token_logprobs[0] is not null: rows are shifted, or a token was put before them")
-        named = [_named_id(token) for token in tokens[:n]]
-        texts: list[str | None] = [None] * n
+        texts: list[str | None] = [_text(token, i) for i, token in enumerate(tokens[:n])]
+        named = [_named_id(text) for text in texts]
         tops: list[dict[int, float]] = [{} for _ in ids]
         top_rows = given.get("top_logprobs")
         if None not in named:
+            texts = [None] * n
             for i, token in enumerate(named):
                 if token != ids[i]:
                     raise BadAnswerError(f"logprobs.tokens[{i}] is token {token}; {ids[i]} is there")
@@ -227,18 +246,21 @@ class OpenAI:
                     if None in row:
                         raise BadAnswerError(f"top_logprobs[{i}] has tokens without ids")
                     tops[i] = {token: _number(row, token, i) for token in row if token is not None}
+        elif any(token is not None for token in named):
+            raise BadAnswerError("some of logprobs.tokens are ids, and others are not")
         else:
-            texts = [token if isinstance(token, str) else None for token in tokens[:n]]
             for i, text in enumerate(texts):
                 if spell is not None and text is not None and spells(text, spell(ids[i])) is False:
-                    raise BadAnswerError(f"logprobs.tokens[{i}] is {text!r}; token {ids[i]} spells {spell(ids[i])!r}")
+                    raise BadAnswerError(
+                        f"logprobs.tokens[{i}] is {_shown(text)}; token {ids[i]} spells {spell(ids[i])!r}"
+                    )
             if topk:
                 raise TeacherError(
                     "this server names tokens by their texts, which do not tell alternatives apart: its top k cannot "
                     "be used; set teacher_topk=0 (and a loss of logprobs alone, as 'prior')"
                 )
         logprobs = [math.nan, *(_number(values, i, i) for i in range(1, n))]
-        answer = _checked(ids, logprobs, tops, texts)
+        answer = _checked(ids, topk, logprobs, tops, texts)
         if isinstance(top_rows, list) and len(top_rows) == len(tokens):
             # Whose they are may not be known; what the likeliest has is.
             for i in range(1, n):
@@ -266,36 +288,44 @@ def _one_choice(body: Any) -> dict[str, Any]:
 
 def _rows(name: str, rows: Any, n: int) -> list[Any]:
     if not isinstance(rows, list) or len(rows) != n:
-        found = len(rows) if isinstance(rows, list) else repr(rows)[:40]
-        raise BadAnswerError(f"{name} has {found} rows for {n} tokens")
+        found = f"has {len(rows)} rows" if isinstance(rows, list) else f"is {_shown(rows)}"
+        raise BadAnswerError(f"{name} {found} for {n} tokens")
     return rows
 
 
 def _triple(row: Any, where: str) -> tuple[Any, int, str | None]:
     if not isinstance(row, list) or len(row) < 2:
-        raise BadAnswerError(f"{where} is {row!r:.60}, not [logprob, id, text]")
-    return row[0], _id(row[1]), row[2] if len(row) > 2 and isinstance(row[2], str) else None
+        raise BadAnswerError(f"{where} is {_shown(row)}, not [logprob, id, text]")
+    if type(row[1]) is not int or not 0 <= row[1] < 2**31:
+        raise BadAnswerError(f"{where} has {_shown(row[1])}, which is no token id")
+    return row[0], row[1], _text(row[2], where) if len(row) > 2 else None
 
 
-def _id(value: Any) -> int:
-    try:
-        token = int(value)
-    except (TypeError, ValueError):
-        token = -1
-    if not 0 <= token < 2**31:
-        raise BadAnswerError(f"{value!r:.40} is no token id")
-    return token
+def _key(text: str) -> int:
+    """A token id that is the name of something; in one spelling, so that none is there twice."""
+    if not _CANONICAL.fullmatch(text) or int(text) >= 2**31:
+        raise BadAnswerError(f"{_shown(text)} is no token id")
+    return int(text)
+
+
+_CANONICAL = re.compile("0|[1-9][0-9]{0,9}")
 
 
 def _mapping(row: Any, i: int) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise BadAnswerError(f"top_logprobs[{i}] is {row!r:.40}, not a mapping")
+        raise BadAnswerError(f"top_logprobs[{i}] is {_shown(row)}, not a mapping")
     return row
 
 
-def _named_id(text: Any) -> int | None:
-    head, _, tail = text.partition(":") if isinstance(text, str) else ("", "", "")
-    return int(tail) if head == "token_id" and tail.isascii() and tail.isdigit() else None
+def _named_id(text: str | None) -> int | None:
+    head, _, tail = (text or "").partition(":")
+    return _key(tail) if head == "token_id" else None
+
+
+def _text(value: Any, where: int | str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise BadAnswerError(f"row {where} has {_shown(value)} for a text")
+    return value
 
 
 def _number(row: Any, key: Any, i: int) -> float:
@@ -303,18 +333,71 @@ def _number(row: Any, key: Any, i: int) -> float:
         value = row[key]
     except (KeyError, IndexError, TypeError):
         value = None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadAnswerError(f"row {i} has {value!r:.40} for a logprob")
-    if math.isnan(value) or value > _ABOVE:
-        raise BadAnswerError(f"row {i} has logprob {value}")
+    if type(value) not in (int, float):
+        raise BadAnswerError(f"row {i} has {_shown(value)} for a logprob")
+    if not value <= _ABOVE:  # NaN is not, either; an integer may have more digits than a float can take
+        raise BadAnswerError(f"row {i} has logprob {_shown(value)}")
     return -math.inf if value <= _NOTHING else min(float(value), 0.0)
 
 
-def _checked(ids: Sequence[int], logprobs: list[float], tops: list[dict[int, float]], texts: Sequence[Any]) -> Answer:
+def _shown(value: Any) -> str:
+    """Something of a server's in a message: in one short line of characters that do nothing to a terminal."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value if not isinstance(value, str) or len(value) <= 60 else f"{value[:60]}...")
+
+
+def _escaped(text: str) -> str:
+    """A server's own words, in one line: white space is a space, and what does not print is its escape."""
+    line = " ".join(text[: 4 * _LONGEST_TEXT].split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:_LONGEST_TEXT]
+
+
+def _json(content: bytes, most: int) -> Any:
+    """What an answer's bytes mean, where they are JSON in the strict sense: no NaN, and no name twice.
+
+    Raises:
+        BadAnswerError: they are not, or are more than `most` bytes' worth of objects.
+    """
+    try:
+        text = content.decode()
+        if sum(map(text.count, "[{,")) > most // _STRUCTURE:
+            raise BadAnswerError("more lists, objects and commas than any answer to this can have")
+        if any(match[1] for match in _SURROGATES.finditer(text)):
+            raise BadAnswerError("half a surrogate pair in it")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise BadAnswerError(f"{len(content)} bytes that are nested too deeply") from None
+    except ValueError:  # UTF-8 and the digits of integers included
+        raise BadAnswerError(f"{len(content)} bytes that are no JSON") from None
+
+
+#: Escapes of JSON that may be part of a surrogate pair, as far as these matter; group 1 is one without its other half.
+_SURROGATES = re.compile(r"\\(?:[^u]|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F]|(u[dD][89a-fA-F]))")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise BadAnswerError("a name twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise BadAnswerError(f"{name} in it, which is no JSON")
+
+
+def _checked(
+    ids: Sequence[int], topk: int, logprobs: list[float], tops: list[dict[int, float]], texts: Sequence[Any]
+) -> Answer:
     for i in range(1, len(ids)):
         own = tops[i].setdefault(ids[i], logprobs[i])
         if own != logprobs[i] and not abs(own - logprobs[i]) < _ABOVE:
             raise BadAnswerError(f"row {i} has {logprobs[i]} and {own} for the same token")
+        if len(tops[i]) > max(topk, 1) + 1:
+            raise BadAnswerError(f"row {i} has {len(tops[i])} tokens; {topk} and the one that is there were asked for")
         total = sum(map(math.exp, tops[i].values()))
         if total > 1 + _ABOVE:
             raise BadAnswerError(f"the probabilities of row {i} add up to {total:.4g}")
@@ -339,7 +422,7 @@ def check_url(url: str) -> None:
     """
     try:
         parts = urlsplit(url)
-        named = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        named = bool((parts.hostname or "").encode("idna")) and (parts.port is None or parts.port > 0)
     except ValueError:
         parts, named = urlsplit(""), False
     if "@" in parts.netloc or parts.query or parts.fragment:
@@ -355,17 +438,21 @@ class Client:
 
     A request is made again after a time-out, a cut connection, a status of 408, 425, 429 or 5xx, and an answer that is
     no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long as the server's
-    Retry-After says, which then holds for all requests. Other statuses are for good.
+    Retry-After says (a minute at most), which then holds for all requests. Other statuses are for good.
+
+    A server is believed in nothing: a request's time and the bytes that come back are bounded as a whole, whatever
+    comes is checked, and what is repeated of it in a message is escaped.
 
     Args:
         url: of the server, up to and without `/v1`.
         protocol: a name of `PROTOCOLS`, or `auto`: whichever answers, in their order.
         model: the name under which the server has the model; empty: the only one that it has.
         concurrency: most requests at a time.
-        timeout: seconds for one request, from its start to the end of its answer.
+        timeout: seconds for one request, from before it is connected to the end of its answer.
         retries: attempts after the first.
         key: sent as `Authorization: Bearer`; None takes the environment variable `XTOKMAP_TEACHER_KEY`, if it is set.
         spell: the bytes of a token id, by which texts are checked where a protocol gives no ids.
+        vocab_size: token ids are below it; 0: not known.
         pause: seconds before the second attempt.
 
     Attributes:
@@ -386,40 +473,34 @@ class Client:
         retries: int = 5,
         key: str | None = None,
         spell: Spell | None = None,
+        vocab_size: int = 0,
         pause: float = 0.5,
     ) -> None:
-        import httpx
-
         check_url(url)
         if protocol != "auto" and protocol not in PROTOCOLS:
             raise XTokMapError(f"protocol={protocol!r}: use one of auto, {', '.join(PROTOCOLS)}")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model, self.concurrency, self.timeout, self.retries = model, concurrency, timeout, retries
-        self.spell, self.pause = spell, pause
+        self.spell, self.vocab_size, self.pause = spell, vocab_size, pause
         self.figures: Counter[str] = Counter()
         self._dialect = PROTOCOLS.get(protocol)
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._not_before = 0.0
         self._batches: set[threading.Event] = set()
         self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
         if self._key != self._key.strip() or not self._key.isascii() or not self._key.isprintable():
             raise XTokMapError(f"{KEY_VARIABLE}: the key has white space around it, or characters that no header takes")
         # No certificates are read where none are needed.
-        self._verify = httpx.create_ssl_context() if self.url.startswith("https") else False
+        self._tls = http1.certificates() if self.url.startswith("https") else None
+        self._connections().close()  # a proxy that cannot be is named here
 
     def __repr__(self) -> str:
         return f"Client({self.url!r}, protocol={self._dialect.name if self._dialect else 'auto'!r})"
 
-    def _connections(self) -> Any:
+    def _connections(self) -> http1.Connections:
         """For one batch: a server drops connections that idle through an update, and the next request with them."""
-        import httpx
-
-        return httpx.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=self.timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency),
-            verify=self._verify,
-        )
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return http1.Connections(self.url, headers, self._tls)
 
     @property
     def protocol(self) -> str:
@@ -448,7 +529,7 @@ class Client:
                 refusals.append(f"{dialect.name}: {refusal}")
         raise TeacherError(f"{self.url}: no protocol works here; {'; '.join(refusals)}")
 
-    def _refusal_of(self, http: Any, dialect: Dialect, ids: Sequence[int], topk: int) -> str | None:
+    def _refusal_of(self, http: http1.Connections, dialect: Dialect, ids: Sequence[int], topk: int) -> str | None:
         try:
             self._ask(http, dialect, ids, topk, threading.Event(), probing=True)
         except TeacherUnreachableError:
@@ -485,8 +566,7 @@ class Client:
             stop.set()
             self._batches.discard(stop)
             pool.shutdown(wait=False, cancel_futures=True)
-            # Requests that are under way when another one failed, or Ctrl-C came, are not waited for.
-            threading.Thread(target=_close_after, args=(pool, http), daemon=True).start()
+            http.close()  # ends the requests that are under way when another one failed, or Ctrl-C came
 
     def give_up(self) -> None:
         """Ends the batches that other threads are waiting for, without further attempts: they get a TeacherError."""
@@ -495,7 +575,7 @@ class Client:
 
     def _ask(
         self,
-        http: Any,
+        http: http1.Connections,
         dialect: Dialect | None,
         ids: Sequence[int],
         topk: int,
@@ -504,10 +584,18 @@ class Client:
         probing: bool = False,
     ) -> Answer:
         assert dialect is not None
-        payload = dialect.payload(ids, topk, self.model)
+        payload = json.dumps(dialect.payload(ids, topk, self.model)).encode()
+        most = _ROOM + _ENTRY * len(ids) * (topk + 2)
+
+        def read(body: Any) -> Answer:
+            found = dialect.parse(body, ids, topk, self.spell)
+            largest = int(found.top_ids.max(initial=-1))
+            if self.vocab_size and largest >= max(self.vocab_size, max(ids) + 1):
+                raise BadAnswerError(f"token {largest} is among the likeliest; the vocabulary has {self.vocab_size}")
+            return found
 
         def attempt() -> Answer:
-            return dialect.parse(self._request(http, "POST", dialect.path, payload), ids, topk, self.spell)
+            return self._asked(http, "POST", dialect.path, payload, most, read)
 
         answer: Answer = self._again(attempt, stop, dialect.path, probing=probing)
         with self._lock:
@@ -524,11 +612,11 @@ class Client:
             found, error = self._caught(attempt, path)
             if error is None:
                 return found
-            if probing and isinstance(error, BadAnswerError):
-                break  # another protocol's
-            if number <= self.retries and error.after is None:
+            if probing and number > 1 and isinstance(error, BadAnswerError):
+                break  # another protocol's, and not by chance
+            if number <= self.retries:  # what the server asks for comes on top: a moment of it is none
                 stop.wait(min(pause, _LONGEST_PAUSE) * (1 + random.random()) / 2)
-                pause *= 2
+                pause = min(2 * pause, _LONGEST_PAUSE)
         kind = TeacherError if isinstance(error, BadAnswerError) else TeacherUnreachableError
         raise kind(self._clean(f"{self.url}{path}: gave up after {number} attempts, the last: {error}"))
 
@@ -544,35 +632,40 @@ class Client:
         except TeacherError as error:
             raise TeacherError(self._clean(f"{self.url}{path}: {error}")) from None
 
-    def _request(self, http: Any, method: str, path: str, payload: Any = None) -> Any:
-        """The JSON of an answer; raises `_AgainError` or, without the URL and not yet cleaned, `TeacherError`."""
-        import httpx
-
-        deadline = time.monotonic() + self.timeout
+    def _asked(
+        self,
+        http: http1.Connections,
+        method: str,
+        path: str,
+        payload: bytes | None,
+        most: int,
+        read: Callable[[Any], Found],
+    ) -> Found:
+        """What `read` makes of an answer's JSON; raises `_AgainError` or, without the URL, `TeacherError`."""
         with self._lock:
             self.figures["requests"] += 1
         try:
-            with http.stream(method, self.url + path, json=payload) as response:
-                parts = []
-                # httpx has a limit for each read; an answer that trickles would never end.
-                for part in response.iter_bytes():
-                    parts.append(part)
-                    if time.monotonic() > deadline:
-                        raise _AgainError("time-out", f"no whole answer within {self.timeout:g} s")
-                content = b"".join(parts)
-        except httpx.TimeoutException:
-            raise _AgainError("time-out", f"no answer within {self.timeout:g} s") from None
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise _AgainError("connection", f"the connection failed: {' '.join(str(error).split())}") from None
-        if response.status_code != httpx.codes.OK:
-            raise self._refusal(response.status_code, response.headers, content)
-        try:
-            return json.loads(content)
-        except ValueError:
-            raise BadAnswerError(f"{len(content)} bytes that are no JSON") from None
+            answer = http.ask(method, path, payload, seconds=self.timeout, most=most)
+        except http1.LateError as error:
+            raise _AgainError("time-out", str(error)) from None
+        except http1.UnfitError as error:
+            raise BadAnswerError(str(error)) from None
+        except http1.ExchangeError as error:
+            raise _AgainError("connection", f"the connection failed: {self._repeated(str(error))}") from None
+        if answer.status != 200:
+            raise self._refusal(answer.status, answer.headers, answer.content)
+        # One at a time: only one of them is in memory as Python's objects, which are larger than its bytes.
+        with self._reading:
+            try:
+                return read(_json(answer.content, most))
+            except (TeacherError, _AgainError):
+                raise
+            except Exception as error:  # what no check above has thought of
+                raise BadAnswerError(f"{type(error).__name__} on reading it") from None
 
     def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
-        said = _said(content)
+        said = self._repeated(_said(content))
+        said = f": {said}" if said else ""
         if status in (408, 425, 429) or status >= 500:
             return _AgainError(f"status {status}", f"status {status}{said}", _retry_after(headers.get("retry-after")))
         hint = ""
@@ -584,57 +677,69 @@ class Client:
             hint = "; redirects are not followed, as they would take the key along: give the server's own URL"
         return TeacherError(f"refused with status {status}{said}{hint}")
 
-    def _only_model(self, http: Any, *, optional: bool) -> str:
+    def _only_model(self, http: http1.Connections, *, optional: bool) -> str:
         """The name of the one model that the server has; empty where it does not say, if that may be."""
+        path = "/v1/models"
         try:
-            body = self._again(lambda: self._request(http, "GET", "/v1/models"), threading.Event(), "/v1/models")
-            names = [entry["id"] for entry in body["data"]]
+            names = self._again(
+                lambda: self._asked(http, "GET", path, None, _LIST_ROOM, _model_names), threading.Event(), path
+            )
         except TeacherUnreachableError:
             raise
         except TeacherError:
             if optional:
                 return ""
             raise
-        except (KeyError, TypeError):
-            return ""
         if len(names) > 1:
-            raise TeacherError(f"{self.url} has several models, set teacher_model to one: {', '.join(names)}")
+            some = self._repeated(", ".join(names))
+            raise TeacherError(f"{self.url} has several models, set teacher_model to one: {some}")
         return str(names[0]) if names else ""
+
+    def _repeated(self, text: str) -> str:
+        """A server's words for a message: escaped, and first without the key, which would be cut in two."""
+        return _escaped(self._clean(text))
 
     def _clean(self, message: str) -> str:
         """A message without the key, which a server may well repeat."""
         return message.replace(self._key, "***") if self._key else message
 
 
-def _close_after(pool: ThreadPoolExecutor, http: Any) -> None:
-    pool.shutdown(wait=True)
-    http.close()
-
-
 def _said(content: bytes) -> str:
-    """What an error's body says, in one short line."""
+    """What an error's body says, as far as that can be told."""
     try:
-        body = json.loads(content)
-        error = body.get("error", body)
-        text = error.get("message", error.get("detail", error)) if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
-        text = content.decode(errors="replace")
-    line = " ".join(str(text).split())
-    return f": {line[:300]}" if line else ""
+        body = _json(content, _ROOM)
+    except BadAnswerError:
+        body = None
+    error = body.get("error", body) if isinstance(body, dict) else body
+    text = error.get("message", error.get("detail")) if isinstance(error, dict) else error
+    return text if isinstance(text, str) else content.decode(errors="replace")
+
+
+def _model_names(body: Any) -> list[str]:
+    entries = body.get("data", []) if isinstance(body, dict) else None
+    if not isinstance(entries, list):
+        raise BadAnswerError(f"its list of models is {_shown(entries)}")
+    names = []
+    for entry in entries:
+        name = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not 0 < len(name) <= 1000:
+            raise BadAnswerError(f"{_shown(name)} is no model's name")
+        names.append(name)
+    return names
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which has seconds or a date; None where it has neither."""
+    """Seconds of a Retry-After header, which has seconds or a date; None where it has neither, or nothing to come."""
     if value is None:
         return None
     try:
-        seconds = float(value)
-    except ValueError:
-        try:
+        if re.fullmatch(r"\s*-?[0-9.]{1,400}\s*", value):
+            seconds = float(value)
+        else:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return None
-    return min(max(seconds, 0.0), _LONGEST_ASKED_PAUSE) if math.isfinite(seconds) else None
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+    return min(seconds, _LONGEST_ASKED_PAUSE) if seconds > 0 else None
 
 
 # ---- the self-test -----------------------------------------------------------------------------------------------
@@ -683,8 +788,8 @@ def self_test(
         if len(wrong) * 2 > sum(same is not None for *_, same in known):
             text, i = wrong[0]
             raise TeacherError(
-                f"{client.url}: token {i} is {text!r} there and {spell(i)!r} in the tokenizer of --teacher: these are "
-                "two vocabularies"
+                f"{client.url}: token {i} is {_shown(text)} there and {spell(i)!r} in the tokenizer of --teacher: "
+                "these are two vocabularies"
             )
     answers = (first, *rest)
     views = [("token", middle, [a.logprobs for a in answers]), ("row", middle + 1, [a.best for a in answers])]

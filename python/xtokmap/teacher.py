@@ -205,7 +205,9 @@ class ServerTeacher(_Prompted):
         super().__init__(tokenizer, plain_template)
         self.topk, self.device = topk, torch.device(device)
         self._table = byte_table(tokenizer)
-        self.client = Client(url, protocol=protocol, model=model, spell=self._spell, **options)
+        # Many models have some more rows than their tokenizers have tokens, in round numbers; a server may show them.
+        rows = len(self._table) + len(self._table) // 32
+        self.client = Client(url, protocol=protocol, model=model, spell=self._spell, vocab_size=rows, **options)
 
     def __repr__(self) -> str:
         return f"ServerTeacher({self.client!r}, topk={self.topk})"
