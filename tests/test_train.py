@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -111,11 +110,8 @@ def test_fine_tuning_is_the_mean_negative_logprob_of_the_teachers_answers(prompt
     rollouts = roller.roll(["the sky", "the dog", "a fox?"])
     assert rollouts.teacher is None
     for own, theirs in zip(rollouts.completion_ids, rollouts.teacher_ids, strict=True):
-        # What is not UTF-8 becomes U+FFFD when a text is made of it, one or more.
-        text, spelled = (
-            re.sub("\ufffd+", "\ufffd", table.decode(ids).decode(errors="replace"))
-            for table, ids in ((roller.aligner.teacher, theirs), (roller.aligner.student, own))
-        )
+        text = teacher_tokenizer.decode(theirs, skip_special_tokens=True)
+        spelled = roller.aligner.student.decode(own).decode(errors="replace")
         assert spelled == text
     found = loop.update(roller, rollouts, torch.optim.SGD(student.parameters(), lr=0.0))
     logprobs = []
