@@ -1,14 +1,17 @@
-"""What a served teacher's faults cost: python benches/faults.py [requests]
+"""What a served teacher's faults cost: python benches/faults.py [requests | --memory]
 
 A real server with a small model over HTTP on this machine; faults are put into its answers as they go out
 (tests/faults.py). First many requests with 5 % faults, each answer compared with the local model's for its own row;
 then, for each fault, a training run in which it comes and goes, and one in which it lasts. Prints the tables and writes
 them to benches/results/faults.md.
+
+With `--memory`: the client's peak memory and its time under lies, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import sys
@@ -16,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -55,6 +59,7 @@ MEANING = {
     "other ids": "the rows of other tokens",
     "sum above 1": "a row's probabilities add up to more than 1",
 }
+assert set(MEANING) == set(faults.FAULTS)
 
 
 def many(protocol: str, requests: int) -> dict[str, Any]:
@@ -118,7 +123,99 @@ def largest_gap(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
     return max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True))
 
 
+#: A row of 500 ids with the 20 likeliest of each, 8 such rows at a time: a true answer has about a megabyte.
+LENGTH, TOPK, AT_ONCE, LIE_TIMEOUT = 500, 20, 8, 10.0
+
+
+def true_answer() -> bytes:
+    row = {str(k): {"logprob": -8.0 - k / 7, "rank": k + 1, "decoded_token": f"token {k}"} for k in range(TOPK + 1)}
+    rows = [None, *({str(5): row["5"], **row} for _ in range(LENGTH - 1))]
+    return json.dumps({"choices": [{"index": 0, "text": "x", "prompt_logprobs": rows}]}).encode()
+
+
+def whole(body: bytes, *headers: bytes) -> Callable[[Any], Iterable[bytes]]:
+    return lambda found: [faults.plain(body, *headers)]
+
+
+def memory_lies() -> dict[str, Callable[[Any], Iterable[bytes]]]:
+    return {
+        "the true answer": whole(true_answer()),
+        "64 MiB of `[],`": whole(b"[" + b"[]," * (2**26 // 3) + b"[]]"),
+        "2 MiB of `[],`": whole(b"[" + b"[]," * (2**21 // 3) + b"[]]"),
+        "180,000 small objects, which are read": whole(b"[" + b'{"a":1},' * 180_000 + b"1]"),
+        "64 MiB of spaces": whole(b" " * 2**26),
+        "256 KiB that unpack to 256 MiB": whole(faults.BOMB, b"Content-Encoding: gzip"),
+        "a true answer with 2 million tokens in a row": whole(
+            true_answer().replace(
+                b'{"5"', b"{" + b"".join(b'"%d":{"logprob":-99},' % k for k in range(10**5, 21 * 10**5)) + b'"5"', 1
+            )
+        ),
+        **{name: faults.LIES[name] for name in ("nested", "endless headers", "endless 100", "an endless body")},
+        **{name: faults.LIES[name] for name in ("a body without an end", "an endless error", "trickling headers")},
+    }
+
+
+def high_water(process: int | None) -> int:
+    """MiB that a process has had at most; unlike `ru_maxrss`, of what it is now and not of what it was forked from."""
+    return int(Path(f"/proc/{process}/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+
+
+def under_a_lie(pipe: Any) -> None:
+    """In a process of its own: what one batch costs."""
+
+    def peak() -> int:
+        return high_water(os.getpid())
+
+    def work(url: str) -> None:
+        client = Client(url, protocol="vllm", model="m", retries=0, timeout=LIE_TIMEOUT, concurrency=AT_ONCE)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is of now on
+        before, start = peak(), time.perf_counter()
+        try:
+            client.score([[5] * LENGTH] * AT_ONCE, TOPK)
+            said = "answered"
+        except Exception as error:
+            said = f"{type(error).__name__}: {str(error).rpartition('the last: ')[2][:70]!r}"
+        pipe.send((peak() - before, time.perf_counter() - start, said))
+
+    work(pipe.recv())
+
+
+def memory() -> None:
+    """Prints the table of peak memory."""
+    print("| the server sends | MiB | seconds | what comes of it |\n|---|---|---|---|")
+    context = multiprocessing.get_context("spawn")
+    for name, lie in memory_lies().items():
+
+        def speak(sock: Any, head: bytes, lie: Any = lie) -> None:
+            head, _, body = head.partition(b"\r\n\r\n")
+            left = int(head.lower().partition(b"content-length: ")[2].split()[0]) - len(body)
+            while left > 0 and (part := sock.recv(2**16)):
+                left -= len(part)
+            for part in lie({}):
+                sock.sendall(part)
+
+        ours, theirs = context.Pipe()
+        process = context.Process(target=under_a_lie, args=(theirs,))
+        with faults.talking(speak) as url:
+            process.start()
+            ours.send(url)
+            # A client without a deadline is not waited for.
+            if ours.poll(6 * LIE_TIMEOUT):
+                grown, seconds, said = ours.recv()
+                print(f"| {name} | {grown} | {seconds:.1f} | {said} |", flush=True)
+            else:
+                print(
+                    f"| {name} | {high_water(process.pid)} in all | | no end within {6 * LIE_TIMEOUT:.0f} s |",
+                    flush=True,
+                )
+            process.kill()
+            process.join()
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--memory"]:
+        memory()
+        return
     requests = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     out = [
         "# Faults of a served teacher",

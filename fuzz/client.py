@@ -357,7 +357,7 @@ def main():
                 return client._ask(Said(body), dialect, row[0], row[1], stop)
         else:
             server.say, server.pause = spoken(body, rng)
-            content, true = b"".join(server.say[:1000]), False
+            content, true = b"".join(server.say[: 9 if len(server.say) > 200 else None]), False
 
             def ask(client=client, row=row):
                 return client.score([row[0]], row[1])[0]

@@ -28,6 +28,9 @@ from xtokmap._core import XTokMapError
 #: Bytes of the head of an answer, and of an error's body that are read.
 _HEAD, _ERROR = 64 * 2**10, 64 * 2**10
 
+#: Answers of status 1xx before the one that counts.
+_INFORMATIONAL = 100
+
 
 class ExchangeError(Exception):
     """The connection failed, or what came over it is no HTTP."""
@@ -295,12 +298,13 @@ class _Wire:
         return None
 
     def _head(self) -> h11.Response:
-        while True:
+        for _ in range(_INFORMATIONAL):
             event = self._next()
             if isinstance(event, h11.Response):
                 return event
             if not isinstance(event, h11.InformationalResponse):
                 raise ExchangeError("it ended without an answer")
+        raise UnfitError(f"{_INFORMATIONAL} times the server has said that it will answer")
 
     def _event(self) -> bytes | None:
         """The next part of the body; None at its end."""
