@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xtokmap.http1 import Answer
-from xtokmap.served import PROTOCOLS, Client, TeacherError
+from xtokmap.teachers.client import PROTOCOLS, Client, TeacherError
+from xtokmap.teachers.http1 import Answer
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 #: Bytes that the process may grow by from its first answers on.

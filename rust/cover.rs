@@ -8,9 +8,11 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustc_hash::FxHashMap;
 
-use crate::encoding::Bits;
+use crate::chunks::{Arrays, Batch, Kind, View};
+use crate::encoding::{Bits, Encoding};
+use crate::error::Error;
 use crate::pool::{self, Shared};
-use crate::{Alignment, Batch, Encoding, Error, Kind, VocabMap};
+use crate::vocab_map::VocabMap;
 
 /// Teacher tokens of one row that count together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,7 +39,7 @@ pub struct Queries {
     pub row: Vec<i32>,
     /// The set of every term: a place in `sets`, or `-1 - id` for one teacher token.
     pub set: Vec<i32>,
-    /// For the first token of an unbroken stretch the teacher token at which it starts: log q = Phi(i) - cum[base].
+    /// For the first token of an unbroken stretch the teacher token at which it starts: `log q = Phi(i) - cum[base]`.
     /// -1 for tokens inside: log q = Phi(i) - Phi(i - 1). -2 where there is no query.
     pub base: Vec<i32>,
     /// Bits of [`Queries::NOT_CANONICAL`] and [`Queries::FORCED`].
@@ -304,53 +306,12 @@ struct RowQueries {
     flags: Vec<u8>,
 }
 
-/// A batch as far as its queries need it.
-#[derive(Clone, Copy)]
-pub(crate) struct Fields<'a> {
-    pub kind: &'a [Kind],
-    pub student_chunk: &'a [i32],
-    pub teacher_chunk: &'a [i32],
-    pub student_end: &'a [i32],
-    pub teacher_end: &'a [i32],
-    pub teacher_pos: &'a [i32],
-    pub teacher_off: &'a [i32],
-    pub student_cu: &'a [i64],
-    pub teacher_cu: &'a [i64],
-    pub chunk_cu: &'a [i64],
-}
-
-impl<'a> From<&'a Batch> for Fields<'a> {
-    fn from(batch: &'a Batch) -> Self {
-        let Alignment {
-            kind, student_chunk, teacher_chunk, student_end, teacher_end, teacher_pos, teacher_off, ..
-        } = &batch.flat;
-        Self {
-            kind,
-            student_chunk,
-            teacher_chunk,
-            student_end,
-            teacher_end,
-            teacher_pos,
-            teacher_off,
-            student_cu: &batch.student_cu,
-            teacher_cu: &batch.teacher_cu,
-            chunk_cu: &batch.chunk_cu,
-        }
-    }
-}
-
 /// One row of a batch, as slices.
 #[derive(Clone, Copy)]
 struct Row<'a> {
     students: &'a [u32],
     teachers: &'a [u32],
-    kind: &'a [Kind],
-    student_chunk: &'a [i32],
-    teacher_chunk: &'a [i32],
-    student_end: &'a [i32],
-    teacher_end: &'a [i32],
-    teacher_pos: &'a [i32],
-    teacher_off: &'a [i32],
+    of: Arrays<&'a [i32], &'a [Kind]>,
 }
 
 /// An unbroken stretch of chunks in which both sides spell the same bytes.
@@ -365,7 +326,7 @@ struct Stretch {
 
 impl Stretch {
     fn start(row: Row<'_>, i: usize, place: usize) -> Self {
-        let own = if i == 0 { 0 } else { i64::from(row.student_end[i - 1]) };
+        let own = if i == 0 { 0 } else { i64::from(row.of.student_end[i - 1]) };
         Self { j: place, ahead: row.teacher_start(place) - own, open: vec![] }
     }
 }
@@ -424,13 +385,13 @@ impl Row<'_> {
         if j == 0 {
             0
         } else {
-            i64::from(self.teacher_end[j - 1])
+            i64::from(self.of.teacher_end[j - 1])
         }
     }
 
     /// The kind of student token `i`'s chunk, `None` where it has none.
     fn kind(&self, i: usize) -> Option<Kind> {
-        self.kind.get(usize::try_from(*self.student_chunk.get(i)?).ok()?).copied()
+        self.of.kind.get(usize::try_from(*self.of.student_chunk.get(i)?).ok()?).copied()
     }
 
     fn spelled(&self, i: usize) -> bool {
@@ -516,7 +477,7 @@ impl Cover {
         self.queries_of(batch.into(), students, teachers)
     }
 
-    pub(crate) fn queries_of(&self, batch: Fields<'_>, students: &[u32], teachers: &[u32]) -> Result<Queries, Error> {
+    pub(crate) fn queries_of(&self, batch: View<'_>, students: &[u32], teachers: &[u32]) -> Result<Queries, Error> {
         let rows = self.rows(batch, students, teachers)?;
         // Rows that are not worth a task of their own are done together.
         let at_once = 2048 * rows.len() / (students.len() + 1) + 1;
@@ -596,23 +557,23 @@ impl Cover {
         self.interior_of(batch.into(), students, teachers)
     }
 
-    pub(crate) fn interior_of(&self, batch: Fields<'_>, students: &[u32], teachers: &[u32]) -> Result<Interior, Error> {
+    pub(crate) fn interior_of(&self, batch: View<'_>, students: &[u32], teachers: &[u32]) -> Result<Interior, Error> {
         let rows = self.rows(batch, students, teachers)?;
         self.with_store(|lock| self.interior_in(lock, batch, &rows))
     }
 
-    fn interior_in(&self, lock: &RwLock<Store>, batch: Fields<'_>, rows: &[Row<'_>]) -> Option<Interior> {
+    fn interior_in(&self, lock: &RwLock<Store>, batch: View<'_>, rows: &[Row<'_>]) -> Option<Interior> {
         self.make_room(lock)?;
         let mut store = write(lock)?;
         let mut found = Interior::default();
         let mut keys = vec![];
         for (b, row) in rows.iter().enumerate() {
-            for i in (0..row.students.len()).filter(|&i| row.spelled(i) && row.teacher_off[i] > 0) {
-                let Some(j) = usize::try_from(row.teacher_pos[i]).ok().filter(|&j| j < row.teachers.len()) else {
+            for i in (0..row.students.len()).filter(|&i| row.spelled(i) && row.of.teacher_off[i] > 0) {
+                let Some(j) = usize::try_from(row.of.teacher_pos[i]).ok().filter(|&j| j < row.teachers.len()) else {
                     continue;
                 };
                 let mut discovery = Discovery { cover: self, store: &mut store, missing: vec![] };
-                let node = discovery.step(ROOT, row.teachers[j], row.teacher_off[i] as u32).unwrap_or(DEAD);
+                let node = discovery.step(ROOT, row.teachers[j], row.of.teacher_off[i] as u32).unwrap_or(DEAD);
                 let Some(Node { range, .. }) = store.nodes.get(node as usize) else { continue };
                 found.student.push(batch.student_cu[b] + i as i64);
                 found.teacher.push(batch.teacher_cu[b] + j as i64);
@@ -655,42 +616,19 @@ impl Cover {
         }
     }
 
-    fn rows<'a>(&self, batch: Fields<'a>, students: &'a [u32], teachers: &'a [u32]) -> Result<Vec<Row<'a>>, Error> {
-        let Fields { kind, student_chunk, teacher_chunk, student_end, teacher_end, teacher_pos, teacher_off, .. } =
-            batch;
-        let (m, n) = (students.len(), teachers.len());
-        let bounds = |cu: &[i64], total: usize| {
-            cu.first() == Some(&0) && cu.windows(2).all(|w| w[0] <= w[1]) && cu.last() == Some(&(total as i64))
-        };
-        let fits = [student_chunk.len(), student_end.len(), teacher_pos.len(), teacher_off.len()] == [m; 4]
-            && [teacher_chunk.len(), teacher_end.len()] == [n; 2]
-            && bounds(batch.student_cu, m)
-            && bounds(batch.teacher_cu, n)
-            && bounds(batch.chunk_cu, kind.len())
-            && batch.student_cu.len() == batch.teacher_cu.len()
-            && batch.student_cu.len() == batch.chunk_cu.len()
+    fn rows<'a>(&self, batch: View<'a>, students: &'a [u32], teachers: &'a [u32]) -> Result<Vec<Row<'a>>, Error> {
+        let fits = batch.fits(students.len(), teachers.len())
             && students.iter().all(|&id| (id as usize) < self.student.table().len())
             && teachers.iter().all(|&id| (id as usize) < self.teacher.table().len());
         if !fits {
             return Err(Error::Argument("the batch was not aligned from these ids and vocabularies".to_owned()));
         }
-        let range = |cu: &[i64], b: usize| cu[b] as usize..cu[b + 1] as usize;
-        Ok((0..batch.student_cu.len() - 1)
-            .map(|b| {
-                let (s, t) = (range(batch.student_cu, b), range(batch.teacher_cu, b));
-                Row {
-                    students: &students[s.clone()],
-                    teachers: &teachers[t.clone()],
-                    kind: &kind[range(batch.chunk_cu, b)],
-                    student_chunk: &student_chunk[s.clone()],
-                    teacher_chunk: &teacher_chunk[t.clone()],
-                    student_end: &student_end[s.clone()],
-                    teacher_end: &teacher_end[t],
-                    teacher_pos: &teacher_pos[s.clone()],
-                    teacher_off: &teacher_off[s],
-                }
-            })
-            .collect())
+        let row = |b| {
+            let at = batch.place(b);
+            let of = batch.row(&at);
+            Row { students: &students[at.students], teachers: &teachers[at.teachers], of }
+        };
+        Ok((0..batch.rows()).map(row).collect())
     }
 
     /// The queries of a row; `None` when something was not known (a discovery goes on to find the rest).
@@ -707,7 +645,7 @@ impl Cover {
         for i in 0..m {
             let before = walk.out.set.len();
             let (mut base, mut flags) = (-2, 0);
-            let place = usize::try_from(row.teacher_pos[i]).ok().filter(|&place| place < row.teachers.len());
+            let place = usize::try_from(row.of.teacher_pos[i]).ok().filter(|&place| place < row.teachers.len());
             match row.kind(i) {
                 Some(Kind::Stop) => {
                     if let Some(place) = place {
@@ -717,7 +655,7 @@ impl Cover {
                     stretch = None;
                 }
                 Some(kind) if kind != Kind::Rewritten => {
-                    if let Some(place) = place.filter(|_| row.teacher_off[i] == 0) {
+                    if let Some(place) = place.filter(|_| row.of.teacher_off[i] == 0) {
                         // Also where teacher tokens without bytes lie between the stretch so far and this token.
                         if stretch.as_ref().is_none_or(|stretch| stretch.j != place) {
                             stretch = Some(Stretch::start(row, i, place));
@@ -751,16 +689,16 @@ impl Cover {
         stretch: &mut Stretch,
         walk: &mut Walk<'_, K>,
     ) -> Option<u8> {
-        let end = i64::from(row.student_end[i]) + stretch.ahead;
-        while *row.teacher_chunk.get(stretch.j)? >= 0 && i64::from(row.teacher_end[stretch.j]) < end {
+        let end = i64::from(row.of.student_end[i]) + stretch.ahead;
+        while *row.of.teacher_chunk.get(stretch.j)? >= 0 && i64::from(row.of.teacher_end[stretch.j]) < end {
             stretch.pass(row.teachers[stretch.j], walk);
         }
         let j = stretch.j;
-        if *row.teacher_chunk.get(j)? < 0 {
+        if *row.of.teacher_chunk.get(j)? < 0 {
             return None;
         }
         let token = row.teachers[j];
-        let exact = i64::from(row.teacher_end[j]) == end;
+        let exact = i64::from(row.of.teacher_end[j]) == end;
         if self.same && row.kind(i) == Some(Kind::OneToOne) {
             let all = walk.after(NEVER);
             walk.term(j + 1, all);
@@ -800,7 +738,7 @@ impl Cover {
         if exact {
             let set = walk.after(s);
             walk.term(j + 1, set);
-            let next = row.teachers.get(j + 1).filter(|_| goes_on && row.teacher_pos[i + 1] == j as i32 + 1);
+            let next = row.teachers.get(j + 1).filter(|_| goes_on && row.of.teacher_pos[i + 1] == j as i32 + 1);
             if let Some(&next) = next.filter(|&&next| {
                 // A rule that looks at the next token alone has just been asked about it.
                 let known = self.student.is_bpe() && self.map.canonical[next as usize] == row.students[i + 1] as i32;

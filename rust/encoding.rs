@@ -5,15 +5,16 @@ use std::sync::{Arc, OnceLock};
 
 use rustc_hash::{FxHashMap, FxHasher};
 
+use crate::error::Error;
 use crate::pool::{self, Shared};
-use crate::{ByteTable, Error, Sorted};
+use crate::table::{ByteTable, Sorted};
 
 /// How a tokenizer chooses among the ways to cut a text into its tokens.
 #[derive(Clone, Debug)]
 pub enum Rule {
     /// From the left, the longest token that fits (`WordPiece`; what is assumed of a bare vocabulary).
     LongestMatch,
-    /// Byte-pair encoding: of all neighbours that may merge, the pair of lowest rank does, the leftmost first.
+    /// Byte-pair encoding: of all neighbors that may merge, the pair of lowest rank does, the leftmost first.
     Bpe {
         /// (left, right, merged) ids in order of rank; `None`: any two tokens may merge whose bytes together are a
         /// token, with the rank of that token (tiktoken, tekken, `SentencePiece`).
@@ -539,7 +540,7 @@ impl Encoding {
         }
     }
 
-    /// Whether two neighbours are what the tokenizer would never put side by side.
+    /// Whether two neighbors are what the tokenizer would never put side by side.
     pub fn joined(&self, s: u32, next: u32) -> bool {
         self.merges(s, self.table.bytes(next), Some(next))
     }

@@ -13,7 +13,7 @@
 //!   pool meanwhile; were that another call for the same store, it would wait for itself. So who is [`within`] a pool
 //!   never waits for a store: it does without. Calls from Python stay on their own thread, and only what is parallel in
 //!   them is given to a pool.
-//! - The memories of an aligner (`python.rs`) are only ever tried, never waited for, and emptied or filled by a move.
+//! - The memories of an aligner (`python/aligner.rs`) are only ever tried, never waited for, and emptied or filled by a move.
 //!   What is taken is looked at, and what is displaced is dropped, when the lock is free again: numpy's allocator and
 //!   the end of an array may hand the GIL to a thread that wants the same lock.
 //! - `OnceLock`s (the arrays of a table, the reach of a class) are set with a value that is there already, by a thread
@@ -29,7 +29,7 @@ use std::sync::{Arc, RwLock};
 use rayon::prelude::*;
 use rayon::ThreadPool;
 
-use crate::Error;
+use crate::error::Error;
 
 static FORKS: AtomicU32 = AtomicU32::new(0);
 

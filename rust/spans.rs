@@ -5,9 +5,9 @@ use std::ops::Range;
 use similar::{capture_diff_slices, Algorithm, DiffTag};
 use unicode_normalization::UnicodeNormalization;
 
-use crate::align::{Alignment, Kind};
-use crate::edits::{Edits, Run, LONG};
-use crate::{Error, Side};
+use crate::chunks::{Alignment, Kind, Row};
+use crate::error::{Error, Side};
+use crate::merge::edits::{Edits, Run, LONG};
 
 /// For every student token the teacher tokens with which it shares bytes, as compressed rows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,21 +39,15 @@ struct Half<'a> {
 }
 
 impl<'a> Half<'a> {
-    fn of(a: &'a Alignment, side: Side) -> Self {
-        let starts = a.starts.as_deref();
+    fn of(row: Row<'a>, side: Side) -> Self {
+        let (a, starts) = (row.arrays, row.starts);
         match side {
-            Side::Student => Self {
-                chunk: &a.student_chunk,
-                end: &a.student_end,
-                ptr: &a.student_ptr,
-                starts: starts.map(|s| s.0.as_slice()),
-            },
-            Side::Teacher => Self {
-                chunk: &a.teacher_chunk,
-                end: &a.teacher_end,
-                ptr: &a.teacher_ptr,
-                starts: starts.map(|s| s.1.as_slice()),
-            },
+            Side::Student => {
+                Self { chunk: a.student_chunk, end: a.student_end, ptr: a.student_ptr, starts: starts.map(|s| s.0) }
+            }
+            Side::Teacher => {
+                Self { chunk: a.teacher_chunk, end: a.teacher_end, ptr: a.teacher_ptr, starts: starts.map(|s| s.1) }
+            }
         }
     }
 
@@ -78,7 +72,12 @@ impl<'a> Half<'a> {
 /// The overlaps of one alignment. REWRITTEN chunks have none: which byte became which is not known inside. The two tokens
 /// of a STOP chunk share 0 bytes and are listed.
 pub fn overlaps(a: &Alignment) -> Overlaps {
-    let (s, t) = (Half::of(a, Side::Student), Half::of(a, Side::Teacher));
+    overlaps_of(a.row())
+}
+
+pub(crate) fn overlaps_of(row: Row<'_>) -> Overlaps {
+    let (s, t) = (Half::of(row, Side::Student), Half::of(row, Side::Teacher));
+    let a = row.arrays;
     let mut all = Overlaps { indptr: vec![0], ..Overlaps::default() };
     // No teacher token before this one reaches into the student token at hand, or a later one.
     let mut first = 0;
@@ -114,8 +113,12 @@ pub fn overlaps(a: &Alignment) -> Overlaps {
 /// # Errors
 /// [`Error::Argument`] for a span that is not within the tokens.
 pub fn map_spans(a: &Alignment, spans: &[[i64; 2]], to: Side, mode: SpanMode) -> Result<Vec<[i64; 2]>, Error> {
+    map_spans_of(a.row(), spans, to, mode)
+}
+
+pub(crate) fn map_spans_of(row: Row<'_>, spans: &[[i64; 2]], to: Side, mode: SpanMode) -> Result<Vec<[i64; 2]>, Error> {
     let from_side = if to == Side::Teacher { Side::Student } else { Side::Teacher };
-    let (from, onto) = (&Half::of(a, from_side), &Half::of(a, to));
+    let (from, onto) = (&Half::of(row, from_side), &Half::of(row, to));
     let len = from.chunk.len();
     let map = |(k, &[start, stop]): (usize, &[i64; 2])| {
         if start < 0 || stop < start || stop as usize > len {
@@ -136,7 +139,7 @@ pub fn map_spans(a: &Alignment, spans: &[[i64; 2]], to: Side, mode: SpanMode) ->
             let whole = from.members(c).all(inside);
             let keeps = move |j: &usize| {
                 let other = onto.bytes_in(c, *j);
-                match (mode, a.kind[c]) {
+                match (mode, row.arrays.kind[c]) {
                     (SpanMode::Cover, Kind::Rewritten | Kind::Stop) => true,
                     (SpanMode::Inside, Kind::Rewritten | Kind::Stop) => whole,
                     (SpanMode::Cover, _) => other.start < own.end && other.end > own.start,
@@ -161,17 +164,8 @@ pub fn map_spans(a: &Alignment, spans: &[[i64; 2]], to: Side, mode: SpanMode) ->
 /// # Errors
 /// [`Error::Argument`] for spans that are not sorted, negative, or beyond 2^31.
 pub fn align_offsets(student: &[[i64; 2]], teacher: &[[i64; 2]]) -> Result<Alignment, Error> {
-    for (name, spans) in [("student_offsets", student), ("teacher_offsets", teacher)] {
-        for (i, &[start, stop]) in spans.iter().enumerate() {
-            let before = i.checked_sub(1).map_or([0, 0], |k| spans[k]);
-            if start < before[0] || stop < before[1] || stop < start || stop > i64::from(i32::MAX) {
-                return Err(Error::Argument(format!(
-                    "{name}[{i}] is ({start}, {stop}) after ({}, {}); spans must be sorted, with 0 <= start <= stop < 2^31",
-                    before[0], before[1]
-                )));
-            }
-        }
-    }
+    check_sorted("student_offsets", student)?;
+    check_sorted("teacher_offsets", teacher)?;
     let ends = |spans: &[[i64; 2]]| spans.iter().map(|s| s[1] as i32).collect::<Vec<_>>();
     let starts = |spans: &[[i64; 2]]| spans.iter().map(|s| s[0] as i32).collect::<Vec<_>>();
     let mut a = Alignment {
@@ -186,35 +180,8 @@ pub fn align_offsets(student: &[[i64; 2]], teacher: &[[i64; 2]]) -> Result<Align
     };
     let (mut i, mut j, mut last) = (0, 0, (0, 0));
     while i < student.len() && j < teacher.len() {
-        // Everything that starts before the furthest end so far belongs together.
         let (from_i, from_j, g) = (i, j, a.kind.len() as i32);
-        let (mut students, mut teachers, mut end) = (0, 0, -1);
-        let take = |span: &[i64; 2], end: &mut i64, taken: &mut usize| {
-            if *end >= 0 && span[0] >= *end {
-                return false;
-            }
-            if span[0] < span[1] {
-                (*taken, *end) = (*taken + 1, span[1].max(*end));
-            }
-            true
-        };
-        loop {
-            let student_first = j == teacher.len() || (i < student.len() && student[i][0] <= teacher[j][0]);
-            let taken = if i < student.len() && student_first {
-                let taken = take(&student[i], &mut end, &mut students);
-                i += usize::from(taken);
-                taken
-            } else if j < teacher.len() {
-                let taken = take(&teacher[j], &mut end, &mut teachers);
-                j += usize::from(taken);
-                taken
-            } else {
-                false
-            };
-            if !taken {
-                break;
-            }
-        }
+        let (students, teachers) = pass_group(student, teacher, &mut i, &mut j);
         if students == 0 || teachers == 0 {
             continue;
         }
@@ -243,6 +210,39 @@ pub fn align_offsets(student: &[[i64; 2]], teacher: &[[i64; 2]]) -> Result<Align
     a.student_ptr.push(last.0 as i32);
     a.teacher_ptr.push(last.1 as i32);
     Ok(a)
+}
+
+fn check_sorted(name: &str, spans: &[[i64; 2]]) -> Result<(), Error> {
+    for (i, &[start, stop]) in spans.iter().enumerate() {
+        let before = i.checked_sub(1).map_or([0, 0], |k| spans[k]);
+        if start < before[0] || stop < before[1] || stop < start || stop > i64::from(i32::MAX) {
+            return Err(Error::Argument(format!(
+                "{name}[{i}] is ({start}, {stop}) after ({}, {}); spans must be sorted, with 0 <= start <= stop < 2^31",
+                before[0], before[1]
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Passes everything that starts before the furthest end so far, which belongs together, and returns how many spans of
+/// each side are not empty.
+fn pass_group(student: &[[i64; 2]], teacher: &[[i64; 2]], i: &mut usize, j: &mut usize) -> (usize, usize) {
+    let (mut students, mut teachers, mut end) = (0, 0, -1);
+    loop {
+        let student_first = teacher.get(*j).is_none_or(|t| student.get(*i).is_some_and(|s| s[0] <= t[0]));
+        let (spans, at, taken) =
+            if student_first { (student, &mut *i, &mut students) } else { (teacher, &mut *j, &mut teachers) };
+        match spans.get(*at) {
+            Some(&[start, stop]) if end < 0 || start < end => {
+                if start < stop {
+                    (*taken, end) = (*taken + 1, stop.max(end));
+                }
+                *at += 1;
+            }
+            _ => return (students, teachers),
+        }
+    }
 }
 
 /// Characters of both sides up to which a shortest edit is looked for at any cost, which is at most the square; and of
@@ -291,7 +291,7 @@ fn stretches(a: &[u32], b: &[u32]) -> Vec<Run> {
 /// For every text of `a` the texts of `b` that share characters with it, and the other way round.
 ///
 /// Characters are compared without case and compatibility forms; where the texts differ the correspondence is that
-/// of a shortest edit (Myers). The behaviour is that of the tokenizations and spacy-alignments packages.
+/// of a shortest edit (Myers). The behavior is that of the tokenizations and spacy-alignments packages.
 pub fn align_texts<S: AsRef<str>>(a: &[S], b: &[S]) -> (Vec<Vec<usize>>, Vec<Vec<usize>>) {
     let (a_chars, a_of) = folded(a);
     let (b_chars, b_of) = folded(b);

@@ -1,55 +1,8 @@
-//! Maps between two vocabularies: equal bytes, longest prefixes, ranges of the byte-sorted orders.
+//! Maps between two vocabularies: equal bytes, longest prefixes.
 
-use crate::{pool, ByteTable, Encoding};
-
-/// The ids of one table that have bytes, sorted by them, and for every id the range that its bytes are a prefix of.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Sorted {
-    /// Ids by bytes, equal bytes by id.
-    pub order: Vec<i32>,
-    /// `[lo, hi)` in `order` of the tokens that begin with this token's bytes, itself among them; `[0, 0)` for a token
-    /// without bytes.
-    pub range: Vec<[i32; 2]>,
-}
-
-impl Sorted {
-    /// Sorts a table.
-    pub fn new(table: &ByteTable) -> Self {
-        let mut order: Vec<i32> = (0..table.len() as i32).filter(|&id| !table.bytes(id as u32).is_empty()).collect();
-        pool::sort(&mut order, |&a, &b| table.bytes(a as u32).cmp(table.bytes(b as u32)).then(a.cmp(&b)));
-        let mut range = vec![[0, 0]; table.len()];
-        // Tokens whose ranges are still open; each is a prefix of the next.
-        let mut open: Vec<i32> = vec![];
-        let mut first_equal = 0;
-        for (at, &id) in order.iter().enumerate() {
-            let bytes = table.bytes(id as u32);
-            while let Some(&top) = open.last() {
-                if bytes.starts_with(table.bytes(top as u32)) {
-                    break;
-                }
-                range[top as usize][1] = at as i32;
-                open.pop();
-            }
-            let equal = at > 0 && table.bytes(order[at - 1] as u32) == bytes;
-            if !equal {
-                first_equal = at;
-            }
-            range[id as usize][0] = first_equal as i32;
-            open.push(id);
-        }
-        for id in open {
-            range[id as usize][1] = order.len() as i32;
-        }
-        Self { order, range }
-    }
-
-    /// `[lo, hi)` in `order` of the tokens that begin with these bytes.
-    pub fn prefix_range(&self, table: &ByteTable, prefix: &[u8]) -> [usize; 2] {
-        let lo = self.order.partition_point(|&id| table.bytes(id as u32) < prefix);
-        let len = self.order[lo..].partition_point(|&id| table.bytes(id as u32).starts_with(prefix));
-        [lo, lo + len]
-    }
-}
+use crate::encoding::Encoding;
+use crate::pool;
+use crate::table::{ByteTable, Sorted};
 
 /// What the tokens of two vocabularies are to each other. -1: there is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

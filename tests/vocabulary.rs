@@ -16,7 +16,7 @@ fn table(tokens: &[Bytes]) -> ByteTable {
 
 // ---- rules, naively ---------------------------------------------------------------------------------------------
 
-/// Byte-pair encoding as its definition has it: look at all neighbours, merge the best pair, look again.
+/// Byte-pair encoding as its definition has it: look at all neighbors, merge the best pair, look again.
 #[derive(Clone, Debug, Default)]
 struct Bpe {
     tokens: Vec<Bytes>,

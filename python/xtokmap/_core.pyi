@@ -4,9 +4,8 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 
-from xtokmap.alignment import Alignment, AlignmentBatch
-
 __all__ = [
+    "ARRAYS",
     "KINDS",
     "Aligner",
     "ByteMismatchError",
@@ -31,6 +30,7 @@ __all__ = [
 ]
 
 __version__: Final[str]
+ARRAYS: Final[tuple[str, ...]]
 KINDS: Final[dict[str, int]]
 
 class XTokMapError(ValueError): ...
@@ -133,13 +133,18 @@ class Cover:
     def vocab_map(self) -> dict[str, Any]: ...
     def queries(
         self,
-        batch: AlignmentBatch,
+        arrays: tuple[npt.NDArray[Any], ...],
+        cu: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]],
         student_ids: npt.NDArray[np.uint32],
         teacher_ids: npt.NDArray[np.uint32],
         threads: int | None = None,
     ) -> dict[str, Any]: ...
     def interior(
-        self, batch: AlignmentBatch, student_ids: npt.NDArray[np.uint32], teacher_ids: npt.NDArray[np.uint32]
+        self,
+        arrays: tuple[npt.NDArray[Any], ...],
+        cu: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]],
+        student_ids: npt.NDArray[np.uint32],
+        teacher_ids: npt.NDArray[np.uint32],
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], _Sets]: ...
 
 @final
@@ -160,12 +165,19 @@ def _rebuild_byte_table(
     tokens: Iterable[bytes | None], stop_ids: Sequence[int], invalid: str, byte_pieces: Sequence[int]
 ) -> ByteTable: ...
 def overlaps(
-    alignment: Alignment,
+    arrays: tuple[npt.NDArray[Any], ...],
+    starts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]: ...
 def map_spans(
-    alignment: Alignment, spans: npt.NDArray[np.int64], to_teacher: bool, cover: bool
+    arrays: tuple[npt.NDArray[Any], ...],
+    starts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
+    spans: npt.NDArray[np.int64],
+    to_teacher: bool,
+    cover: bool,
 ) -> npt.NDArray[np.int64]: ...
-def align_offsets(student: npt.NDArray[np.int64], teacher: npt.NDArray[np.int64]) -> dict[str, Any]: ...
+def align_offsets(
+    student: npt.NDArray[np.int64], teacher: npt.NDArray[np.int64]
+) -> tuple[tuple[npt.NDArray[Any], ...], tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]]: ...
 def get_alignments(tokens_a: Sequence[str], tokens_b: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]: ...
 def spell(tokens: list[str], replacements: Sequence[tuple[str, str]], kind: str) -> list[bytes]: ...
 def json_strings_end(json: bytes, start: int) -> int | None: ...

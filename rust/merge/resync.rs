@@ -12,9 +12,8 @@ use std::collections::VecDeque;
 
 use unicode_normalization::char::{canonical_combining_class, decompose_compatible};
 
-use crate::align::Tokens;
-use crate::byte_table::Read;
-use crate::edits::{Edits, Run};
+use super::edits::{Edits, Run};
+use crate::tokens::{Read, Tokens};
 
 /// Combining marks or invisible characters with nothing before them to belong to.
 const MARK: u32 = 0x0011_0000;

@@ -1,6 +1,7 @@
 //! Vocabulary -> bytes.
 
-use crate::Error;
+use crate::error::Error;
+use crate::pool;
 
 /// How a tokenizer's decoder spells bytes that are not UTF-8.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -196,22 +197,51 @@ impl ByteTable {
     }
 }
 
-/// What a decoder reads.
-pub(crate) enum Read<'a> {
-    Text(&'a str),
-    /// Bytes that become one U+FFFD.
-    Invalid(usize),
+/// The ids of one table that have bytes, sorted by them, and for every id the range that its bytes are a prefix of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sorted {
+    /// Ids by bytes, equal bytes by id.
+    pub order: Vec<i32>,
+    /// `[lo, hi)` in `order` of the tokens that begin with this token's bytes, itself among them; `[0, 0)` for a token
+    /// without bytes.
+    pub range: Vec<[i32; 2]>,
 }
 
-/// Bytes as a decoder with this rule reads them.
-pub(crate) fn read<'a>(bytes: &'a [u8], invalid: Invalid, mut push: impl FnMut(Read<'a>)) {
-    for chunk in bytes.utf8_chunks() {
-        push(Read::Text(chunk.valid()));
-        let rest = chunk.invalid().len();
-        match invalid {
-            Invalid::Each => (0..rest).for_each(|_| push(Read::Invalid(1))),
-            Invalid::Maximal | Invalid::Run if rest > 0 => push(Read::Invalid(rest)),
-            Invalid::Maximal | Invalid::Run => {}
+impl Sorted {
+    /// Sorts a table.
+    pub fn new(table: &ByteTable) -> Self {
+        let mut order: Vec<i32> = (0..table.len() as i32).filter(|&id| !table.bytes(id as u32).is_empty()).collect();
+        pool::sort(&mut order, |&a, &b| table.bytes(a as u32).cmp(table.bytes(b as u32)).then(a.cmp(&b)));
+        let mut range = vec![[0, 0]; table.len()];
+        // Tokens whose ranges are still open; each is a prefix of the next.
+        let mut open: Vec<i32> = vec![];
+        let mut first_equal = 0;
+        for (at, &id) in order.iter().enumerate() {
+            let bytes = table.bytes(id as u32);
+            while let Some(&top) = open.last() {
+                if bytes.starts_with(table.bytes(top as u32)) {
+                    break;
+                }
+                range[top as usize][1] = at as i32;
+                open.pop();
+            }
+            let equal = at > 0 && table.bytes(order[at - 1] as u32) == bytes;
+            if !equal {
+                first_equal = at;
+            }
+            range[id as usize][0] = first_equal as i32;
+            open.push(id);
         }
+        for id in open {
+            range[id as usize][1] = order.len() as i32;
+        }
+        Self { order, range }
+    }
+
+    /// `[lo, hi)` in `order` of the tokens that begin with these bytes.
+    pub fn prefix_range(&self, table: &ByteTable, prefix: &[u8]) -> [usize; 2] {
+        let lo = self.order.partition_point(|&id| table.bytes(id as u32) < prefix);
+        let len = self.order[lo..].partition_point(|&id| table.bytes(id as u32).starts_with(prefix));
+        [lo, lo + len]
     }
 }

@@ -7,8 +7,8 @@
 // Here it is measured: a call of these costs as much as what they do.
 #![allow(clippy::inline_always)]
 
-use crate::align::{Kind, Symbol};
-use crate::batch::{Code, Out};
+use crate::chunks::{Axes, Code, Kind, Out};
+use crate::tokens::Symbol;
 
 /// A symbol in 32 bits, so that the tables stay in the caches: the length in the upper 9, the place in the lower 23.
 /// Words of the two sides are equal if and only if both have bytes, and the same ones; other than a [`Symbol`], a word
@@ -64,12 +64,12 @@ impl Word {
 
 /// One side of a row: ids without padding, and the word of every id.
 #[derive(Clone, Copy)]
-pub(crate) struct Side<'a, T> {
+pub(crate) struct Row<'a, T> {
     pub ids: &'a [T],
     pub words: &'a [Word],
 }
 
-impl<T: Copy + Into<i64>> Side<'_, T> {
+impl<T: Copy + Into<i64>> Row<'_, T> {
     /// The word of token `i`; `None` also behind the last token.
     #[inline]
     fn word(&self, i: usize) -> Option<Word> {
@@ -160,8 +160,8 @@ enum Found {
 }
 
 struct Merge<'a, 'o, S, T, K> {
-    student: Side<'a, S>,
-    teacher: Side<'a, T>,
+    student: Row<'a, S>,
+    teacher: Row<'a, T>,
     arena: &'a [u8],
     out: Out<'o, K>,
     /// Number of chunks before the last tokens without bytes, and the tokens at which the last of them ended.
@@ -341,8 +341,8 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
 /// that differ, an id outside the vocabulary, an end of turn on one side only, a token without bytes inside a chunk, a
 /// row that is too long.
 pub(crate) fn merge<S, T, K>(
-    student: Side<'_, S>,
-    teacher: Side<'_, T>,
+    student: Row<'_, S>,
+    teacher: Row<'_, T>,
     arena: &[u8],
     out: &mut Out<'_, K>,
 ) -> Option<usize>
@@ -357,17 +357,7 @@ where
     if room <= m.min(n) {
         return None;
     }
-    let out = Out {
-        student_end: out.student_end.get_mut(..m)?,
-        student_chunk: out.student_chunk.get_mut(..m)?,
-        teacher_pos: out.teacher_pos.get_mut(..m)?,
-        teacher_off: out.teacher_off.get_mut(..m)?,
-        teacher_end: out.teacher_end.get_mut(..n)?,
-        teacher_chunk: out.teacher_chunk.get_mut(..n)?,
-        student_ptr: out.student_ptr.get_mut(..room)?,
-        teacher_ptr: out.teacher_ptr.get_mut(..room)?,
-        kind: out.kind.get_mut(..room)?,
-    };
+    let out = out.part(&Axes { students: 0..m, teachers: 0..n, ptr: 0..room, chunks: 0..room });
     let mut merge = Merge { student, teacher, arena, out, end: (0, 0, 0) };
     // Opaque: the compiler would unroll known numbers into single additions and stores.
     let offsets = std::hint::black_box([0, 1, 2, 3, 4, 5, 6, 7]);

@@ -1,0 +1,211 @@
+//! `ByteTable`.
+
+use std::sync::{Arc, OnceLock};
+
+use numpy::{PyArray1, PyArrayMethods};
+use pyo3::exceptions::PyIndexError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyBytesMethods, PyTuple};
+
+use super::errors::{set_attributes, TokenIdError, XTokMapError};
+use super::support::{bytes_of, caught, integer, kept, not_an_integer, type_name, values, Array};
+use crate::table::{ByteTable, Invalid};
+
+#[pyclass(frozen, name = "ByteTable", module = "xtokmap")]
+pub(super) struct PyByteTable {
+    pub table: Arc<ByteTable>,
+    lengths: OnceLock<Py<PyArray1<i32>>>,
+    is_special: OnceLock<Py<PyArray1<bool>>>,
+}
+
+impl PyByteTable {
+    fn new(table: Arc<ByteTable>) -> Self {
+        Self { table, lengths: OnceLock::new(), is_special: OnceLock::new() }
+    }
+}
+
+fn invalid_from(name: &str) -> PyResult<Invalid> {
+    match name {
+        "maximal" => Ok(Invalid::Maximal),
+        "each" => Ok(Invalid::Each),
+        "run" => Ok(Invalid::Run),
+        _ => Err(XTokMapError::new_err(format!("invalid={name:?}: use \"maximal\", \"each\" or \"run\""))),
+    }
+}
+
+#[pymethods]
+impl PyByteTable {
+    #[staticmethod]
+    #[pyo3(signature = (tokens, *, stop_ids = vec![], invalid = "maximal", byte_pieces = vec![]))]
+    fn from_bytes(
+        tokens: &Bound<'_, PyAny>,
+        stop_ids: Vec<Bound<'_, PyAny>>,
+        invalid: &str,
+        byte_pieces: Vec<Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        caught(|| {
+            let invalid = invalid_from(invalid)?;
+            let items = tokens
+                .try_iter()
+                .map_err(|_| {
+                    XTokMapError::new_err(format!(
+                        "tokens: expected a sequence of bytes or None, got {}",
+                        type_name(tokens)
+                    ))
+                })?
+                .enumerate()
+                .map(|(i, item)| {
+                    let item = item?;
+                    if item.is_none() {
+                        return Ok(None);
+                    }
+                    let wrong = || format!("tokens[{i}]: expected bytes or None (special), got {}", type_name(&item));
+                    item.cast::<PyBytes>().cloned().map(Some).map_err(|_| XTokMapError::new_err(wrong()))
+                })
+                .collect::<PyResult<Vec<Option<Bound<'_, PyBytes>>>>>()?;
+            let table = ByteTable::from_tokens(items.iter().map(|item| item.as_ref().map(PyBytesMethods::as_bytes)))?;
+            let ids = |given: Vec<Bound<'_, PyAny>>, name: &str| {
+                let id = |(k, id): (usize, Bound<'_, PyAny>)| {
+                    let id = integer(&id, || format!("{name}[{k}]"))?;
+                    u32::try_from(id).map_err(|_| {
+                        XTokMapError::new_err(format!(
+                            "{name}: id {id} is outside the byte table of {} ids",
+                            table.len()
+                        ))
+                    })
+                };
+                given.into_iter().enumerate().map(id).collect::<PyResult<Vec<u32>>>()
+            };
+            let (stop_ids, byte_pieces) = (ids(stop_ids, "stop_ids")?, ids(byte_pieces, "byte_pieces")?);
+            let table = table.with_invalid(invalid).with_stop_ids(stop_ids)?.with_byte_pieces(byte_pieces)?;
+            Ok(Self::new(Arc::new(table)))
+        })
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (arena, offsets, special, stop_ids, invalid, byte_pieces))]
+    #[allow(clippy::needless_pass_by_value)]
+    fn from_arrays(
+        py: Python<'_>,
+        arena: Array<'_, u8>,
+        offsets: Array<'_, u32>,
+        special: &Bound<'_, PyArray1<bool>>,
+        stop_ids: Array<'_, u32>,
+        invalid: &str,
+        byte_pieces: Array<'_, u32>,
+    ) -> PyResult<Self> {
+        caught(|| {
+            let invalid = invalid_from(invalid)?;
+            let special = bytes_of(special)?.cast_into::<PyArray1<u8>>()?.try_readonly()?;
+            let special = special.as_slice()?.iter().map(|&byte| byte != 0).collect();
+            let (arena, offsets) = (values(&arena)?, values(&offsets)?);
+            let (stop_ids, byte_pieces) = (values(&stop_ids)?, values(&byte_pieces)?);
+            let make = || {
+                let table = ByteTable::from_parts(arena, offsets, special)?.with_invalid(invalid);
+                table.with_stop_ids(stop_ids)?.with_byte_pieces(byte_pieces)
+            };
+            Ok(Self::new(Arc::new(py.detach(make)?)))
+        })
+    }
+
+    fn to_arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        caught(|| {
+            let table = &*self.table;
+            let (arena, offsets) = (PyArray1::from_slice(py, table.arena()), PyArray1::from_slice(py, table.offsets()));
+            let special = PyArray1::from_slice(py, table.special());
+            let stop_ids = PyArray1::from_slice(py, table.stop_ids());
+            let byte_pieces = PyArray1::from_slice(py, table.byte_pieces());
+            (arena, offsets, special, stop_ids, self.invalid(), byte_pieces).into_pyobject(py)
+        })
+    }
+
+    fn __len__(&self) -> usize {
+        self.table.len()
+    }
+
+    fn __getitem__<'py>(&self, py: Python<'py>, id: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        caught(|| {
+            let index: Result<usize, _> = id.extract();
+            match index.ok().and_then(|index| self.table.get(index)) {
+                Some(bytes) => Ok(bytes.map(|b| PyBytes::new(py, b))),
+                None => {
+                    Err(PyIndexError::new_err(format!("id {id} is outside the byte table of {} ids", self.table.len())))
+                }
+            }
+        })
+    }
+
+    fn __repr__(&self) -> String {
+        let specials = self.table.special().iter().filter(|&&s| s).count();
+        format!("ByteTable({} ids, {specials} special, stop_ids={:?})", self.table.len(), self.table.stop_ids())
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        caught(|| {
+            let tokens: Vec<Option<Bound<'py, PyBytes>>> =
+                (0..self.table.len()).map(|id| self.table.get(id).flatten().map(|b| PyBytes::new(py, b))).collect();
+            let rebuild = py.import("xtokmap._core")?.getattr("_rebuild_byte_table")?;
+            let args = (tokens, self.table.stop_ids().to_vec(), self.invalid(), self.table.byte_pieces().to_vec());
+            Ok((rebuild, args.into_pyobject(py)?))
+        })
+    }
+
+    #[getter]
+    fn lengths(&self, py: Python<'_>) -> PyResult<Py<PyArray1<i32>>> {
+        caught(|| kept(py, &self.lengths, || self.table.iter().map(|b| b.len() as i32).collect()))
+    }
+
+    #[getter]
+    fn is_special(&self, py: Python<'_>) -> PyResult<Py<PyArray1<bool>>> {
+        caught(|| kept(py, &self.is_special, || self.table.special().to_vec()))
+    }
+
+    #[getter]
+    fn stop_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        caught(|| PyTuple::new(py, self.table.stop_ids()))
+    }
+
+    #[getter]
+    fn byte_pieces<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        caught(|| PyTuple::new(py, self.table.byte_pieces()))
+    }
+
+    #[getter]
+    fn invalid(&self) -> &'static str {
+        match self.table.invalid() {
+            Invalid::Maximal => "maximal",
+            Invalid::Each => "each",
+            Invalid::Run => "run",
+        }
+    }
+
+    fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        caught(|| {
+            let mut text = Vec::new();
+            let items = ids.try_iter().map_err(|_| not_an_integer("ids", ids))?;
+            for (position, item) in items.enumerate() {
+                let id = integer(&item?, || format!("ids, position {position}"))?;
+                let Some(bytes) = usize::try_from(id).ok().and_then(|id| self.table.get(id)) else {
+                    let len = self.table.len();
+                    let message = format!("ids, position {position}: id {id} is outside the byte table of {len} ids");
+                    let err = TokenIdError::new_err(message);
+                    let place = [("row", 0), ("position", position as i64), ("id", id), ("vocab_size", len as i64)];
+                    set_attributes(&err, &place);
+                    return Err(err);
+                };
+                text.extend_from_slice(bytes.unwrap_or_default());
+            }
+            Ok(PyBytes::new(py, &text))
+        })
+    }
+}
+
+#[pyfunction]
+pub(super) fn _rebuild_byte_table(
+    tokens: &Bound<'_, PyAny>,
+    stop_ids: Vec<Bound<'_, PyAny>>,
+    invalid: &str,
+    byte_pieces: Vec<Bound<'_, PyAny>>,
+) -> PyResult<PyByteTable> {
+    caught(|| PyByteTable::from_bytes(tokens, stop_ids, invalid, byte_pieces))
+}
