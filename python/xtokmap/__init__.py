@@ -5,7 +5,7 @@
     al = xtokmap.Aligner(student, teacher)          # tokenizers, files or byte tables
     a = al.align(student_ids, teacher_ids)          # chunks: the finest spans with the same bytes on both sides
 
-`xtokmap.torch`, `xtokmap.losses`, `xtokmap.teacher` and `xtokmap.train` need torch and are imported by name.
+`xtokmap.torch`, `xtokmap.losses`, `xtokmap.teachers` and `xtokmap.train` need torch and are imported by name.
 """
 
 from xtokmap._core import (
@@ -16,16 +16,8 @@ from xtokmap._core import (
     XTokMapError,
     __version__,
 )
-from xtokmap.alignment import (
-    Aligner,
-    Alignment,
-    AlignmentBatch,
-    Chunk,
-    Kind,
-    Overlaps,
-    align_offsets,
-    get_alignments,
-)
+from xtokmap.aligner import Aligner
+from xtokmap.alignment import Alignment, AlignmentBatch, Chunk, Kind, Overlaps, align_offsets, get_alignments
 from xtokmap.tokenizers import byte_table
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Files that a user names: what can be waited for without end is refused, and a folder has one run at a time."""
+"""Files: none that may never end is waited for, none is left half written, and a folder has one run at a time."""
 
 from __future__ import annotations
 
@@ -94,6 +94,14 @@ def check_name(name: str, what: str) -> None:
     check_text(name, what)
     if "\0" in name:
         raise XTokMapError(f"{what}: character {name.index(chr(0))} is NUL, which no name can have; take it out")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write under; what is there at the end takes its place, so that no half file has it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    yield part
+    part.replace(path)
 
 
 # ---- one run in a folder -----------------------------------------------------------------------------------------

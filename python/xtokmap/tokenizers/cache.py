@@ -38,14 +38,6 @@ _INVALID = ("maximal", "each", "run")
 _DIGEST = hashlib.sha256().digest_size
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write under; what is there at the end takes its place, so that no half file has it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    yield part
-    part.replace(path)
-
-
 def key(parts: Iterable[bytes]) -> str:
     """A name for the table that is made of these contents, in this order."""
     digest = hashlib.sha256(b"%b%d" % (_MAGIC, _FORMAT))
