@@ -6,7 +6,7 @@ the same time share a forward pass. It is for models that no server takes and fo
 SGLang run, they are faster.
 
 HTTP is uvicorn's, and nobody who asks is trusted: every request has a bound on its size, its time and its company, the
-key comes before the body, and what nobody waits for any more is not scored (`xtokmap.scorer`).
+key comes before the body, and what nobody waits for any more is not scored (`xtokmap.teachers.scorer`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from urllib.parse import unquote_to_bytes
 
 from xtokmap._core import XTokMapError
 from xtokmap.models import one_line
-from xtokmap.scorer import Answers, Asked, Limits, RefusedError, Scored, Scorer
-from xtokmap.served import KEY_VARIABLE
+from xtokmap.teachers.client import KEY_VARIABLE
+from xtokmap.teachers.scorer import Answers, Asked, Limits, RefusedError, Scored, Scorer
 
 try:
     import h11

@@ -1,6 +1,6 @@
 """Losses against the teacher's distribution read through the bytes of its tokens: `byte_kl` and `completion`.
 
-What the words, `beta` and the common arguments mean is in `xtokmap.divergences`.
+What the words, `beta` and the common arguments mean is in `xtokmap.losses.terms`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xtokmap._core import ByteTable, XTokMapError
 from xtokmap.alignment import InteriorQueries
-from xtokmap.divergences import (
+from xtokmap.losses.terms import (
     REWRITTEN,
     STOP,
     Loss,
@@ -31,7 +31,8 @@ from xtokmap.divergences import (
     reduce_terms,
     wanted_rows,
 )
-from xtokmap.torch import ChunkIndex, Logits, VocabTensors, map_rows
+from xtokmap.torch.index import ChunkIndex, VocabTensors
+from xtokmap.torch.logits import Logits, map_rows
 
 Phi: TypeAlias = Literal["longest", "canonical"]
 Residual: TypeAlias = Literal["compact", "column"]
@@ -70,7 +71,7 @@ def byte_kl(
     size: int | None = None,
     denominator: Tensor | float | None = None,
 ) -> Loss:
-    """Divergence to the teacher's distribution marginalised to the student's tokens by bytes (arXiv 2607.22334).
+    """Divergence to the teacher's distribution marginalized to the student's tokens by bytes (arXiv 2607.22334).
 
     The target of a student token that starts where a teacher token starts is t(u) = sum of q(v) over the teacher
     tokens v with phi(v) = u, phi(v) the longest student token that v begins with. Behind c bytes of a teacher token
@@ -241,7 +242,7 @@ def _spans(
 
     Returns:
         The log of the mass known of them `[B, Ts]` (not yet given that the text goes on behind c), their ids (-1
-        elsewhere), and the realised teacher token in which each starts.
+        elsewhere), and the realized teacher token in which each starts.
     """
     if queries.prefix_range is None:
         raise XTokMapError("spelling needs queries with prefix_range: where the teacher's tokens lie that begin with c")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
-from xtokmap.cover import CoverQueries, VocabMap
-from xtokmap.divergences import STOP, Loss, check_beta, divergence, reduce_terms
-from xtokmap.torch import _SLICE, ChunkIndex, Logits, TopK, _widened, map_rows
-
-Int64 = npt.NDArray[np.int64]
+from xtokmap.boundary.cover import CoverQueries
+from xtokmap.boundary.vocab_map import VocabMap
+from xtokmap.ids import Int64
+from xtokmap.losses.terms import STOP, Loss, check_beta, divergence, reduce_terms
+from xtokmap.torch.index import ChunkIndex
+from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened, map_rows
 
 
 class Transferred(NamedTuple):
@@ -116,12 +118,14 @@ def _on(array: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 
 def plan(queries: CoverQueries) -> _Plan:
-    """Where the queries' terms lie; kept with the queries."""
-    cache = queries.__dict__
-    if "_plan" not in cache:
-        cache["_plan"] = _Plan(queries)
-    made: _Plan = cache["_plan"]
+    """Where the queries' terms lie; kept as long as the queries are."""
+    made = _PLANS.get(queries)
+    if made is None:
+        made = _PLANS[queries] = _Plan(queries)
     return made
+
+
+_PLANS: WeakKeyDictionary[CoverQueries, _Plan] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -487,7 +491,7 @@ def transfer_kl(
         index: of the same batch.
         student_ids: int64 `[B, Ts]`; the sampled tokens, needed with `transferred`.
         transferred: `[B, Ts]`, from `LocalTeacher.score` or `transfer`; None leaves the second part out.
-        beta: 1 is KL(p || q*), 0 is KL(q* || p), between them the generalised Jensen-Shannon divergence.
+        beta: 1 is KL(p || q*), 0 is KL(q* || p), between them the generalized Jensen-Shannon divergence.
         clamp: largest absolute A.
         stops: whether the end of a turn counts; False leaves its mass out on both sides.
         floor: least probability of the rest, so that mass which the student has where the teacher has none costs no

@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from xtokmap import http1
 from xtokmap._core import XTokMapError
+from xtokmap.teachers import http1
 
 #: The environment variable with the server's API key. It is no setting, so that it is in no config.json.
 KEY_VARIABLE = "XTOKMAP_TEACHER_KEY"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.models import one_line
-from xtokmap.teacher import completion_rows
+from xtokmap.torch.completions import completion_rows
 
 #: Float32 values of one slice of logits, as everywhere: 64 MiB.
 _SLICE = 2**24

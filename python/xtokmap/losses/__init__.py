@@ -1,0 +1,33 @@
+"""Losses for distillation across tokenizers, all on the chunks of one `ChunkIndex`."""
+
+from xtokmap.losses.bytes import Completions, Spelling, byte_kl, completion, whitespace_tokens
+from xtokmap.losses.chunks import alm, uld_hybrid
+from xtokmap.losses.credit import CREDITS, Credit, chunk_credit, chunk_gap, compass, policy_loss
+from xtokmap.losses.strict import strict_kl
+from xtokmap.losses.table import LOSSES, LossRule, LossSettings
+from xtokmap.losses.terms import Loss, weighted_sum
+from xtokmap.losses.transfer import TransferTarget, transfer_kl
+
+__all__ = [
+    "CREDITS",
+    "LOSSES",
+    "Completions",
+    "Credit",
+    "Loss",
+    "LossRule",
+    "LossSettings",
+    "Spelling",
+    "TransferTarget",
+    "alm",
+    "byte_kl",
+    "chunk_credit",
+    "chunk_gap",
+    "compass",
+    "completion",
+    "policy_loss",
+    "strict_kl",
+    "transfer_kl",
+    "uld_hybrid",
+    "weighted_sum",
+    "whitespace_tokens",
+]

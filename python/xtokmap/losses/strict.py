@@ -1,0 +1,144 @@
+"""`strict_kl`: where one student token stands against one teacher token, on its likeliest tokens and the rest."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xtokmap._core import XTokMapError
+from xtokmap.losses.terms import (
+    Loss,
+    _column,
+    _flags,
+    _scattered,
+    check_beta,
+    check_rows,
+    check_teacher,
+    divergence,
+    log_left,
+    reduce_terms,
+    wanted_rows,
+)
+from xtokmap.torch.index import ChunkIndex
+from xtokmap.torch.logits import Logits, TopK, map_rows
+
+# ---- strict_kl ---------------------------------------------------------------------------------------------------
+
+
+def strict_kl(
+    student: Logits,
+    teacher: Logits | TopK,
+    index: ChunkIndex,
+    vocab_map: Any,
+    *,
+    k: int | None = 16,
+    beta: float = 1.0,
+    support: Literal["rest", "renorm"] = "rest",
+    mask: Tensor | None = None,
+    rows: Tensor | None = None,
+    size: int | None = None,
+    denominator: Tensor | float | None = None,
+) -> Loss:
+    """Divergence where both sides have the same token (ONE_TO_ONE and STOP chunks), on a few tokens and the rest.
+
+    U is the student's top k that the teacher has as well, byte for byte (a `TopK` teacher: what its row lists and the
+    student has as well); to it comes the end of a turn as one event, of all stop ids of a side. With p' = p on U and
+    1 - p(U), q' likewise, the loss is JSD_beta(p', q'): at least 0, never above that of the whole distributions, and
+    equal to it with k = V on equal vocabularies.
+
+    Args:
+        student: `[B, Ts]` rows.
+        teacher: `[B, Tt]` rows: logits, hidden states with their head, or `TopK`.
+        index: of the same rows.
+        vocab_map: `VocabTensors`, or what it can be made from (then it is, every time).
+        k: how many of the student's tokens; None: all. Not for `TopK`.
+        beta: see the module; 1 is KL(p' || q').
+        support: "rest"; "renorm" renormalizes p and q on U instead (arXiv 2610.08448), which is blind to what lies
+            outside.
+        mask: bool or 0/1 `[B, Ts]`; the response tokens.
+        rows: int64 `[N]`; flat positions of the tokens that can be scored, as in `map_rows`. None: found out on the
+            CPU, every row on another device.
+        size: rows of a slice.
+        denominator: what to divide by instead of the number of scored tokens, so that micro-batches add up.
+
+    Returns:
+        The loss; figures `student_rest` and `teacher_rest`, the mass outside of U. It costs a head pass (two with a
+        gradient) of either side for the scored rows.
+
+    Raises:
+        XTokMapError: shapes or vocabularies that do not fit, unknown support, beta outside [0, 1].
+    """
+    check_beta(beta)
+    if support not in ("rest", "renorm"):
+        raise XTokMapError(f"support={support!r}: use 'rest' or 'renorm'")
+    if k is not None and k < 1:
+        raise XTokMapError(f"k={k}: at least 1, or None for every token")
+    check_teacher(teacher, (Logits, TopK), "strict_kl")
+    maps = check_rows(vocab_map, student, teacher, index, mask)
+    pos = index.strict_teacher_pos()
+    scored = pos >= 0
+    if mask is not None:
+        scored &= mask.bool()
+
+    width = student.vocab_size
+    stops, others = maps.student_stops, maps.teacher_stops
+    with_stops = bool(len(stops) and len(others))
+    to_teacher = _scattered(width, maps.shared[:, 0], maps.shared[:, 1])
+    to_student = _scattered(len(maps.teacher_to_student), maps.shared[:, 1], maps.shared[:, 0])
+
+    def student_bins(x: Tensor, ids: Tensor, valid: Tensor, stop: Tensor | bool) -> tuple[Tensor, Tensor]:
+        """Logprobs of U and the end of a turn, and of what is left."""
+        lse = x.logsumexp(-1)
+        bins = torch.where(valid, x.gather(1, ids) - lse[:, None], -math.inf)
+        used = _flags(x, torch.where(valid, ids, width))
+        if with_stops:
+            ends = torch.where(_column(stop, x), x[:, stops].logsumexp(-1) - lse, -math.inf)
+            bins = torch.cat([bins, ends[:, None]], 1)
+            used |= _flags(x, stops.expand(len(x), -1)) & _column(stop, x)[:, None]
+        return bins, log_left(x, lse, used)
+
+    def on_logits(x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        z = z.to(x.dtype)
+        ids = x.detach().topk(min(k, width), -1).indices if k else maps.shared[:, 0].expand(len(x), -1)
+        at = to_teacher[ids]
+        valid = at >= 0
+        p, p_rest = student_bins(x, ids, valid, True)
+        lse = z.logsumexp(-1)
+        q = torch.where(valid, z.gather(1, at.clamp(min=0)) - lse[:, None], -math.inf)
+        used = _flags(z, torch.where(valid, at, z.shape[1]))
+        if with_stops:
+            q = torch.cat([q, (z[:, others].logsumexp(-1) - lse)[:, None]], 1)
+            used |= _flags(z, others.expand(len(z), -1))
+        return finish(p, q, p_rest, log_left(z, lse, used))
+
+    def on_top_k(x: Tensor, listed: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        ids, q = listed[0], listed[1].to(x.dtype)
+        there = (ids >= 0) & (ids < len(to_student))
+        at = torch.where(there, to_student[torch.where(there, ids, 0)], -1)
+        ends = (ids[..., None] == others).any(-1) & with_stops
+        # The end of a turn is compared where the teacher says anything about it.
+        stop = ends.any(-1)
+        valid = at >= 0
+        p, p_rest = student_bins(x, at.clamp(min=0), valid, stop)
+        q_ends = torch.where(ends, q, -math.inf).logsumexp(-1)
+        q = torch.where(valid, q, -math.inf)
+        if with_stops:
+            q = torch.cat([q, q_ends[:, None]], 1)
+        # Logprobs from a server are rounded; their sum may be 1 or more.
+        rest = (1 - q.double().exp().sum(-1)).clamp(min=1e-7).log().to(q.dtype)
+        return finish(p, q, p_rest, rest)
+
+    def finish(p: Tensor, q: Tensor, p_rest: Tensor, q_rest: Tensor) -> tuple[Tensor, ...]:
+        if support == "renorm":
+            p, q = (torch.where(y == -math.inf, y, y - y.logsumexp(-1, keepdim=True)) for y in (p, q))
+        else:
+            p, q = torch.cat([p, p_rest[:, None]], 1), torch.cat([q, q_rest[:, None]], 1)
+        return divergence(p, q, beta), p_rest.detach().exp(), q_rest.exp()
+
+    fn = on_logits if isinstance(teacher, Logits) else on_top_k
+    rows = wanted_rows(scored, rows)
+    terms, p_rest, q_rest = map_rows(fn, student, teacher.at(index.teacher_rows(pos)), size=size, rows=rows)
+    return reduce_terms(terms, scored, index, mask, denominator, student_rest=p_rest, teacher_rest=q_rest)
