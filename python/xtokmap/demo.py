@@ -12,11 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from xtokmap import cache
 from xtokmap._core import XTokMapError
+from xtokmap.tokenizers import cache
 
 if TYPE_CHECKING:
-    from xtokmap.train import Result
+    from xtokmap.train.loop import Result
 
 
 class Package(NamedTuple):
@@ -117,8 +117,9 @@ def _sha256(path: Path) -> str:
 def demo(
     *, student: str | None = None, teacher: str | None = None, output: str = "runs/demo", steps: int | None = None
 ) -> int:
-    """Fetch the pair, distil, and print what changed on held-out prompts. Returns the exit code."""
-    from xtokmap.train import Config, train
+    """Fetch the pair, distill, and print what changed on held-out prompts. Returns the exit code."""
+    from xtokmap.train.config import Config
+    from xtokmap.train.loop import train
 
     print("loading the models (a minute for GGUF files)", flush=True)
     with resources.as_file(resources.files("xtokmap") / "data" / "prompts.jsonl") as prompts:
@@ -144,7 +145,7 @@ def demo(
     table = report(result)
     (result.output / "report.md").write_text(table, encoding="utf-8")
     print(table)
-    print(f"student, metrics, curves.png and this table (report.md) are in {result.output}")
+    print(f"student, metrics, report.html and this table (report.md) are in {result.output}")
     return 0
 
 

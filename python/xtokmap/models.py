@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from xtokmap._core import XTokMapError
 from xtokmap.files import obstacle
@@ -155,8 +156,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+#: Whose float32 copy a parameter is.
+_OWN: Any = WeakTensorKeyDictionary()
+
+
+def own_parameter(parameter: Tensor) -> Tensor:
+    """The model's parameter that an optimizer's is the float32 copy of; itself where it is none."""
+    own: Tensor = _OWN.get(parameter, parameter)
+    return own
+
+
 def float32_parameters(model: Any) -> list[torch.nn.Parameter]:
-    """What to optimise: the model's own parameters where they are float32, else a float32 copy of each.
+    """What to optimize: the model's own parameters where they are float32, else a float32 copy of each.
 
     A step of 1e-6 is less than half the distance to the next bfloat16 number for nearly every weight of a trained model
     (SmolLM2 135M: 99.6 %), so that an optimizer on bfloat16 weights would leave them where they are. Gradients of
@@ -168,7 +179,7 @@ def float32_parameters(model: Any) -> list[torch.nn.Parameter]:
             copies += [own] if own.requires_grad else []
             continue
         copy = torch.nn.Parameter(own.detach().float())
-        copy.xtokmap_own = own  # type: ignore[attr-defined]
+        _OWN[copy] = own
         copies.append(copy)
 
         def hand_over(own: Tensor, copy: Tensor = copy) -> None:
@@ -185,5 +196,5 @@ def write_back(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """After a step: the optimizer's float32 copies, rounded, into the model that they are copies of."""
     for group in optimizer.param_groups:
         for copy in group["params"]:
-            if (own := getattr(copy, "xtokmap_own", None)) is not None:
-                own.copy_(copy)
+            if copy in _OWN:
+                _OWN[copy].copy_(copy)

@@ -8,17 +8,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from xtokmap._core import XTokMapError
+from xtokmap.chat import PLAIN_TEMPLATE
 from xtokmap.files import check_name
-from xtokmap.losses import CREDITS
-from xtokmap.served import KEY_VARIABLE, PROTOCOLS, check_url
-from xtokmap.teacher import PLAIN_TEMPLATE
-from xtokmap.track import TRACKERS
-
-#: Losses of whole distributions: they need a teacher that gives whole rows.
-WHOLE = ("transfer_kl", "byte_kl")
+from xtokmap.losses.table import LOSSES, LossRule, LossSettings
+from xtokmap.teachers.client import KEY_VARIABLE, PROTOCOLS, check_url
+from xtokmap.train.support.track import TRACKERS
 
 #: Whose samples, and what becomes of them; see `Config.method`.
 METHODS = ("opd", "kd", "sft")
+
+
+#: Losses that learn from a teacher's logprobs; what needs none is `method="sft"`.
+_TAUGHT = tuple(name for name, rule in LOSSES.items() if rule.teacher != "nothing")
 
 
 def _doc(default: Any, text: str) -> Any:
@@ -52,8 +53,12 @@ class Config:
         "with teacher_url: sample the next batch while the server scores this one, update while it scores the next; "
         "samples are one update old then, and their own logprobs correct for it",
     )
-    prompts: str = _doc("", "prompts: .jsonl with a field `prompt` (and `split`: train, heldout) or .txt, one a line")
-    output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, report.html, config.json and curves.png")
+    prompts: str = _doc(
+        "",
+        "prompts: .jsonl, .parquet or a folder of a data set with `prompt` or `messages` (and `tools`, "
+        "`chat_template_kwargs`, `split`: train, heldout), or .txt, one a line",
+    )
+    output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, report.html and config.json")
     steps: int = _doc(100, "updates of the student's samples")
     batch_size: int = _doc(32, "prompts a step, one sample each (the paper: 128)")
     max_prompt_tokens: int = _doc(1024, "longer prompts are left out, with a warning (the paper: 1024)")
@@ -79,8 +84,9 @@ class Config:
     )
     loss: str = _doc(
         "auto",
-        "auto (transfer_kl; of a server: cover, prior without top k), transfer_kl, byte_kl, or a policy gradient from "
-        "the sampled tokens alone with the credit " + ", ".join(CREDITS) + " (the paper: prior)",
+        "auto (transfer_kl; of a server: cover, prior without top k), or one of "
+        + ", ".join(_TAUGHT)
+        + " (the paper: prior)",
     )
     beta: float = _doc(1.0, "of transfer_kl and byte_kl: 1 reverse KL, 0 forward, between them Jensen-Shannon")
     clamp: float = _doc(10.0, "largest absolute advantage (the paper: 10)")
@@ -129,13 +135,8 @@ class Config:
             raise XTokMapError(f"seed={self.seed}: must fit into 64 bits")
         if self.method not in METHODS:
             raise XTokMapError(f"method={self.method!r}: use one of {', '.join(METHODS)}")
-        if self.loss not in ("auto", *WHOLE, *CREDITS):
-            raise XTokMapError(f"loss={self.loss!r}: use one of auto, {', '.join((*WHOLE, *CREDITS))}")
-        if self.method == "kd" and self.loss in CREDITS:
-            raise XTokMapError(
-                f"loss={self.loss!r} with method='kd': a policy gradient needs the student's own samples; use one of "
-                f"{', '.join(WHOLE)}, or method='opd'"
-            )
+        if self.loss not in ("auto", *_TAUGHT):
+            raise XTokMapError(f"loss={self.loss!r}: use one of auto, {', '.join(_TAUGHT)}")
         if self.teacher_protocol not in ("auto", *PROTOCOLS):
             raise XTokMapError(f"teacher_protocol={self.teacher_protocol!r}: use one of auto, {', '.join(PROTOCOLS)}")
         if self.teacher_url:
@@ -145,17 +146,24 @@ class Config:
                     f"method={self.method!r} with teacher_url: a served teacher scores and does not sample; use "
                     "method='opd', or load the teacher here"
                 )
-            if self.rule in WHOLE:
+            if self.loss_rule.teacher == "rows":
                 raise XTokMapError(
                     f"loss={self.rule!r} with teacher_url: a served teacher gives no whole rows; use 'cover' (with top "
                     "k) or a credit of logprobs alone, as 'prior', or load the teacher here"
                 )
-            if self.rule == "cover" and not self.teacher_topk:
-                raise XTokMapError("loss='cover' with teacher_topk=0: it needs rows; ask for some, or use 'prior'")
+            if self.loss_rule.teacher == "top" and not self.teacher_topk:
+                raise XTokMapError(
+                    f"loss={self.rule!r} with teacher_topk=0: it needs rows; ask for some, or use 'prior'"
+                )
         elif self.overlap:
             raise XTokMapError(
                 "overlap=True without teacher_url: a teacher that is loaded here computes where the student does, and "
                 "there is nothing to wait for; serve it, or leave overlap out"
+            )
+        if self.method == "kd" and self.loss_rule.on_policy:
+            raise XTokMapError(
+                f"loss={self.loss!r} with method='kd': a policy gradient needs the student's own samples; use one of "
+                f"{', '.join(name for name in _TAUGHT if not LOSSES[name].on_policy)}, or method='opd'"
             )
         if self.track not in ("", *TRACKERS):
             raise XTokMapError(f"track={self.track!r}: use one of {', '.join(TRACKERS)}, or nothing")
@@ -180,7 +188,7 @@ class Config:
 
     @property
     def rule(self) -> str:
-        """The loss itself: `imitation` for method sft; `auto` stands for the one that asks most of what there is.
+        """The name of the loss itself: `imitation` for method sft; `auto` is the one that asks most of what there is.
 
         That is transfer_kl of whole rows, cover of a server's top k, and prior of its logprobs.
         """
@@ -189,3 +197,13 @@ class Config:
         if self.loss == "auto" and self.teacher_url:
             return "cover" if self.teacher_topk else "prior"
         return "transfer_kl" if self.loss == "auto" else self.loss
+
+    @property
+    def loss_rule(self) -> LossRule:
+        """What that loss asks for."""
+        return LOSSES[self.rule]
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What the losses take."""
+        return LossSettings(**{f.name: getattr(self, f.name) for f in fields(LossSettings)})

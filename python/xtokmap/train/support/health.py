@@ -24,18 +24,39 @@ import torch
 from torch import Tensor
 
 from xtokmap.alignment import Kind
-from xtokmap.config import Config
-from xtokmap.rollouts import Roller, Rollouts
-from xtokmap.teacher import batched_logprobs, padded_logprobs
-from xtokmap.torch import Logits
-from xtokmap.transfer import boundary_leak
+from xtokmap.losses.transfer import boundary_leak
+from xtokmap.torch.completions import batched_logprobs, padded_logprobs
+from xtokmap.torch.logits import Logits
+from xtokmap.train.config import Config
+from xtokmap.train.sampling import Roller, Rollouts
+from xtokmap.train.step import StepResult
 
 #: Rows of the student whose entropy is worked out in a step, evenly spaced over its tokens: each costs a head pass.
 ENTROPY_ROWS = 1024
-#: Rows of the teacher looked at in a step, likewise: `boundary_leak` and the fit of neighbours.
+#: Rows of the teacher looked at in a step, likewise: `boundary_leak` and the fit of neighbors.
 TEACHER_ROWS = 64
 #: Responses whose prompt is exchanged for another's, in the first step.
 PROMPT_ROWS = 8
+
+
+class Entropy:
+    """The student's mean entropy in a step, from some of the rows of its micro-batches.
+
+    Args:
+        tokens: of the step.
+
+    Attributes:
+        total: float64 `[2]`; the sum in nats, and how many places it is of.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.every = max(1, math.ceil(tokens / ENTROPY_ROWS))
+        self.total: Tensor | None = None
+
+    def __call__(self, rows: Logits) -> None:
+        """Looks at the flat rows of one more micro-batch."""
+        found = entropy_sum(rows, self.every)
+        self.total = found if self.total is None else self.total + found
 
 
 @torch.no_grad()
@@ -59,17 +80,18 @@ _COUNTED = {"student_nats": "pairs", "lag": "lag_pairs"}
 
 
 @torch.no_grad()
-def measure(roller: Roller, rollouts: Rollouts, found: dict[str, Any], *, probe: bool = False) -> Figures:
+def measure(roller: Roller, result: StepResult, entropy: Entropy, *, probe: bool = False) -> Figures:
     """What some rows of a step show of its health, for `together`.
 
     Args:
         roller: student and teacher.
-        rollouts: of the step.
-        found: what `update` returned for them.
+        result: of the step.
+        entropy: that watched it.
         probe: whether to exchange prompts, which costs forward passes of `PROMPT_ROWS` rows: one of the teacher, two of
             the student.
     """
-    total, n = found["entropy"].tolist()
+    rollouts = result.rollouts
+    total, n = (0.0, 0.0) if entropy.total is None else entropy.total.tolist()
     stop = rollouts.index.kind_of_student() == int(Kind.STOP)
     met = rollouts.index.to_student((rollouts.index.teacher_count > 0).long()) > 0
     ended = sum(rollouts.completed)
@@ -80,7 +102,7 @@ def measure(roller: Roller, rollouts: Rollouts, found: dict[str, Any], *, probe:
         "broken_text": (_broken_text(roller, rollouts), len(rollouts.prompts)),
     }
     if rollouts.teacher is not None:
-        figures |= _pairs(rollouts, found["logprobs"])
+        figures |= _pairs(rollouts, result.logprobs)
         if isinstance(rollouts.teacher.rows, Logits):
             figures |= _teacher_rows(roller, rollouts, rollouts.teacher.rows)
         if probe and roller.config.method == "opd":
@@ -100,9 +122,9 @@ def together(parts: Sequence[Figures]) -> dict[str, Any]:
         `boundary_leak`: nats, mean over `TEACHER_ROWS` places a process. `health`, for `Monitor`: `broken_text`, share
         of the responses that are not UTF-8 before their last character; of ONE_TO_ONE chunks `pairs`, their number,
         `student_nats` and `teacher_nats`, mean negative logprobs, `lag`, the correlations of the student's logprobs
-        with the teacher's one chunk earlier, at the same and one later, and `lag_pairs`, how many neighbours these are
+        with the teacher's one chunk earlier, at the same and one later, and `lag_pairs`, how many neighbors these are
         of; `row_fit`, mean logprobs of the teacher's tokens in the row before their own, in their own and in the row
-        after, and `row_fit_error`, the standard error of the difference of own and better neighbour; `prompt_gain`, how
+        after, and `row_fit_error`, the standard error of the difference of own and better neighbor; `prompt_gain`, how
         many nats a response is likelier after its own prompt than after another's, to student and teacher, and
         `prompt_gain_error` of both.
     """
@@ -322,7 +344,7 @@ def _shift(m: Monitor) -> str | None:
     if "row_fit" in line:
         before, own, after = line["row_fit"]
         better = max(before, after)
-        half = -0.5 * math.log(m.vocab_sizes[1])  # a neighbour that fits no better than this is none
+        half = -0.5 * math.log(m.vocab_sizes[1])  # a neighbor that fits no better than this is none
         if own < half < better and better - own > max(1.0, 4 * line["row_fit_error"]):
             return (
                 f"the teacher's rows look shifted by one: its tokens have mean logprob {own:.2f} in their own rows, "

@@ -32,14 +32,14 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
-from xtokmap.config import Config
-from xtokmap.models import one_line, write_back
-from xtokmap.processes import is_part
-from xtokmap.rollouts import Evaluation
-from xtokmap.teacher import LocalTeacher
+from xtokmap.models import one_line, own_parameter, write_back
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.train.config import Config
+from xtokmap.train.evaluation import Evaluation
+from xtokmap.train.support.distributed import is_part
 
 if TYPE_CHECKING:
-    from xtokmap.train import Run
+    from xtokmap.train.run import Run
 
 #: Fields of `Config` that a run may change when it goes on. Of `prompts` the content counts, not the file's name.
 FREE = (
@@ -196,10 +196,10 @@ def _tensors(run: Run) -> dict[str, Tensor]:
 
 
 def _parameters(run: Run) -> list[tuple[str, Any]]:
-    """What is optimised, by its name in the student."""
+    """What is optimized, by its name in the student."""
     names = {id(p): name for name, p in run.roller.student.named_parameters()}
-    optimised = [p for group in run.optimizer.param_groups for p in group["params"]]
-    return [(names[id(getattr(p, "xtokmap_own", p))], p) for p in optimised]
+    optimized = [p for group in run.optimizer.param_groups for p in group["params"]]
+    return [(names[id(own_parameter(p))], p) for p in optimized]
 
 
 def _buffers(run: Run) -> list[tuple[str, Tensor]]:
@@ -298,7 +298,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _digest_of_prompts(run: Run) -> str:
-    return hashlib.sha256(json.dumps(run.prompts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([prompt.as_json() for prompt in run.prompts]).encode()).hexdigest()
 
 
 #: Of weights that no checkpoint has: whose they are -> dtype of the values that were hashed -> SHA-256.

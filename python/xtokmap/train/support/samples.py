@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from xtokmap.alignment import Alignment, Kind
-from xtokmap.cache import replacing
-from xtokmap.files import obstacle
-from xtokmap.rollouts import Evaluation, Roller, Rollouts
+from xtokmap.files import obstacle, replacing
+from xtokmap.train.evaluation import Evaluation
+from xtokmap.train.sampling import Roller, Rollouts
 
 #: How many are kept of each sort: responses evenly spaced over the run, those with the largest gap of a chunk, the last
 #: ones with bytes that the sides spell differently, and held-out prompts.
@@ -182,7 +182,7 @@ def _record(
     return {
         "why": why,
         "step": step,
-        "prompt": rollouts.prompts[b],
+        "prompt": rollouts.prompts[b].title,
         "response": roller.tokenizer.decode(student_ids, skip_special_tokens=True),
         "completed": rollouts.completed[b],
         "columns": columns[first : at + AROUND + 1],

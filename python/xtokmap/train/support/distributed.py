@@ -36,7 +36,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, rows: Sequence[T]) -> Sequence[T]:
-        """This process' part of a batch: neighbours, as even as they go, the first ones take one more."""
+        """This process' part of a batch: neighbors, as even as they go, the first ones take one more."""
         size, more = divmod(len(rows), self.count)
         start = self.rank * size + min(self.rank, more)
         return rows[start : start + size + (self.rank < more)]
@@ -225,3 +225,38 @@ def add_up_and_clip(parameters: Iterable[torch.nn.Parameter], largest: float, pr
     for gradient in (*whole, *parts):
         gradient.mul_(factor)
     return norm
+
+
+class Gradients:
+    """The gradients of a step, which add up over processes.
+
+    Args:
+        student: the model.
+        optimizer: of its parameters.
+        largest: the norm to which they are shortened.
+        processes: of the run.
+    """
+
+    def __init__(self, student: Any, optimizer: torch.optim.Optimizer, largest: float, processes: Processes) -> None:
+        self.student, self.largest, self.processes = student, largest, processes
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over processes, everywhere."""
+        return self.processes.sum(value)
+
+    def totals(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same of each; all processes have the same names."""
+        return {name: self.total(sums[name]) for name in sorted(sums)} if self.processes.count > 1 else sums
+
+    def missing(self, passes: int) -> int:
+        """How many passes fewer than another process this one will make.
+
+        A sharded layer is put together by all processes at once, so that these have to be made for nothing. To be
+        asked before the first pass: while passes are made the processes meet in nothing else.
+        """
+        return max(self.processes.gather(passes)) - passes if is_sharded(self.student) else 0
+
+    def clip(self) -> Tensor:
+        """Adds the gradients up, shortens the whole, and returns its norm before."""
+        return add_up_and_clip(self.parameters, self.largest, self.processes)

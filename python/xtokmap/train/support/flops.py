@@ -16,11 +16,7 @@ from typing import Any
 from torch import nn
 
 from xtokmap._core import XTokMapError
-
-#: Passes through an output head in an update, each of 2 operations for a weight and student token: through the
-#: student's (forward, once more as its logits are not kept, two backward) and, beside its scoring, the teacher's.
-#: Losses of whole distributions: at most, as tokens without a signal are left out.
-HEAD_PASSES = {"transfer_kl": (5, 2), "byte_kl": (5, 2)}
+from xtokmap.losses.table import LossRule
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ class StepFlops:
 
     def step(
         self,
-        rule: str,
+        rule: LossRule,
         prompts: Sequence[int],
         completions: Sequence[int],
         teacher_prompts: Sequence[int],
@@ -112,7 +108,8 @@ class StepFlops:
         """FLOPs of sampling, of the teacher's scoring and of the updates.
 
         Args:
-            rule: `Config.rule`; `imitation` needs no scoring.
+            rule: of the loss: what it asks of the teacher, and its passes through the heads (of losses of whole
+                distributions at most so many, as tokens without a signal are left out).
             prompts: student tokens of every prompt.
             completions: student tokens of every answer.
             teacher_prompts: teacher tokens of every prompt.
@@ -125,12 +122,12 @@ class StepFlops:
         n, m = sum(completions), sum(teacher_completions)
         sampler, of = (self.student, (prompts, completions)) if on_policy else (
             self.teacher, (teacher_prompts, teacher_completions))  # fmt: skip
-        student_passes, teacher_passes = HEAD_PASSES.get(rule, (4, 0))
+        student_passes, teacher_passes = rule.head_passes
         forward = self.student.forward(rows, 0)
         update = 3 * forward + 2 * n * (self.student.head * student_passes + self.teacher.head * teacher_passes)
-        old = self.student.forward(rows, n) if updates > 1 and rule not in ("imitation", *HEAD_PASSES) else 0
+        old = self.student.forward(rows, n) if updates > 1 and rule.on_policy else 0
         return {
             "sample": sampler.generate(*of),
-            "teacher": 0 if rule == "imitation" else self.teacher.forward(teacher_rows, m),
+            "teacher": 0 if rule.teacher == "nothing" else self.teacher.forward(teacher_rows, m),
             "update": updates * update + old,
         }

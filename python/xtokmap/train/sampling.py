@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,23 +14,17 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
-from xtokmap.alignment import Aligner, Kind
-from xtokmap.config import WHOLE, Config
-from xtokmap.cover import CoverQueries
-from xtokmap.losses import chunk_gap
+from xtokmap.aligner import Aligner
+from xtokmap.chat import Prompt, PromptLike, render, stop_id
 from xtokmap.models import one_line, without_wrapper
-from xtokmap.processes import Processes, gathered
-from xtokmap.teacher import (
-    LocalTeacher,
-    Scores,
-    Teacher,
-    TeacherError,
-    batched_logprobs,
-    completion_rows,
-    render,
-    stop_id,
-)
-from xtokmap.torch import ChunkIndex, Logits, VocabTensors, coverage_counts
+from xtokmap.teachers.local import LocalTeacher, Teacher
+from xtokmap.teachers.scores import Scores
+from xtokmap.torch.completions import batched_logprobs, completion_rows
+from xtokmap.torch.index import ChunkIndex
+from xtokmap.torch.logits import Logits
+from xtokmap.torch.pair import Pair, PairBatch
+from xtokmap.train.config import Config
+from xtokmap.train.support.distributed import Processes, gathered
 
 
 @dataclass
@@ -40,36 +33,56 @@ class Rollouts:
 
     Attributes:
         prompts: what was asked.
-        prompt_ids: as the student's tokens.
-        completion_ids: the answers, as the student's tokens.
+        batch: prompts and answers as both sides' tokens, aligned.
         completed: whether the end of turn came.
-        teacher_prompt_ids: what was asked, as the teacher's tokens.
-        teacher_ids: the answers, as the teacher's tokens.
-        index: of the alignment of the two.
         seconds: wall time by part.
-        queries: what `cover` and `transfer_kl` ask the teacher's rows.
         teacher: what the teacher thinks of them; None where nobody asked it (method sft, or not yet).
         old_logprobs: float32 `[B, Ts]`, of the policy that sampled, where another one may be updated by then.
         hidden: seconds of the scoring that nobody waited for.
     """
 
-    prompts: list[str]
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
+    prompts: list[Prompt]
+    batch: PairBatch
     completed: list[bool]
-    teacher_prompt_ids: list[list[int]]
-    teacher_ids: list[list[int]]
-    index: ChunkIndex
     seconds: dict[str, float]
-    queries: CoverQueries | None = None
     teacher: Scores | None = None
     old_logprobs: Tensor | None = None
     hidden: float = 0.0
 
     @property
+    def prompt_ids(self) -> list[list[int]]:
+        """What was asked, as the student's tokens."""
+        return self.batch.student_prompt_ids
+
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        """The answers, as the student's tokens."""
+        return self.batch.student_ids
+
+    @property
+    def teacher_prompt_ids(self) -> list[list[int]]:
+        """What was asked, as the teacher's tokens."""
+        return self.batch.teacher_prompt_ids
+
+    @property
+    def teacher_ids(self) -> list[list[int]]:
+        """The answers, as the teacher's tokens."""
+        return self.batch.teacher_ids
+
+    @property
+    def index(self) -> ChunkIndex:
+        """Of the alignment of the two."""
+        return self.batch.index
+
+    @property
     def lengths(self) -> list[int]:
         """Student tokens of every completion, its end of turn included."""
         return [len(row) for row in self.completion_ids]
+
+
+def asked(prompts: Sequence[PromptLike]) -> list[Prompt]:
+    """Prompts, whatever they were given as."""
+    return [Prompt.of(prompt, f"prompt {k}") for k, prompt in enumerate(prompts)]
 
 
 class Roller:
@@ -85,7 +98,9 @@ class Roller:
     ) -> None:
         self.student, self.tokenizer, self.teacher, self.config = student, tokenizer, teacher, config
         self.processes = processes or Processes()
-        self.aligner = Aligner(tokenizer, teacher.tokenizer)
+        settings = asdict(config.loss_settings)
+        self.pair = Pair(tokenizer, teacher.tokenizer, config.rule, plain_template=config.plain_template, **settings)
+        self.aligner = self.pair.aligner
         self.device = next(student.parameters()).device
         self.stop_id = stop_id(tokenizer)
         if config.method != "opd" and not isinstance(teacher, LocalTeacher):
@@ -95,29 +110,25 @@ class Roller:
                 raise XTokMapError(f"the {side}'s tokenizer has no end-of-turn token: set its eos_token")
 
     @cached_property
-    def vocab_tensors(self) -> VocabTensors:
-        """The two vocabularies' map, on the device."""
-        return self.aligner.vocab_map.torch(self.device)
-
-    @cached_property
     def from_teacher(self) -> Aligner:
         """The other way round, for samples of the teacher."""
         return Aligner(self.teacher.tokenizer, self.tokenizer)
 
     def answers(
-        self, prompts: Sequence[str], teacher_prompts: Sequence[Sequence[int]]
+        self, prompts: Sequence[PromptLike], teacher_prompts: Sequence[Sequence[int]]
     ) -> tuple[list[list[int]], list[bool]]:
         """The teacher's answers as its own ids, and whether they ended: sampled here, and for others to store."""
         assert isinstance(self.teacher, LocalTeacher)
         return sample(self.teacher.model, teacher_prompts, self.aligner.teacher.stop_ids, self.config)
 
-    def roll(self, prompts: Sequence[str], config: Config | None = None) -> Rollouts:
-        """One batch: sampled, retokenised, aligned, scored by the teacher; by `config` instead of the roller's own."""
+    def roll(self, prompts: Sequence[PromptLike], config: Config | None = None) -> Rollouts:
+        """One batch: sampled, retokenized, aligned, scored by the teacher; by `config` instead of the roller's own."""
         return self.score(self.sample(prompts, config), config)
 
-    def sample(self, prompts: Sequence[str], config: Config | None = None) -> Rollouts:
-        """One batch, sampled, retokenised and aligned, that the teacher has not scored yet."""
+    def sample(self, prompts: Sequence[PromptLike], config: Config | None = None) -> Rollouts:
+        """One batch, sampled, retokenized and aligned, that the teacher has not scored yet."""
         config, clock = config or self.config, Clock(self.device)
+        prompts = asked(prompts)
         prompt_ids = render(self.tokenizer, prompts, config.plain_template)
         with clock("sample"):
             if config.method == "opd":
@@ -126,17 +137,17 @@ class Roller:
                     answers, completed = sample(self.student, prompt_ids, stops, config)
             else:
                 answers, completed = self.answers(prompts, self.teacher.render(prompts))
-        return self.pair(prompts, answers, completed, config, clock.seconds)
+        return self.take(prompts, answers, completed, config, clock.seconds)
 
-    def pair(
+    def take(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         answers: list[list[int]],
         completed: list[bool],
         config: Config | None = None,
         seconds: dict[str, float] | None = None,
     ) -> Rollouts:
-        """Answers that there are already, as ids of whoever sampled them, retokenised and aligned.
+        """Answers that there are already, as ids of whoever sampled them, retokenized and aligned.
 
         Args:
             prompts: what was asked, B.
@@ -146,8 +157,9 @@ class Roller:
             seconds: what sampling took, by part.
         """
         config, clock = config or self.config, Clock(self.device, seconds)
+        prompts = asked(prompts)
         prompt_ids = render(self.tokenizer, prompts, config.plain_template)
-        with clock("retokenise"):
+        with clock("retokenize"):
             if config.method == "opd":
                 completions = answers
                 teacher_ids = _lists(self.aligner.teacher_ids(answers, stop_id=self.teacher.stop_id))
@@ -155,22 +167,21 @@ class Roller:
                 completions = _lists(self.from_teacher.teacher_ids(answers, stop_id=self.stop_id))
                 teacher_ids = answers
         with clock("align"):
-            batch = self.aligner.align_batch(completions, teacher_ids)
-            index = ChunkIndex.from_alignment(batch, self.device)
-            queries = self.aligner.cover_queries(batch) if config.rule in ("cover", "transfer_kl") else None
-        sides = (prompt_ids, completions, completed, self.teacher.render(prompts), teacher_ids)
-        return Rollouts(list(prompts), *sides, index, clock.seconds, queries)
+            pair = self.pair.with_loss(config.rule)
+            batch = pair.aligned(prompt_ids, completions, self.teacher.render(prompts), teacher_ids, device=self.device)
+        return Rollouts(prompts, batch, completed, clock.seconds)
 
     def score(self, rollouts: Rollouts, config: Config | None = None) -> Rollouts:
         """Adds what the teacher thinks of a batch, where the loss asks for it; the student is not touched."""
         config = config or self.config
-        if config.rule != "imitation":
+        if config.loss_rule.teacher != "nothing":
             with Clock(self.device, rollouts.seconds)("teacher"):
                 rollouts.teacher = self.teacher.score(
                     rollouts.teacher_prompt_ids,
                     rollouts.teacher_ids,
-                    queries=rollouts.queries,
-                    keep=config.rule in WHOLE,
+                    queries=self.pair.with_loss(config.rule).queries(rollouts.batch),
+                    # A server gives no whole rows; its top k are all that can be looked at.
+                    **({"keep" if isinstance(self.teacher, LocalTeacher) else "top": config.loss_rule.keep}),
                 )
         return rollouts
 
@@ -318,115 +329,3 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def ratio_with_error(nats: Sequence[float], nbytes: Sequence[float]) -> tuple[float, float]:
-    """Sum of nats / sum of bytes over independent rows, and its standard error (linearised ratio estimator)."""
-    n, total = len(nats), sum(nbytes)
-    if total == 0:
-        return math.nan, math.nan
-    ratio = sum(nats) / total
-    if n < 2:
-        return ratio, math.nan
-    residual = sum((a - ratio * b) ** 2 for a, b in zip(nats, nbytes, strict=True))
-    return ratio, math.sqrt(residual * n / (n - 1)) / total
-
-
-def coverage_shares(counts: Sequence[int], tokens: int) -> dict[str, float]:
-    """Share of the response tokens in chunks of each kind, and of those in none."""
-    shares = {kind.name: counts[kind] / max(tokens, 1) for kind in Kind}
-    return {**shares, "UNALIGNED": max(0.0, 1 - sum(shares.values()))}
-
-
-@dataclass
-class Evaluation:
-    """What the student is like on held-out prompts; one entry a prompt, its samples summed."""
-
-    prompts: list[str]
-    nats: list[float]
-    nbytes: list[float]
-    responses: list[str]
-    completed: float
-    length: float
-    coverage: dict[str, float]
-
-    @property
-    def kl_per_byte(self) -> tuple[float, float]:
-        """Reverse KL to the teacher, nats per byte (sampled estimate), and its standard error over prompts."""
-        return ratio_with_error(self.nats, self.nbytes)
-
-    def fall_since(self, before: Evaluation) -> tuple[float, float]:
-        """How far the KL has fallen, and the standard error of that, paired by prompt."""
-        r0, r1 = before.kl_per_byte[0], self.kl_per_byte[0]
-        n, b0, b1 = len(self.nats), sum(before.nbytes), sum(self.nbytes)
-        parts = [
-            (x0 - r0 * y0) / b0 - (x1 - r1 * y1) / b1
-            for x0, y0, x1, y1 in zip(before.nats, before.nbytes, self.nats, self.nbytes, strict=True)
-        ]
-        error = math.sqrt(sum(part * part for part in parts) * n / (n - 1)) if n > 1 else math.nan
-        return r0 - r1, error
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        kl, error = self.kl_per_byte
-        keys = ("completed", "length", "coverage")
-        return {"kl_per_byte": kl, "kl_error": error, **{key: getattr(self, key) for key in keys}}
-
-
-@torch.no_grad()
-def evaluate(roller: Roller, prompts: Sequence[str], samples: int = 1, *, seed: int = 1234) -> Evaluation:
-    """Samples answers to held-out prompts (the same seed every time) and measures the gap to the teacher.
-
-    Args:
-        roller: student and teacher.
-        prompts: held-out prompts.
-        samples: for each prompt.
-        seed: of the samples; the state of the random generators is restored afterwards.
-
-    Every process of the run has to call it, and samples its share of the answers.
-
-    Raises:
-        TeacherError: some process' samples have no scores; in every process, so that none waits for another.
-    """
-    # Whatever the run learns from: the student's samples, and the logprobs of their text.
-    config, n = replace(roller.config, method="opd", loss="full"), len(prompts)
-    nats, nbytes = [0.0] * n, [0.0] * n
-    responses = [""] * n
-    completed, lengths, counts = 0, 0, torch.zeros(len(Kind), dtype=torch.long, device=roller.device)
-    processes = roller.processes
-    found: list[tuple[int, float, float, str]] = []
-    failure: str | None = None
-    devices = [roller.device] if roller.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(processes.seed(seed))
-        work = processes.share([i for i in range(n) for _ in range(samples)])
-        size = -(-config.batch_size // processes.count)
-        for first in range(0, len(work), size):
-            batch = work[first : first + size]
-            rollouts = roller.sample([prompts[i] for i in batch], config)
-            try:
-                roller.score(rollouts, config)
-            except TeacherError as error:
-                failure = failure or str(error)
-            own = roller.all_logprobs(rollouts)  # which takes all processes, where the student is parted
-            if failure is not None:
-                continue
-            assert rollouts.teacher is not None
-            gap, bytes_of = chunk_gap(own, rollouts.teacher.logprobs, rollouts.index, stops=config.score_stop)
-            counts += coverage_counts(rollouts.index)
-            answers = roller.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
-            found += zip(batch, gap.tolist(), bytes_of.tolist(), answers, strict=True)
-            completed += sum(rollouts.completed)
-            lengths += sum(rollouts.lengths)
-    failures = [text for text in processes.gather(failure) if text is not None]
-    if failures:
-        raise TeacherError(failures[0])
-    for i, x, y, answer in (row for part in processes.gather(found) for row in part):
-        nats[i] += x
-        nbytes[i] += y
-        responses[i] = responses[i] or answer
-    completed, lengths = map(sum, zip(*processes.gather((completed, lengths)), strict=True))
-    counts = processes.sum(counts)
-    total = max(n * samples, 1)
-    coverage = coverage_shares(counts.tolist(), lengths)
-    return Evaluation(list(prompts), nats, nbytes, responses, completed / total, lengths / total, coverage)

@@ -1,0 +1,359 @@
+"""The command line: `xtokmap align`, `inspect`, `train`, `report`, `serve-teacher` and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xtokmap
+from xtokmap import Aligner, Alignment, Kind, UnsupportedTokenizerError, XTokMapError
+from xtokmap.files import check_name, check_text, obstacle, read_text
+from xtokmap.report import visible, write
+from xtokmap.tokenizers import text_codec
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; what is wrong with the input is one line on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="xtokmap", description=(xtokmap.__doc__ or "").splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"xtokmap {xtokmap.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    try:
+        _add_align(commands)
+        _add_inspect(commands)
+        _add_train(commands, wanted="train" in argv[:1])
+        _add_serve(commands)
+        _add_demo(commands)
+        _add_report(commands)
+        args = parser.parse_args(argv)
+        for name, value in vars(args).items():
+            if isinstance(value, str | Path):
+                check_name(str(value), f"{name}={str(value)!r}")
+        return int(args.run(args))
+    except XTokMapError as error:
+        _complain(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None and error.strerror else ""
+        _complain(f"{place}{error.strerror or error}")
+    except ImportError as error:
+        _complain(f"{error}; this command needs pip install 'xtokmap[train]'")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        _complain(f"out of memory: {error}; a smaller micro_batch, max_new_tokens or lora_rank needs less")
+    except KeyboardInterrupt:
+        return 130
+    return 2
+
+
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+
+
+def _complain(text: str) -> None:
+    """One line, whatever stands in it."""
+    line = " ".join(text.split())
+    shown = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    print(f"xtokmap: {''.join(shown)}", file=sys.stderr)
+
+
+# ---- align -------------------------------------------------------------------------------------------------------
+
+
+def _add_align(commands: Any) -> None:
+    p = commands.add_parser("align", help="show two tokenizations of a text under each other, chunk by chunk")
+    p.add_argument("--student", required=True, help="a tokenizer: file, directory or hub id")
+    p.add_argument("--teacher", required=True, help="likewise")
+    p.add_argument("--text-file", type=Path, help="read the text from a file (UTF-8)")
+    p.add_argument("--json", action="store_true", help="ids, tokens and chunks as JSON")
+    p.add_argument("--width", type=int, help="columns of the view (the terminal's)")
+    p.add_argument("text", nargs="*", help="the text; `-` or nothing reads standard input")
+    p.set_defaults(run=_align)
+
+
+def _align(args: argparse.Namespace) -> int:
+    if args.text_file is not None:
+        text = read_text(args.text_file)
+    elif args.text and args.text != ["-"]:
+        text = " ".join(args.text)
+    else:
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise XTokMapError(f"standard input: not UTF-8 at byte {error.start}") from None
+    check_text(text, "the text")  # what of an argument is not UTF-8, Python has as halves of surrogate pairs
+    student, teacher = _tokenizer(args.student), _tokenizer(args.teacher)
+    aligner = Aligner(student, teacher)
+    student_ids, teacher_ids = (text_codec(t).encode_batch([text])[0] for t in (student, teacher))
+    alignment = aligner.align(student_ids, teacher_ids)
+    sides = {
+        "student": [(int(i), aligner.student[int(i)] or b"") for i in student_ids],
+        "teacher": [(int(i), aligner.teacher[int(i)] or b"") for i in teacher_ids],
+    }
+    if args.json:
+        print(json.dumps(_as_json(alignment, sides), ensure_ascii=False, indent=1))
+    else:
+        _show(alignment, sides, args.width or shutil.get_terminal_size((100, 20)).columns)
+    return 0
+
+
+# ---- inspect -----------------------------------------------------------------------------------------------------
+
+
+def _add_inspect(commands: Any) -> None:
+    p = commands.add_parser("inspect", help="what the tokens of two vocabularies are to each other, in numbers")
+    p.add_argument("--student", required=True, help="a tokenizer: file, directory or hub id")
+    p.add_argument("--teacher", required=True, help="likewise")
+    p.add_argument("--json", action="store_true", help="the numbers as JSON")
+    p.set_defaults(run=_inspect)
+
+
+#: What the numbers of `VocabMap.summary` count.
+_COUNTED = {
+    "student": "student tokens that have bytes",
+    "teacher": "teacher tokens that have bytes",
+    "shared_bytes": "teacher tokens whose bytes are a student token",
+    "shared_strings": "tokens that a comparison of vocabulary strings would match",
+    "uncovered": "teacher tokens whose bytes are no student token",
+    "groups": "groups of these, connected by one beginning with another",
+    "unreachable": "teacher tokens that begin with no student token",
+}
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    aligner = Aligner(_tokenizer(args.student), _tokenizer(args.teacher))
+    counts, rule = aligner.vocab_map.summary(), aligner.student_rule
+    if args.json:
+        print(json.dumps({"rule": rule, **counts}, indent=1))
+        return 0
+    width = max(len(f"{n:,}") for n in counts.values() if n is not None)
+    for name, n in counts.items():
+        print(f"{'-' if n is None else f'{n:,}':>{width}}  {_COUNTED[name]}")
+    print(f"{'':>{width}}  the student's tokenizer cuts by {rule}")
+    return 0
+
+
+def _tokenizer(source: str) -> Any:
+    """What can encode: the file itself where it can, else through transformers."""
+    path = Path(source)
+    if path.is_file() and not source.endswith(".gguf"):
+        return path
+    if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "tekken.json")):
+        return path
+    if not path.exists() and (source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise XTokMapError(f"{source}: no such file or directory")
+    if (problem := obstacle(path, inside=True)) is not None:
+        raise UnsupportedTokenizerError(problem)
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise XTokMapError(
+            f"{source}: no tokenizer file; a hub id or .gguf file needs the package transformers"
+        ) from None
+    try:
+        if source.endswith(".gguf"):
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UnsupportedTokenizerError(f"{source}: transformers cannot load a tokenizer from it: {first}") from None
+
+
+def _as_json(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]]) -> dict[str, Any]:
+    tokens = {
+        side: [{"id": i, "text": spelled.decode(errors="replace"), "bytes": spelled.hex()} for i, spelled in rows]
+        for side, rows in sides.items()
+    }
+    chunks = [
+        {
+            "student": [chunk.student.start, chunk.student.stop],
+            "teacher": [chunk.teacher.start, chunk.teacher.stop],
+            "text": (chunk.text or b"").decode(errors="replace"),
+            "bytes": (chunk.text or b"").hex(),
+            "kind": chunk.kind.name,
+        }
+        for chunk in alignment
+    ]
+    shares = {kind.name: share for kind, share in alignment.coverage_by_kind().items()}
+    return {**tokens, "chunks": chunks, "coverage": alignment.coverage, "coverage_by_kind": shares}
+
+
+def _visible(spelled: bytes) -> str:
+    """Token bytes as one line of text; what is not UTF-8 is hexadecimal."""
+    return visible(spelled.decode(errors="backslashreplace"))
+
+
+def _show(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]], width: int) -> None:
+    """Student over teacher, a column for each chunk; tokens inside a chunk are parted by `|`."""
+    columns: list[tuple[str, str, Kind | None]] = []
+    at = {"student": 0, "teacher": 0}
+
+    def cell(side: str, stop: int) -> str:
+        text = "|".join(_visible(spelled) for _, spelled in sides[side][at[side] : stop])
+        at[side] = stop
+        return text
+
+    columns.extend((cell("student", c.student.stop), cell("teacher", c.teacher.stop), c.kind) for c in alignment)
+    rest = cell("student", len(sides["student"])), cell("teacher", len(sides["teacher"]))
+    if any(rest):
+        columns.append((*rest, None))
+
+    out = _Painter()
+    lines: list[list[tuple[str, str, Kind | None]]] = [[]]
+    used = 9
+    for column in columns:
+        need = max(map(_cells, column[:2])) + 3
+        if lines[-1] and used + need > width:
+            lines.append([])
+            used = 9
+        lines[-1].append(column)
+        used += need
+    for k, line in enumerate(lines):
+        if k:
+            out.line([])
+        for row, side in enumerate(("student", "teacher")):
+            parts: list[tuple[str, str]] = [(f"{side}  ", "dim")]
+            for n, column in enumerate(line):
+                pad = max(map(_cells, column[:2])) - _cells(column[row])
+                parts.append((str(column[row]) + " " * pad, _STYLE[column[2]][n % 2]))
+                parts.append((" ┆ ", "dim"))
+            out.line(parts[:-1])
+    kinds = ", ".join(f"{kind.name} {share:.1%}" for kind, share in alignment.coverage_by_kind().items() if share)
+    counts = f"{len(sides['student'])} student and {len(sides['teacher'])} teacher tokens, {len(alignment)} chunks"
+    out.line([])
+    out.line([(f"{counts}; student tokens by kind: {kinds or 'none'}; coverage {alignment.coverage:.1%}", "")])
+
+
+_STYLE: dict[Kind | None, tuple[str, str]] = {
+    Kind.ONE_TO_ONE: ("green", "green"),
+    Kind.ONE_TO_MANY: ("cyan", "bright_cyan"),
+    Kind.MANY_TO_ONE: ("blue", "bright_blue"),
+    Kind.MANY_TO_MANY: ("magenta", "bright_magenta"),
+    Kind.REWRITTEN: ("bold yellow", "bold yellow"),
+    Kind.STOP: ("bold", "bold"),
+    None: ("bold red", "bold red"),
+}
+
+
+def _cells(text: str | Kind | None) -> int:
+    """Columns that a text takes on a terminal."""
+    try:
+        from rich.cells import cell_len
+    except ImportError:
+        return len(str(text))
+    return cell_len(str(text))
+
+
+class _Painter:
+    """Prints styled parts: with rich on a terminal, plain otherwise."""
+
+    def __init__(self) -> None:
+        self.console: Any = None
+        if sys.stdout.isatty():
+            try:
+                from rich.console import Console
+            except ImportError:
+                return
+            self.console = Console(highlight=False, soft_wrap=True)
+
+    def line(self, parts: list[tuple[str, str]]) -> None:
+        if self.console is None:
+            print("".join(text for text, _ in parts).rstrip())
+            return
+        from rich.text import Text
+
+        self.console.print(Text.assemble(*parts))
+
+
+# ---- train and demo ----------------------------------------------------------------------------------------------
+
+
+def _add_train(commands: Any, *, wanted: bool) -> None:
+    p = commands.add_parser("train", help="on-policy distillation of a teacher into a student of another family")
+    p.set_defaults(run=_train)
+    if not wanted:  # its flags are the fields of Config, and those need torch
+        return
+    from xtokmap.train.config import Config
+
+    for f in dataclasses.fields(Config):
+        flag, kind, default = "--" + f.name.replace("_", "-"), type(f.default), f.default
+        text = f.metadata["doc"].replace("%", "%%")
+        if f.name in ("student", "teacher", "prompts"):
+            p.add_argument(flag, required=True, help=text)
+        elif kind is bool:
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        else:
+            p.add_argument(flag, type=kind, default=default, help=f"{text} [{default!r}]")
+
+
+def _add_serve(commands: Any) -> None:
+    p = commands.add_parser("serve-teacher", help="serve any transformers model as a teacher over HTTP")
+    p.add_argument("--model", required=True, help="a directory, a .gguf file, or a hub id")
+    p.add_argument("--name", default="", help="the name under which it is served [as --model]")
+    p.add_argument("--host", default="127.0.0.1", help="to listen on; 0.0.0.0: every address of this machine")
+    p.add_argument("--port", type=int, default=8000, help="to listen on, 0: a free one [8000]")
+    p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or a torch device ['auto']")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 ['auto']")
+    p.add_argument("--max-batch", type=int, default=8, help="rows in one forward pass [8]")
+    p.add_argument("--max-queue", type=int, default=1024, help="rows that may wait; more are refused, 429 [1024]")
+    p.add_argument("--max-length", type=int, default=0, help="longest row in tokens, 0: the model's own [0]")
+    p.add_argument("--max-logprobs", type=int, default=0, help="most likeliest tokens of a row, 0: no limit [0]")
+    p.add_argument("--max-body", type=int, default=0, help="bytes of a request, 0: of all its rows, 4 MiB at most [0]")
+    p.add_argument("--max-seconds", type=float, default=60.0, help="for a request to come, for its answer to go [60]")
+    p.add_argument("--max-connections", type=int, default=256, help="at a time [256]")
+    p.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from xtokmap.teachers.scorer import Limits
+    from xtokmap.teachers.server import serve
+
+    limits = Limits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)})
+    how = {"host": args.host, "port": args.port, "device": args.device, "dtype": args.dtype, "name": args.name}
+    serve(args.model, **how, limits=limits)
+    return 0
+
+
+def _add_demo(commands: Any) -> None:
+    p = commands.add_parser("demo", help="distill Gemma 3 270M into SmolLM2 135M Instruct, from PyPI packages")
+    p.add_argument("--student", help="another student: a directory, a .gguf file or a hub id")
+    p.add_argument("--teacher", help="another teacher, likewise")
+    p.add_argument("--output", default="runs/demo", help="folder for everything that the demo makes")
+    p.add_argument("--steps", type=int, help="fewer or more steps than the demo's own")
+    p.set_defaults(run=_demo)
+
+
+def _add_report(commands: Any) -> None:
+    p = commands.add_parser("report", help="write the report.html of a run folder, also while it runs")
+    p.add_argument("folder", type=Path, help="what `xtokmap train` had as --output")
+    p.add_argument("--output", type=Path, help="the page (report.html in the folder)")
+    p.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    print(write(args.folder, args.output))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from xtokmap.train.config import Config
+    from xtokmap.train.loop import train
+
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    result = train(Config(**values))
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print(f"student, metrics and report.html are in {result.output}")
+    return 130 if result.interrupted else 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from xtokmap.demo import demo
+
+    return demo(student=args.student, teacher=args.teacher, output=args.output, steps=args.steps)

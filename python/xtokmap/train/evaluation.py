@@ -1,0 +1,137 @@
+"""What the student is like on held-out prompts: the gap to the teacher, and figures of it with their errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from xtokmap.alignment import Kind
+from xtokmap.chat import PromptLike
+from xtokmap.losses.credit import chunk_gap
+from xtokmap.teachers.client import TeacherError
+from xtokmap.torch.index import coverage_counts
+from xtokmap.train.sampling import Roller, asked
+
+
+def ratio_with_error(nats: Sequence[float], nbytes: Sequence[float]) -> tuple[float, float]:
+    """Sum of nats / sum of bytes over independent rows, and its standard error (linearized ratio estimator)."""
+    n, total = len(nats), sum(nbytes)
+    if total == 0:
+        return math.nan, math.nan
+    ratio = sum(nats) / total
+    if n < 2:
+        return ratio, math.nan
+    residual = sum((a - ratio * b) ** 2 for a, b in zip(nats, nbytes, strict=True))
+    return ratio, math.sqrt(residual * n / (n - 1)) / total
+
+
+def coverage_shares(counts: Sequence[int], tokens: int) -> dict[str, float]:
+    """Share of the response tokens in chunks of each kind, and of those in none."""
+    shares = {kind.name: counts[kind] / max(tokens, 1) for kind in Kind}
+    return {**shares, "UNALIGNED": max(0.0, 1 - sum(shares.values()))}
+
+
+@dataclass
+class Evaluation:
+    """What the student is like on held-out prompts; one entry a prompt, its samples summed."""
+
+    prompts: list[str]
+    nats: list[float]
+    nbytes: list[float]
+    responses: list[str]
+    completed: float
+    length: float
+    coverage: dict[str, float]
+
+    @property
+    def kl_per_byte(self) -> tuple[float, float]:
+        """Reverse KL to the teacher, nats per byte (sampled estimate), and its standard error over prompts."""
+        return ratio_with_error(self.nats, self.nbytes)
+
+    def fall_since(self, before: Evaluation) -> tuple[float, float]:
+        """How far the KL has fallen, and the standard error of that, paired by prompt."""
+        r0, r1 = before.kl_per_byte[0], self.kl_per_byte[0]
+        n, b0, b1 = len(self.nats), sum(before.nbytes), sum(self.nbytes)
+        parts = [
+            (x0 - r0 * y0) / b0 - (x1 - r1 * y1) / b1
+            for x0, y0, x1, y1 in zip(before.nats, before.nbytes, self.nats, self.nbytes, strict=True)
+        ]
+        error = math.sqrt(sum(part * part for part in parts) * n / (n - 1)) if n > 1 else math.nan
+        return r0 - r1, error
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        kl, error = self.kl_per_byte
+        keys = ("completed", "length", "coverage")
+        return {"kl_per_byte": kl, "kl_error": error, **{key: getattr(self, key) for key in keys}}
+
+
+@torch.no_grad()
+def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *, seed: int = 1234) -> Evaluation:
+    """Samples answers to held-out prompts (the same seed every time) and measures the gap to the teacher.
+
+    Args:
+        roller: student and teacher.
+        prompts: held-out prompts.
+        samples: for each prompt.
+        seed: of the samples; the state of the random generators is restored afterwards.
+
+    Every process of the run has to call it, and samples its share of the answers.
+
+    Raises:
+        TeacherError: some process' samples have no scores; in every process, so that none waits for another.
+    """
+    # Whatever the run learns from: the student's samples, and the logprobs of their text.
+    config, n = replace(roller.config, method="opd", loss="full"), len(prompts)
+    nats, nbytes = [0.0] * n, [0.0] * n
+    responses = [""] * n
+    completed, lengths, counts = 0, 0, torch.zeros(len(Kind), dtype=torch.long, device=roller.device)
+    processes = roller.processes
+    found: list[tuple[int, float, float, str]] = []
+    failure: str | None = None
+    devices = [roller.device] if roller.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(processes.seed(seed))
+        work = processes.share([i for i in range(n) for _ in range(samples)])
+        size = -(-config.batch_size // processes.count)
+        for first in range(0, len(work), size):
+            batch = work[first : first + size]
+            rollouts = roller.sample([prompts[i] for i in batch], config)
+            try:
+                roller.score(rollouts, config)
+            except TeacherError as error:
+                failure = failure or str(error)
+            own = roller.all_logprobs(rollouts)  # which takes all processes, where the student is parted
+            if failure is not None:
+                continue
+            assert rollouts.teacher is not None
+            gap, bytes_of = chunk_gap(own, rollouts.teacher.logprobs, rollouts.index, stops=config.score_stop)
+            counts += coverage_counts(rollouts.index)
+            answers = roller.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
+            found += zip(batch, gap.tolist(), bytes_of.tolist(), answers, strict=True)
+            completed += sum(rollouts.completed)
+            lengths += sum(rollouts.lengths)
+    failures = [text for text in processes.gather(failure) if text is not None]
+    if failures:
+        raise TeacherError(failures[0])
+    for i, x, y, answer in (row for part in processes.gather(found) for row in part):
+        nats[i] += x
+        nbytes[i] += y
+        responses[i] = responses[i] or answer
+    completed, lengths = map(sum, zip(*processes.gather((completed, lengths)), strict=True))
+    counts = processes.sum(counts)
+    total = max(n * samples, 1)
+    coverage = coverage_shares(counts.tolist(), lengths)
+    return Evaluation(
+        [prompt.title for prompt in asked(prompts)],
+        nats,
+        nbytes,
+        responses,
+        completed / total,
+        lengths / total,
+        coverage,
+    )

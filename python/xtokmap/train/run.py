@@ -1,0 +1,274 @@
+"""Run: everything that changes in the course of a run, and its steps."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtokmap._core import XTokMapError
+from xtokmap.chat import Prompt, PromptLike, render
+from xtokmap.models import (
+    float32_parameters,
+    write_back,
+)
+from xtokmap.teachers.client import TeacherError
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.teachers.remote import ServerTeacher
+from xtokmap.torch.index import coverage_counts
+from xtokmap.train.evaluation import Evaluation, coverage_shares, ratio_with_error
+from xtokmap.train.sampling import Clock, Roller, Rollouts, Scoring, asked
+from xtokmap.train.step import StepResult, update
+from xtokmap.train.support.distributed import Processes, is_part
+from xtokmap.train.support.flops import ModelFlops, StepFlops
+from xtokmap.train.support.health import Entropy, Monitor, measure, together
+from xtokmap.train.support.samples import Samples
+
+
+class Order:
+    """Every index below `n` once in random order, and again.
+
+    Attributes:
+        drawn: how many there have been.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.drawn = n, 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._round: list[int] = []
+
+    def __iter__(self) -> Order:
+        return self
+
+    def __next__(self) -> int:
+        at = self.drawn % self.n
+        if at == 0:
+            self._round = torch.randperm(self.n, generator=self._generator).tolist()
+        self.drawn += 1
+        return self._round[at]
+
+    def skip(self, count: int) -> None:
+        """Draws some without giving them."""
+        for _ in range(count):
+            next(self)
+
+
+class Run:
+    """Everything that changes in the course of a run: the weights, their optimizer, and where it is in the prompts.
+
+    Args:
+        roller: student, teacher and config.
+        prompts: to draw from, each once in random order and then again.
+        watch: whether to look after the run's health and to keep samples, a tenth of a step's time and less.
+
+    Attributes:
+        done: steps made.
+        history: their lines of `metrics.jsonl`.
+        before: the evaluation before the first one, where it was made.
+        saved: the step of the checkpoint that this run wrote or read last; -1: none.
+        lost: batches in a row that a served teacher did not score.
+        ahead: the next batch, sampled already and being scored (with `Config.overlap`).
+        monitor: watches over its health.
+        samples: some of what was sampled.
+        untrained: digests of the weights that are not trained, where a checkpoint has asked for them.
+    """
+
+    def __init__(self, roller: Roller, prompts: Sequence[PromptLike], *, watch: bool = True) -> None:
+        config = roller.config
+        self.watch = watch
+        self.roller, self.config, self.processes = roller, config, roller.processes
+        self.prompts = _fitting(asked(prompts), roller)
+        self.order = Order(len(self.prompts), config.seed)
+        if config.batch_size < self.processes.count:
+            raise XTokMapError(
+                f"batch_size={config.batch_size}: each of the {self.processes.count} processes needs a prompt"
+            )
+        parameters = float32_parameters(roller.student)
+        # Parted parameters and whole ones, where there are both: the optimizer works on a group at once.
+        groups = [[p for p in parameters if is_part(p) == parted] for parted in (False, True)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group} for group in groups if group],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.95),
+        )
+        self.optimizer.register_step_post_hook(write_back)
+        self.warmup = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda k: min(1.0, (k + 1) / max(1, config.warmup_steps))
+        )
+        self.done, self.saved, self.lost = 0, -1, 0
+        self.ahead: Scoring | None = None
+        self.history: list[dict[str, Any]] = []
+        self.before: Evaluation | None = None
+        self.monitor = Monitor(config, (len(roller.aligner.student), len(roller.aligner.teacher)))
+        self.samples = Samples()
+        self.untrained: dict[str, dict[str, str]] | None = None
+        self.flops: StepFlops | None = None
+        if isinstance(roller.teacher, LocalTeacher):  # of a served one nothing is known
+            with suppress(XTokMapError):  # nobody knows what a mixture of experts costs
+                self.flops = StepFlops(ModelFlops.of(roller.student), ModelFlops.of(roller.teacher.model))
+
+    def draw(self) -> Sequence[Prompt]:
+        """This process' share of the next prompts."""
+        return self.processes.share([self.prompts[next(self.order)] for _ in range(self.config.batch_size)])
+
+    def rollouts(self) -> Rollouts:
+        """The next batch that the teacher has scored; one that a server fails on is left out, and said.
+
+        With `Config.overlap` the batch behind it is sampled before, and its scoring begun.
+
+        Raises:
+            TeacherError: more than `Config.teacher_failures` batches in a row.
+        """
+        while (rollouts := self._scored()) is None:
+            pass
+        return rollouts
+
+    def _sampled(self) -> Rollouts:
+        rollouts = self.roller.sample(self.draw())
+        with Clock(self.roller.device, rollouts.seconds)("logprobs"):
+            rollouts.old_logprobs = self.roller.all_logprobs(rollouts)
+        return rollouts
+
+    def _scored(self) -> Rollouts | None:
+        waiting, self.ahead = self.ahead, None
+        if self.config.overlap:
+            waiting = waiting or Scoring(self.roller, self._sampled())
+            if self.done + 1 < self.config.steps:
+                self.ahead = Scoring(self.roller, self._sampled(), after=waiting)
+        rollouts, failure = None, None
+        try:
+            rollouts = waiting.wait() if waiting else self.roller.roll(self.draw())
+        except TeacherError as error:
+            failure = str(error)
+        # What one process has no scores for, none learns from.
+        failures = [text for text in self.processes.gather(failure) if text is not None]
+        if not failures:
+            return rollouts
+        self.lost += 1
+        if self.lost > self.config.teacher_failures:
+            raise TeacherError(f"{self.lost} batches in a row have no scores; the last: {failures[0]}")
+        warnings.warn(f"this batch has no scores and is left out: {failures[0]}", stacklevel=4)
+        return None
+
+    def take_up(self, answers: list[list[int]], completed: list[bool], old_logprobs: torch.Tensor) -> None:
+        """The next batch, that an earlier run had sampled: this process' rows, and the logprobs of who sampled them."""
+        rollouts = self.roller.take(self.draw(), answers, completed)
+        rollouts.seconds.update({"sample": 0.0, "logprobs": 0.0})
+        rollouts.old_logprobs = old_logprobs.to(self.roller.device)
+        self.ahead = Scoring(self.roller, rollouts)
+
+    def close(self) -> None:
+        """Gives up what a server is still asked for; a checkpoint has the batch that comes next sampled."""
+        if isinstance(self.roller.teacher, ServerTeacher):
+            self.roller.teacher.client.give_up()
+        self.ahead = None
+
+    def step(self) -> dict[str, Any]:
+        """Samples, scores and updates once; returns the step's line of `metrics.jsonl`, the same in every process."""
+        start = time.perf_counter()
+        rollouts = self.rollouts()
+        entropy = Entropy(sum(rollouts.lengths))
+        with Clock(self.roller.device, rollouts.seconds)("update"):
+            result = update(self.roller, rollouts, self.optimizer, entropy if self.watch else None)
+            self.warmup.step()
+        self.done += 1
+        seen = self._watched(result, entropy) if self.watch else {}
+        metrics = _metrics(self.done, result, time.perf_counter() - start, self.processes)
+        metrics["skipped_batches"], self.lost = self.lost, 0
+        if self.config.overlap:
+            metrics["hidden_seconds"] = max(self.processes.gather(rollouts.hidden))
+        metrics |= self._account(rollouts) | seen
+        if self.watch:
+            metrics["warnings"] = self.monitor.check(metrics)
+        self.history.append(metrics)
+        return metrics
+
+    def _watched(self, result: StepResult, entropy: Entropy) -> dict[str, Any]:
+        """The step's health."""
+        with Clock(self.roller.device, result.rollouts.seconds)("health"):
+            alone = self.processes.count == 1 and isinstance(self.roller.teacher, LocalTeacher)
+            seen = measure(self.roller, result, entropy, probe=alone and not self.monitor.lines)
+            self.samples.add(self.done, self.roller, result.rollouts, result.logprobs)
+            return together(self.processes.gather(seen))
+
+    def catch_up(self, samples: Path) -> None:
+        """After a resume: the health of the steps before, and the samples that were kept of them."""
+        for line in self.history:
+            self.monitor.check(line)
+        if self.processes.first:  # which writes them
+            self.samples.read(samples)
+
+    def _account(self, rollouts: Rollouts) -> dict[str, Any]:
+        """What the step took, and what a served teacher did not show; over the rows of all processes."""
+        sides = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.teacher_prompt_ids, rollouts.teacher_ids)
+        config, teacher = self.config, rollouts.teacher
+        own: dict[str, Any] = {}
+        if self.flops is not None:
+            lengths = [[len(row) for row in side] for side in sides]
+            on_policy = config.method == "opd"
+            own["flops"] = self.flops.step(config.loss_rule, *lengths, updates=config.updates, on_policy=on_policy)
+        if teacher is not None and teacher.missing is not None:
+            own["missing"] = (float(teacher.missing.sum()), int(teacher.mask.sum()))
+        parts = self.processes.gather(own)
+        found: dict[str, Any] = {}
+        if self.flops is not None:
+            found["flops"] = {name: sum(part["flops"][name] for part in parts) for name in own["flops"]}
+        if "missing" in own:
+            mass, tokens = map(sum, zip(*(part["missing"] for part in parts), strict=True))
+            found["missing"] = mass / max(tokens, 1)
+        return found
+
+
+def _fitting(prompts: list[Prompt], roller: Roller) -> list[Prompt]:
+    limit = roller.config.max_prompt_tokens
+    lengths = map(len, render(roller.tokenizer, prompts, roller.config.plain_template))
+    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= limit]
+    if not kept:
+        raise XTokMapError(f"every prompt is longer than max_prompt_tokens={limit} student tokens")
+    if len(kept) < len(prompts):
+        warnings.warn(f"{len(prompts) - len(kept)} prompts longer than {limit} tokens are left out", stacklevel=3)
+    return kept
+
+
+def _metrics(step: int, result: StepResult, seconds: float, processes: Processes) -> dict[str, Any]:
+    """A step's line, over the rows of all processes; times are those of the slowest."""
+    rollouts = result.rollouts
+    own = {
+        "nats": result.nats.tolist(),
+        "bytes": result.nbytes.tolist(),
+        "lengths": rollouts.lengths,
+        "completed": rollouts.completed,
+    }
+    others = processes.gather((own, coverage_counts(rollouts.index).tolist(), seconds, rollouts.seconds))
+    rows = {name: [value for part, *_ in others for value in part[name]] for name in own}
+    counts = [sum(kind) for kind in zip(*(part for _, part, *_ in others), strict=True)]
+    seconds = max(part for *_, part, _ in others)
+    times = {name: max(part[name] for *_, part in others) for name in rollouts.seconds}
+    tokens = sum(rows["lengths"])
+    kl, error = ratio_with_error(rows["nats"], rows["bytes"])
+    figures = {name: float(value) for name, value in result.sums.items()}
+    scored = int(figures.pop("scored"))
+    nonfinite = int(figures.pop("nonfinite"))
+    return {
+        "step": step,
+        "kl_per_byte": kl,
+        "kl_error": error,
+        "loss": float(result.loss),
+        "grad_norm": float(result.grad_norm),
+        "skipped_updates": result.skipped,
+        "coverage": coverage_shares(counts, tokens),
+        "scored": scored / max(tokens, 1),
+        "nonfinite_tokens": nonfinite,
+        **{name: value / max(scored, 1) for name, value in figures.items()},
+        "response_length": tokens / len(rows["lengths"]),
+        "completed": sum(rows["completed"]) / len(rows["completed"]),
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "time": {name: round(value, 6) for name, value in times.items()},
+    }
