@@ -18,7 +18,7 @@ FUZZ_TARGETS := align resync spans
 .PHONY: help demo test fuzz bench reproduce lint docs clean
 
 help:
-	@echo "make demo   distil a real pair of model families, on this machine, with a report"
+	@echo "make demo   distill a real pair of model families, on this machine, with a report"
 	@echo "make test   every test, Rust and Python"
 	@echo "make fuzz   fuzz the core, the readers, edits, threads and the client, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
@@ -81,7 +81,7 @@ $(VENV)/reproduce: $(VENV)/built
 
 REPRODUCE ?=
 reproduce: $(VENV)/reproduce
-	$(VENV)/bin/xtokmap reproduce --teachers benches/teachers $(REPRODUCE)
+	PYTHONPATH=benches $(PY) -m reproduce --teachers benches/teachers $(REPRODUCE)
 
 lint: $(VENV)/built
 	cargo fmt --check
@@ -94,11 +94,9 @@ lint: $(VENV)/built
 
 docs: $(VENV)/built
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
-	$(VENV)/bin/pdoc --output-directory docs/build --docformat google \
-		xtokmap xtokmap.alignment xtokmap.tokenizers xtokmap.cache xtokmap.encoding xtokmap.cover xtokmap.chat xtokmap.torch \
-		xtokmap.losses xtokmap.divergences xtokmap.prefixes xtokmap.transfer xtokmap.teacher xtokmap.http1 xtokmap.served xtokmap.serve xtokmap.scorer \
-		xtokmap.config xtokmap.models xtokmap.rollouts xtokmap.updates xtokmap.report xtokmap.train xtokmap.checkpoint \
-		xtokmap.processes xtokmap.flops xtokmap.health xtokmap.samples xtokmap.page xtokmap.track xtokmap.reproduce
+	$(VENV)/bin/pdoc --output-directory docs/build --docformat google xtokmap '!xtokmap\..*' xtokmap.chat \
+		xtokmap.torch '!xtokmap\.torch\..*' xtokmap.torch.pair xtokmap.losses '!xtokmap\.losses\..*' \
+		xtokmap.teachers '!xtokmap\.teachers\..*' xtokmap.train '!xtokmap\.train\..*'
 
 clean:
 	rm -rf $(VENV) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

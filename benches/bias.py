@@ -3,7 +3,7 @@
 A teacher scores its own encoding of a finished text, and the boundaries of that encoding say what did not come next.
 Here the texts are all strings of a and b to five bytes, so that everything is known: what the teacher thinks of the
 student's own tokens, q*, is a sum over texts, and the expected gradient of a loss is one over the student's samples.
-Prints tables and writes them to benches/results/bias.md, beside a plot, and the pictures of docs/choosing-a-loss.md.
+Prints tables and writes them to benches/results/bias.md, beside a plot, and the pictures of docs/ (`--pictures`).
 """
 
 from __future__ import annotations
@@ -270,30 +270,40 @@ def wrapped(name: str) -> str:
 
 
 class Vector(NamedTuple):
-    """A text of two student tokens whose advantages can be worked out by hand."""
+    """A text of two student tokens, "1" and "+", whose advantages can be worked out by hand."""
 
     title: str
-    story: str
-    chunk: tuple[float, float]
+    #: What the teacher can go on with, how likely it is, and who counts it for the student's "1": a credit, `cover`.
+    ways: tuple[tuple[str, float, bool, bool], ...]
+    #: The student's probability of its "1" and of its "+", and what a credit and `cover` hold against them.
+    student: tuple[float, float]
+    credit: tuple[float, float]
     cover: tuple[float, float]
 
 
 VECTORS = {
     "boundary-bias-student-finer.png": Vector(
-        'The student splits digits: it writes "1" "+"',
-        'The teacher gives 0.98 to texts that begin with 1:\n"121" 0.68, "12" 0.29, and only 0.01 to a lone "1",\n'
-        'after which "+" is nearly sure (0.98).',
-        (np.log(0.01 / 0.9), np.log(0.98 / 0.02)),
-        (np.log(0.98 / 0.9), np.log(0.0098 / 0.98 / 0.02)),
+        'The teacher has "1", "12" and "121"; the student splits digits and writes "1" "+"',
+        (
+            ('"121"', 0.68, False, True),
+            ('"12"', 0.29, False, True),
+            ('"1" "+"', 0.0098, True, True),
+            ('"1", other', 0.0002, True, True),
+            ("other", 0.02, False, False),
+        ),
+        (0.9, 0.02),
+        (0.01, 0.98),
+        (0.98, 0.0098 / 0.98),
     ),
     "boundary-bias-teacher-finer.png": Vector(
-        'The teacher splits digits: the student, which has "12", writes "1" "+"',
-        'The teacher gives 0.9 to "1", and after it 0.7 to "2"\nand 0.3 to "+". A student that goes on with 2 writes '
-        '"12",\nso its own "1" is worth 0.9 x 0.3 = 0.27, and p is 0.27.',
-        (np.log(0.9 / 0.27), np.log(0.3 / 0.95)),
-        (np.log(0.27 / 0.27), np.log(0.27 / 0.27 / 0.95)),
+        'The teacher splits digits; the student, which has "12", writes "1" "+"',
+        (('"1" "2"', 0.63, True, False), ('"1" "+"', 0.27, True, True), ("other", 0.1, False, False)),
+        (0.27, 0.95),
+        (0.9, 0.3),
+        (0.27, 1.0),
     ),
 }
+CREDIT, COVER = "#d95f02", "#1b9e77"
 
 
 def draw_vectors(folder: Path) -> None:
@@ -303,20 +313,36 @@ def draw_vectors(folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     for name, vector in VECTORS.items():
-        figure, (text, bars) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=(1, 1.15), constrained_layout=True)
-        text.axis("off")
-        text.text(0, 0.95, vector.story, va="top", fontsize=10, linespacing=1.5)
-        for k, (label, values, colour) in enumerate(
-            (("any chunk credit", vector.chunk, "#d95f02"), ("cover", vector.cover, "#1b9e77"))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.3), width_ratios=(1.3, 1), constrained_layout=True)
+        rows = np.arange(len(vector.ways))
+        left.barh(rows, [p for _, p, _, _ in vector.ways], 0.55, color="0.6")
+        for row, (_, p, by_credit, by_cover) in enumerate(vector.ways):
+            left.text(p + 0.015, row, f"{p:.4f}".rstrip("0"), va="center", fontsize=9)
+            for x, counted, color in ((1.0, by_credit, CREDIT), (1.25, by_cover, COVER)):
+                if counted:
+                    left.plot(x, row, "o", color=color, ms=8)
+        left.axhline(len(rows) - 0.5, color="0.3", lw=0.8)
+        left.text(0, len(rows), f'the student\'s "1": {vector.student[0]:.2f}', va="center", fontsize=9)
+        for x, word, p, color in ((1.0, "a credit", vector.credit[0], CREDIT), (1.25, "cover", vector.cover[0], COVER)):
+            left.text(x, -0.9, word, ha="center", va="center", fontsize=9, color=color)
+            left.text(x, len(rows), f"{p:.2f}", ha="center", va="center", fontsize=9, color=color, weight="bold")
+        left.set_yticks(rows, [label for label, *_ in vector.ways])
+        left.set_xticks([])
+        left.set(xlim=(0, 1.4), ylim=(len(rows) + 0.5, -1.3))
+        left.spines[:].set_visible(False)
+        left.tick_params(length=0)
+        left.set_title('what the teacher goes on with, and who counts it for "1"', fontsize=9, loc="left")
+        for k, (label, taken, color) in enumerate(
+            (("a credit of its own logprobs", vector.credit, CREDIT), ("cover", vector.cover, COVER))
         ):
-            at = np.arange(2) + (k - 0.5) * 0.36
-            drawn = bars.bar(at, values, 0.34, label=label, color=colour)
-            bars.bar_label(drawn, [f"{v + 0:+.2f}" for v in values], padding=3, fontsize=9)
-        bars.axhline(0, color="0.3", lw=0.8)
-        bars.set_xticks([0, 1], ['token "1"', 'token "+"'])
-        bars.set_ylabel("advantage, nats")
-        bars.margins(y=0.22)
-        bars.legend(fontsize=9)
+            values = [np.log(q / p) for q, p in zip(taken, vector.student, strict=True)]
+            drawn = right.bar(np.arange(2) + (k - 0.5) * 0.36, values, 0.34, label=label, color=color)
+            right.bar_label(drawn, [f"{v + 0:+.2f}" for v in values], padding=3, fontsize=9)
+        right.axhline(0, color="0.3", lw=0.8)
+        right.set_xticks([0, 1], ['token "1"', 'token "+"'])
+        right.set_title("advantage, nats: log(teacher / student)", fontsize=9, loc="left")
+        right.margins(y=0.28)
+        right.legend(fontsize=8)
         figure.suptitle(vector.title, fontsize=11)
         figure.savefig(folder / name, dpi=120)
         plt.close(figure)
@@ -329,7 +355,10 @@ def main() -> None:
     parser.add_argument(
         "--concentration", type=float, default=1.0, help="of the rows; below 1: most mass on few tokens"
     )
+    parser.add_argument("--pictures", action="store_true", help="draw the pictures of docs/ and nothing else")
     args = parser.parse_args()
+    if args.pictures:
+        return draw_vectors(DOCS)
     torch.set_num_threads(1)
     start = time.perf_counter()
     lines, found = report(args.models, args.seed, args.concentration)

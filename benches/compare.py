@@ -347,7 +347,7 @@ def building(student: str, teacher: str) -> tuple[float, float]:
 
 
 def worst_cases(n: int = 16384) -> list[str]:
-    """What resynchronisation costs where nothing agrees."""
+    """What resynchronization costs where nothing agrees."""
     rng = np.random.default_rng(0)
     words = [bytes(rng.integers(97, 123, k).astype(np.uint8)) for k in rng.integers(1, 8, 50_000)]
     others = [bytes(rng.integers(97, 123, k).astype(np.uint8)) for k in rng.integers(1, 8, 50_000)]

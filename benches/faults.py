@@ -33,9 +33,10 @@ import torch  # noqa: E402
 
 import faults  # noqa: E402
 import tiny  # noqa: E402
-from xtokmap.served import PROTOCOLS, Client  # noqa: E402
-from xtokmap.teacher import LocalTeacher, TeacherError  # noqa: E402
-from xtokmap.train import Config, train  # noqa: E402
+from xtokmap.teachers.client import PROTOCOLS, Client, TeacherError  # noqa: E402
+from xtokmap.teachers.local import LocalTeacher  # noqa: E402
+from xtokmap.train.config import Config  # noqa: E402
+from xtokmap.train.loop import train  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "faults.md"
 RATE = 0.05

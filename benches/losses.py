@@ -24,9 +24,12 @@ import torch
 from torch import Tensor
 
 import xtokmap
-from xtokmap import divergences, losses, prefixes
+from xtokmap import losses
 from xtokmap.alignment import InteriorQueries
-from xtokmap.torch import ChunkIndex, Logits, TopK, VocabTensors, token_logprobs_from_hidden
+from xtokmap.losses import bytes as prefixes
+from xtokmap.losses import chunks, strict
+from xtokmap.torch.index import ChunkIndex, VocabTensors
+from xtokmap.torch.logits import Logits, TopK, token_logprobs_from_hidden
 
 RESULTS = Path(__file__).parent / "results"
 #: (student, teacher) vocabularies: SmolLM2 and Qwen 3, Qwen 3 and Gemma 3.
@@ -154,7 +157,7 @@ def measure(loss: str, student: int, teacher: int, tokens: int, sliced: bool) ->
         "alm": lambda: losses.alm(own(), teacher_logprobs, index),
     }[loss]
     if not sliced:
-        divergences.map_rows = prefixes.map_rows = all_at_once  # type: ignore[assignment]
+        strict.map_rows = chunks.map_rows = prefixes.map_rows = all_at_once  # type: ignore[assignment]
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     start = time.process_time()
     result = work()

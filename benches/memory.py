@@ -34,8 +34,9 @@ from torch import Tensor
 
 import xtokmap
 from compare import best, machine
-from xtokmap.losses import chunk_credit, policy_loss
-from xtokmap.torch import ChunkIndex, token_logprobs
+from xtokmap.losses.credit import chunk_credit, policy_loss
+from xtokmap.torch.index import ChunkIndex
+from xtokmap.torch.logits import token_logprobs
 
 RESULTS = Path(__file__).parent / "results"
 #: Bytes for each logit of one model that the largest of the losses is known to take, with a margin.

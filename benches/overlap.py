@@ -26,14 +26,16 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import xtokmap
-from xtokmap.reproduce.families import tokenizer
-from xtokmap.reproduce.tasks import TASKS, problem_of
-from xtokmap.teacher import ServerTeacher
-from xtokmap.train import Config, Roller, Run
+from reproduce.families import tokenizer
+from reproduce.tasks import TASKS, problem_of
+from xtokmap.teachers.remote import ServerTeacher
+from xtokmap.train.config import Config
+from xtokmap.train.loop import Run
+from xtokmap.train.sampling import Roller
 
 RESULTS = Path(__file__).parent / "results" / "overlap.md"
 TURNS = 3
-PARTS = ("sample", "retokenise", "align", "logprobs", "teacher", "update")
+PARTS = ("sample", "retokenize", "align", "logprobs", "teacher", "update")
 
 
 def student() -> Any:

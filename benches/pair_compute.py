@@ -26,8 +26,13 @@ import torch
 
 import xtokmap
 from xtokmap import demo
-from xtokmap.rollouts import Rollouts, evaluate, ratio_with_error
-from xtokmap.train import Config, LocalTeacher, Roller, Run, load, read_prompts
+from xtokmap.models import load
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.train.config import Config
+from xtokmap.train.evaluation import evaluate, ratio_with_error
+from xtokmap.train.loop import Run
+from xtokmap.train.prompts import read_prompts
+from xtokmap.train.sampling import Roller, Rollouts
 
 RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, dict[str, Any]] = {

@@ -2,7 +2,7 @@
 
 SmolLM2 135M Instruct learns from Gemma 3 270M, the pair of `make demo`. Every run starts from the same weights and
 takes the same number of steps with as many samples; a loss and a seed make a run. What is compared is the sampled
-reverse KL of whole answers to held-out prompts, per byte: it favours no way of handing the teacher's signal to tokens.
+reverse KL of whole answers to held-out prompts, per byte: it favors no way of handing the teacher's signal to tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ import torch
 
 import xtokmap
 from xtokmap import demo
-from xtokmap.teacher import completion_rows
-from xtokmap.train import Config, LocalTeacher, Roller, evaluate, load, read_prompts, train
-from xtokmap.transfer import boundary_leak
+from xtokmap.losses.transfer import boundary_leak
+from xtokmap.models import load
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.torch.completions import completion_rows
+from xtokmap.train.config import Config
+from xtokmap.train.evaluation import evaluate
+from xtokmap.train.loop import train
+from xtokmap.train.prompts import read_prompts
+from xtokmap.train.sampling import Roller
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,7 +25,7 @@ import corpus  # noqa: E402
 import real_tokenizers as real  # noqa: E402
 import xtokmap  # noqa: E402
 from xtokmap import _core  # noqa: E402
-from xtokmap.cover import Transfer  # noqa: E402
+from xtokmap.boundary.cover import Transfer  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "queries.md"
 ROW = 512

@@ -26,13 +26,14 @@ from torch import Tensor
 
 import xtokmap
 from xtokmap import Aligner, demo
-from xtokmap.divergences import divergence
-from xtokmap.losses import transfer_kl
-from xtokmap.teacher import LocalTeacher, completion_rows
+from xtokmap.losses.terms import divergence
+from xtokmap.losses.transfer import TransferTarget, _events, transfer, transfer_kl
+from xtokmap.models import load
+from xtokmap.teachers.local import LocalTeacher
 from xtokmap.tokenizers import text_codec
-from xtokmap.torch import ChunkIndex, Logits, map_rows
-from xtokmap.train import load
-from xtokmap.transfer import TransferTarget, _events, transfer
+from xtokmap.torch.completions import completion_rows
+from xtokmap.torch.index import ChunkIndex
+from xtokmap.torch.logits import Logits, map_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

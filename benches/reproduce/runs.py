@@ -1,0 +1,250 @@
+"""One run of the comparison: a student, a teacher and a method; right answers, FLOPs and time along the way."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reproduce import families
+from reproduce.families import ARRANGEMENTS, STUDENT_TEMPLATE, teacher_template, tokenizer
+from reproduce.tasks import TASKS, Problem, Task, problem_of
+from xtokmap.chat import render
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.train.config import Config
+from xtokmap.train.loop import Run
+from xtokmap.train.sampling import Roller, sample
+
+#: What can be compared, as the fields of `Config` that make it.
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {"method": "sft"},
+    "kd transfer_kl forward": {"method": "kd", "loss": "transfer_kl", "beta": 0.0},
+    "kd byte_kl forward": {"method": "kd", "loss": "byte_kl", "beta": 0.0},
+    "opd strict": {"loss": "strict"},
+    "opd prior": {"loss": "prior"},
+    "opd full": {"loss": "full"},
+    "opd cover": {"loss": "cover"},
+    "opd byte_kl": {"loss": "byte_kl"},
+    "opd transfer_kl": {"loss": "transfer_kl"},
+    "opd transfer_kl forward": {"loss": "transfer_kl", "beta": 0.0},
+    "opd transfer_kl jsd": {"loss": "transfer_kl", "beta": 0.5},
+}
+
+BATCH = 64
+MAX_NEW_TOKENS = 110
+JUDGED = 256
+POOL = 16_384
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What sets one run apart from the others.
+
+    Attributes:
+        task: name of the task.
+        arrangement: of the two tokenizers.
+        ways: in how many ways the teacher writes, the student's own among them.
+        method: one of `METHODS`.
+        rate: learning rate.
+        seed: of the student's start, of samples and shuffling.
+        steps: updates.
+    """
+
+    task: str
+    arrangement: str
+    ways: int
+    method: str
+    rate: float
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """The setting as one line of text."""
+        return json.dumps(asdict(self))
+
+
+def judge(
+    model: Any, tokenizer: Any, task: Task, template: str, problems: Sequence[Problem], *, greedy: bool, seed: int = 0
+) -> float:
+    """The share of held-out problems that a model gets right, at its likeliest or at temperature 1."""
+    prompts = render(tokenizer, [task.prompt(problem) for problem in problems], template)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = Config(max_new_tokens=MAX_NEW_TOKENS)
+        answers, _ = sample(model, prompts, [tokenizer.eos_token_id], config, greedy=greedy)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return sum(map(task.is_right, problems, texts)) / len(problems)
+
+
+def heldout_problems(task: Task, n: int = JUDGED) -> list[Problem]:
+    """The same problems for everybody."""
+    rng = random.Random("heldout")
+    return [problem_of(task, rng, heldout=True) for _ in range(n)]
+
+
+class Pool:
+    """A teacher's answers to the training problems, sampled when first asked for and then kept for every run.
+
+    Fine-tuning and off-policy distillation usually have such a set and go through it several times. In a run's account
+    an answer is sampled when the run first uses it, and costs what sampling it took.
+    """
+
+    def __init__(
+        self, answers: dict[str, tuple[list[int], bool]] | None = None, seconds: dict[str, float] | None = None
+    ) -> None:
+        self.answers = {} if answers is None else answers
+        self.seconds = {} if seconds is None else seconds
+
+    def ask(self, roller: Roller, prompts: Sequence[str]) -> None:
+        """Samples what is missing, a large batch at a time."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.answers]
+        for first in range(0, len(missing), 256):
+            some = missing[first : first + 256]
+            began = time.process_time()
+            rows, completed = Roller.answers(roller, some, roller.teacher.render(some))
+            took = (time.process_time() - began) / len(some)
+            for prompt, row, done in zip(some, rows, completed, strict=True):
+                self.answers[prompt] = (row, done)
+                self.seconds[prompt] = took
+
+
+class PooledRoller(Roller):
+    """A roller whose teacher's answers come from a pool."""
+
+    pool: Pool
+    seen: set[str]
+
+    def answers(
+        self, prompts: Sequence[str], teacher_prompts: Sequence[Sequence[int]]
+    ) -> tuple[list[list[int]], list[bool]]:
+        """From the pool; `fresh` are the prompts that this run had not used before."""
+        self.pool.ask(self, prompts)
+        self.fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.seen]
+        self.seen.update(self.fresh)
+        rows, completed = zip(*(self.pool.answers[prompt] for prompt in prompts), strict=True)
+        return list(rows), list(completed)
+
+
+class Bench:
+    """The models and held-out problems of a task and arrangement, loaded once, on which settings are run.
+
+    Args:
+        task: name of the task.
+        arrangement: of the two tokenizers.
+        teacher: the trained teacher.
+        student: makes a student from a seed, from where it starts.
+    """
+
+    def __init__(self, task: str, arrangement: str, teacher: Any, student: Callable[[int], Any]) -> None:
+        self.task, self.arrangement = TASKS[task], arrangement
+        self.cuts = ARRANGEMENTS[arrangement]
+        self.student_tokenizer, self.teacher_tokenizer = (tokenizer(cut, task) for cut in self.cuts)
+        self.teacher, self.student = teacher, student
+        self.pools: dict[int, Pool] = {}
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """To judge by."""
+        return heldout_problems(self.task)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """To learn from."""
+        rng = random.Random("train")
+        return list(dict.fromkeys(self.task.prompt(problem_of(self.task, rng)) for _ in range(POOL)))
+
+    def judge_student(self, student: Any) -> tuple[float, float]:
+        """The student's share of right answers, greedy and at temperature 1."""
+        greedy, sampled = (
+            judge(student, self.student_tokenizer, self.task, STUDENT_TEMPLATE, self.problems, greedy=greedy)
+            for greedy in (True, False)
+        )
+        return greedy, sampled
+
+    def run(self, setting: Setting, points: Sequence[int], *, floor: float = 0.0) -> dict[str, Any]:
+        """Trains a student as the setting says.
+
+        Args:
+            setting: the run; its steps are the most that it makes.
+            points: steps after which the student is judged.
+            floor: ends a run whose greedy accuracy is below this share of where it started at two points on end.
+
+        Returns:
+            The setting, and for every point: steps, FLOPs so far by part, processor seconds so far, answers the teacher
+            gave, greedy and sampled accuracy.
+        """
+        student = self.student(setting.seed)
+        roller = self._roller(student, setting)
+        pooled = roller.config.method != "opd"
+        torch.manual_seed(setting.seed)
+        run = Run(roller, self.prompts, watch=False)
+        flops = {"sample": 0, "teacher": 0, "update": 0}
+        seconds, steps, low = 0.0, max(points), 0
+        found = [self._point(0, flops, seconds, student)]
+        for step in range(1, min(setting.steps, steps) + 1):
+            began = time.process_time()
+            metrics = run.step()
+            seconds += time.process_time() - began
+            spent = metrics["flops"]
+            if pooled:
+                share = len(roller.fresh) / BATCH
+                spent = {**spent, "sample": round(spent["sample"] * share)}
+                seconds += sum(roller.pool.seconds[prompt] for prompt in roller.fresh)
+            flops = {name: flops[name] + spent[name] for name in flops}
+            if step in points:
+                found.append(self._point(step, flops, seconds, student))
+                low = low + 1 if found[-1]["greedy"] < floor * found[0]["greedy"] else 0
+                if low == 2:
+                    break
+        return {**asdict(setting), "points": found}
+
+    def fill(self, ways: int) -> Pool:
+        """The teacher's answers to all training problems, in so many ways."""
+        setting = Setting(self.task.name, self.arrangement, ways, "sft", 1e-3, 0, 1)
+        roller = self._roller(families.student_model(len(self.student_tokenizer)), setting)
+        roller.pool.ask(roller, self.prompts)
+        return roller.pool
+
+    def _roller(self, student: Any, setting: Setting) -> PooledRoller:
+        config = Config(
+            batch_size=BATCH,
+            micro_batch=BATCH,
+            max_new_tokens=MAX_NEW_TOKENS,
+            learning_rate=setting.rate,
+            warmup_steps=5,
+            max_chunk_tokens=0,
+            plain_template=STUDENT_TEMPLATE,
+            seed=setting.seed,
+            device="cpu",
+            **METHODS[setting.method],
+        )
+        teacher = LocalTeacher(
+            self.teacher, self.teacher_tokenizer, micro_batch=BATCH, plain_template=teacher_template(setting.ways)
+        )
+        roller = PooledRoller(student, self.student_tokenizer, teacher, config)
+        roller.pool = self.pools.setdefault(setting.ways, Pool())
+        roller.seen = set()
+        return roller
+
+    def _point(self, step: int, flops: dict[str, int], seconds: float, student: Any) -> dict[str, Any]:
+        greedy, sampled = self.judge_student(student)
+        return {"step": step, "flops": dict(flops), "seconds": round(seconds, 3), "greedy": greedy, "sampled": sampled}
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Finished runs by their setting's key."""
+    names = Setting.__dataclass_fields__
+    found = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            found[Setting(**{name: row[name] for name in names}).key] = row
+    return found
