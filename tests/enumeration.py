@@ -13,9 +13,11 @@ from torch import Tensor
 
 import xtokmap
 from oracle import Floats, Paths, Side
-from xtokmap.losses import Spelling, byte_kl, chunk_credit, transfer_kl
-from xtokmap.torch import ChunkIndex, Logits, VocabTensors
-from xtokmap.transfer import Transferred, TransferTarget, transfer
+from xtokmap.losses.bytes import Spelling, byte_kl
+from xtokmap.losses.credit import chunk_credit
+from xtokmap.losses.transfer import Transferred, TransferTarget, transfer, transfer_kl
+from xtokmap.torch.index import ChunkIndex, VocabTensors
+from xtokmap.torch.logits import Logits
 
 #: In the place of log 0 in a student's rows: a forward KL to something that the student cannot say stays finite.
 IMPOSSIBLE = -30.0

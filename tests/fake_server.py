@@ -11,11 +11,11 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from xtokmap.scorer import Answers, Limits, RefusedError, Scorer
+from xtokmap.teachers.scorer import Answers, Limits, RefusedError, Scorer
 
 
 class TeacherServer(ThreadingHTTPServer):
-    """As `xtokmap.serve.TeacherServer`; `answer` may be replaced, and `Handler.reply` by what `handler` returns."""
+    """As `teachers.server.TeacherServer`; `answer` may be replaced, and `Handler.reply` by what `handler` returns."""
 
     daemon_threads = True
     request_queue_size = 256

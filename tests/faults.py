@@ -262,7 +262,7 @@ def damaged(found, fault):
     """An answer of any of the protocols with something wrong in its rows."""
     found = copy.deepcopy(found)
     if "meta_info" in found:
-        if fault == "other ids":  # not a neighbour's row, which may be of the same token
+        if fault == "other ids":  # not a neighbor's row, which may be of the same token
             rows = found["meta_info"]["input_token_logprobs"]
             rows[len(rows) // 2][1] += 1
             return found

@@ -22,9 +22,9 @@ import torch._dynamo
 from safetensors.torch import load_file
 
 import tiny
-from xtokmap import checkpoint
-from xtokmap import train as loop
-from xtokmap.train import Config, train
+from xtokmap.train.config import Config
+from xtokmap.train.loop import train
+from xtokmap.train.support import checkpoint
 
 TIMINGS = ("time", "seconds", "hidden_seconds", "tokens_per_second")
 
@@ -68,7 +68,6 @@ def models(dtype: str = "float32") -> tuple[Any, Any, Any, Any]:
 def run(values: dict[str, Any], *, die_at: int | None = None, dtype: str = "float32") -> int:
     """Trains, without a word; dies at the nth time that a checkpoint touches the disk. Returns how often it did."""
     count = [0]
-    loop.plot = lambda *_: None  # half of the time of so small a run
     if die_at is not None:
         _count(lambda: _die(count, die_at))
     train(Config(**values), models=models(dtype))

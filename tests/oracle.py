@@ -526,7 +526,7 @@ def mass_of_start(paths: tuple[Paths, Paths], texts: tuple[int, int], rows: Floa
                 rest = candidate[len(consumed) :]
                 goes_on = bool(rest) or not consumed
                 leaves_it = student.side.encode(own_bytes + rest)[0] == token
-                # The token that really stands there counts, whatever two neighbours alone would do.
+                # The token that really stands there counts, whatever two neighbors alone would do.
                 really = v == teacher_ids[k] and (k == inside or (not consumed and i + 1 < len(ids)))
                 ends_here = k == inside and end < starts[k + 1]
                 if (leaves_it or really) if goes_on else ends_here:

@@ -29,7 +29,8 @@ import corpus
 import real_tokenizers as real
 import xtokmap
 from xtokmap import Kind
-from xtokmap.tokenizers import TextCodec, text_codec
+from xtokmap.tokenizers import text_codec
+from xtokmap.tokenizers.base import TextCodec
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -16,11 +16,14 @@ import torch
 
 import killable
 import tiny
-from xtokmap import rollouts as rolling
-from xtokmap import train as loop
-from xtokmap.processes import Processes, is_part, launched, shard
-from xtokmap.teacher import LocalTeacher, render
-from xtokmap.train import Config, Roller, Run, train
+from xtokmap.chat import render
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.train import run as running
+from xtokmap.train import sampling as rolling
+from xtokmap.train.config import Config
+from xtokmap.train.loop import Run, train
+from xtokmap.train.sampling import Roller
+from xtokmap.train.support.distributed import Processes, is_part, launched, shard
 
 PROMPTS = ["the sky", "the dog", "a fox?", "1 + 2", "hello"]
 
@@ -114,7 +117,7 @@ def compare(rank: int, values: dict[str, Any], empty: int, dtype: str) -> dict[s
 
 
 def _by_name(run: Run, of: Callable[[Any], Any]) -> list[torch.Tensor]:
-    from xtokmap.checkpoint import _parameters
+    from xtokmap.train.support.checkpoint import _parameters
 
     found = []
     for _, p in sorted(_parameters(run), key=lambda pair: pair[0]):
@@ -129,8 +132,7 @@ def _difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
 
 def loop_of(rank: int, values: dict[str, Any], stop_at: int | None, dtype: str) -> Any:
     """`train`; process 1 alone is asked to stop in step `stop_at`."""
-    loop.plot = lambda *_: None
-    real, calls = loop.update, []
+    real, calls = running.update, []
 
     def update(*args: Any) -> Any:
         calls.append(0)
@@ -138,7 +140,7 @@ def loop_of(rank: int, values: dict[str, Any], stop_at: int | None, dtype: str) 
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    loop.update = update
+    running.update = update
     result = train(Config(**values), models=killable.models(dtype))
     evaluation = result.after and [result.after.nats, result.after.nbytes, result.after.responses, result.after.length]
     return [len(result.metrics), result.interrupted, evaluation]

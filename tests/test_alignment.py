@@ -30,8 +30,9 @@ from xtokmap import (
     TokenIdError,
     UnsupportedTokenizerError,
     XTokMapError,
+    _core,
 )
-from xtokmap.alignment import _Rows
+from xtokmap.ids import _Rows
 
 tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch")
@@ -44,6 +45,11 @@ law = settings(max_examples=200, deadline=None, suppress_health_check=[HealthChe
 
 def check(alignment: Alignment, student: Tokens, teacher: Tokens, pieces: Pieces | None = None) -> None:
     assert oracle.fields(alignment) == oracle.expected(student, teacher, pieces)
+
+
+@pytest.mark.parametrize("kind", [Alignment, AlignmentBatch])
+def test_the_first_fields_are_the_cores_arrays(kind: type) -> None:
+    assert tuple(kind.__dataclass_fields__)[: len(_core.ARRAYS)] == _core.ARRAYS
 
 
 def cut_changed(pieces: Pieces, a: list, b: list) -> tuple[Tokens, Tokens]:

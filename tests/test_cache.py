@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from xtokmap import ByteTable, XTokMapError, byte_table, cache, tokenizers
+from xtokmap import ByteTable, XTokMapError, byte_table, tokenizers
+from xtokmap.tokenizers import cache, parse
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 LLAMA = {
@@ -369,7 +370,7 @@ def test_merges_are_left_out_and_nothing_else(form, layout):
     merges = MERGES if form == "pairs" else [" ".join(pair) for pair in MERGES]
     for merged in (merges, []):
         text = json.dumps(spec(NAMES, merges=merged), **layout).encode()
-        assert tokenizers._parsed(text) == spec(NAMES)
+        assert parse.parsed(text) == spec(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +395,7 @@ def test_vocabularies_are_parsed_as_json_is(vocab):
         f'{{"model": {{"vocab": {{"x": 1}}, "vocab": {vocab}}}}}',
         f'[{{"vocab": {vocab}}}]',
     ):
-        assert tokenizers._parsed(text.encode()) == json.loads(text)
+        assert parse.parsed(text.encode()) == json.loads(text)
 
 
 def test_damage_is_parsed_as_ever():
@@ -407,12 +408,12 @@ def test_damage_is_parsed_as_ever():
                 whole = json.loads(text)
             except ValueError:
                 with pytest.raises(ValueError):  # noqa: PT011
-                    tokenizers._parsed(text)
+                    parse.parsed(text)
                 continue
-            cut = tokenizers._parsed(text)
+            cut = parse.parsed(text)
             for read in (whole, cut):
                 read.get("model", {}).pop("merges", None)
             assert cut == whole
     for end in range(start, len(good)):
         with pytest.raises(ValueError):  # noqa: PT011
-            tokenizers._parsed(good[:end])
+            parse.parsed(good[:end])

@@ -12,7 +12,7 @@ import tiny
 import xtokmap
 from xtokmap import Kind
 from xtokmap.chat import Renderer, render_pair
-from xtokmap.torch import ChunkIndex
+from xtokmap.torch.index import ChunkIndex
 
 # In the shape of the families' own templates, with their markers and their trimming.
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -21,10 +21,12 @@ from safetensors.torch import load_file
 import killable
 import tiny
 import xtokmap
-from xtokmap import checkpoint
-from xtokmap import train as loop
-from xtokmap.checkpoint import CheckpointError, found
-from xtokmap.train import Config, Order, train
+from xtokmap.train import run as running
+from xtokmap.train.config import Config
+from xtokmap.train.loop import train
+from xtokmap.train.run import Order
+from xtokmap.train.support import checkpoint
+from xtokmap.train.support.checkpoint import CheckpointError, found
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 
@@ -39,7 +41,7 @@ def whole(tmp_path_factory):
 
 def stop_after(monkeypatch, step, number=signal.SIGTERM):
     """A signal in the middle of a step."""
-    real = loop.update
+    real = running.update
 
     def update(roller, *args):
         calls.append(0)
@@ -48,7 +50,7 @@ def stop_after(monkeypatch, step, number=signal.SIGTERM):
         return real(roller, *args)
 
     calls = []
-    monkeypatch.setattr(loop, "update", update)
+    monkeypatch.setattr(running, "update", update)
 
 
 @pytest.mark.parametrize(

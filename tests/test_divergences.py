@@ -18,20 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import oracle
 import xtokmap
 from oracle import SPECIAL, STOP, Tokens, VocabMap, interior_queries, spelled
-from xtokmap.losses import (
-    Completions,
-    Spelling,
-    alm,
-    byte_kl,
-    chunk_credit,
-    compass,
-    completion,
-    strict_kl,
-    uld_hybrid,
-    weighted_sum,
-    whitespace_tokens,
-)
-from xtokmap.torch import ChunkIndex, Logits, TopK, VocabTensors, token_logprobs
+from xtokmap.losses.bytes import Completions, Spelling, byte_kl, completion, whitespace_tokens
+from xtokmap.losses.chunks import alm, uld_hybrid
+from xtokmap.losses.credit import chunk_credit, compass
+from xtokmap.losses.strict import strict_kl
+from xtokmap.losses.terms import weighted_sum
+from xtokmap.torch.index import ChunkIndex, VocabTensors
+from xtokmap.torch.logits import Logits, TopK, token_logprobs
 
 BETAS = (0.0, 0.5, 1.0)
 
@@ -545,7 +538,7 @@ def all_of_it(case: Case, z: torch.Tensor) -> TopK:
 LOSSES = {
     "strict": lambda c, s, z, **o: strict_kl(s, Logits(z), c.index, c.vm, k=3, **o),
     "strict forward, all": lambda c, s, z, **o: strict_kl(s, Logits(z), c.index, c.vm, k=None, beta=0.0, **o),
-    "strict, renormalised": lambda c, s, z, **o: strict_kl(s, Logits(z), c.index, c.vm, support="renorm", **o),
+    "strict, renormalized": lambda c, s, z, **o: strict_kl(s, Logits(z), c.index, c.vm, support="renorm", **o),
     "strict, served": lambda c, s, z, **o: strict_kl(s, all_of_it(c, z), c.index, c.vm, **o),
     "byte": lambda c, s, z, **o: byte_kl(s, Logits(z), c.index, c.vm, c.queries, spelling=spelling_of(c, z), **o),
     "byte, column, bridge": lambda c, s, z, **o: byte_kl(

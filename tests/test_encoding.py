@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import unicodedata
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,7 +15,8 @@ import corpus
 import real_tokenizers as real
 import xtokmap
 from xtokmap import _core
-from xtokmap.encoding import EncodingRule
+from xtokmap.boundary.encoding import EncodingRule
+from xtokmap.tokenizers import base
 
 PAIRS = 4000
 #: What a rule may get wrong. A pre-tokenizer is asked about classes of tokens, and a rare pair is unlike its class.
@@ -256,6 +258,43 @@ def test_files_have_the_rule_of_what_is_read_from_them(tmp_path, tokenizers):
     spec["model"]["merges"] = ["a b"]
     path.write_text(json.dumps(spec), encoding="utf-8")
     assert rule_of(path)[0].core.encode(b"abab") == tokenizer.encode("abab").ids
+
+
+@pytest.fixture
+def unsaid():
+    """What is said once may have been said before."""
+    base.say_missing.cache_clear()
+    yield
+    base.say_missing.cache_clear()
+
+
+def test_without_tokenizers_the_pre_tokenizer_is_missed_aloud(tmp_path, tokenizers, monkeypatch, unsaid, recwarn):
+    plain = tokenizer_of(tokenizers.models.BPE({"a": 0}, []), decoder=tokenizers.decoders.ByteLevel())
+    tokenizer = byte_level(tokenizers, ["a1"], [("a", "1")])
+    for name, made in (("plain.json", plain), ("tokenizer.json", tokenizer)):
+        made.save(str(tmp_path / name))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert rule_of(tmp_path / "plain.json")[0]._cuts is None  # nothing is missed
+    assert not recwarn.list
+    for _ in range(2):
+        rule, table = rule_of(tmp_path / "tokenizer.json")
+        ids = {table[i]: i for i in range(len(table))}
+        assert rule.core.joined(ids[b"a"], ids[b"1"])
+    (said,) = [str(warning.message) for warning in recwarn]
+    assert said.startswith("the package tokenizers is not installed: what the pre-tokenizer")
+    assert said.endswith("pip install tokenizers")
+
+
+def test_without_regex_the_pattern_is_missed_aloud(tmp_path, monkeypatch, unsaid):
+    vocab = [{"rank": k, "token_bytes": token} for k, token in enumerate(("YQ==", "MQ==", "YTE="))]  # a, 1, a1
+    config = {"default_num_special_tokens": 3, "default_vocab_size": 6, "pattern": r"[a-z]+|[0-9]"}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
+    pytest.importorskip("regex")
+    assert not rule_of(tmp_path)[0].core.joined(3, 4)
+    monkeypatch.setitem(sys.modules, "regex", None)
+    with pytest.warns(UserWarning, match=r"the package regex is not installed: .* pip install regex"):
+        rule, _ = rule_of(tmp_path)
+    assert rule.core.joined(3, 4)
 
 
 def test_what_does_not_fit_is_refused():

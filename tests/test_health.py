@@ -13,12 +13,17 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from xtokmap import rollouts as rolling
-from xtokmap.health import Monitor, entropy_sum, measure, together
-from xtokmap.teacher import LocalTeacher, render
-from xtokmap.torch import Logits
-from xtokmap.train import Config, Roller, Run, train
-from xtokmap.transfer import boundary_leak
+from xtokmap import Aligner
+from xtokmap.chat import render
+from xtokmap.losses.transfer import boundary_leak
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.torch.logits import Logits
+from xtokmap.train import sampling as rolling
+from xtokmap.train.config import Config
+from xtokmap.train.loop import Run, train
+from xtokmap.train.sampling import Roller
+from xtokmap.train.step import StepResult
+from xtokmap.train.support.health import Entropy, Monitor, entropy_sum, measure, together
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids", "ignore:the loss or the gradient is not")
 
@@ -136,8 +141,11 @@ def test_figures_are_those_of_the_definition():
     torch.manual_seed(0)
     rollouts = roller.roll(list(ANSWERS))
     own = roller.all_logprobs(rollouts)
-    found = {"logprobs": own, "entropy": torch.tensor([6.0, 4.0])}
-    seen = together([measure(roller, rollouts, found, probe=True)])
+    entropy = Entropy(1)
+    entropy.total = torch.tensor([6.0, 4.0])
+    nothing = torch.zeros(())
+    result = StepResult(rollouts, nothing, nothing, 0, nothing, nothing, own, {})
+    seen = together([measure(roller, result, entropy, probe=True)])
     assert seen["entropy"] == 1.5
     batch = roller.aligner.align_batch(rollouts.completion_ids, rollouts.teacher_ids)
     s, t, ended = [], [], 0
@@ -326,12 +334,8 @@ def test_chunks_that_are_too_long_leave_nothing_to_score(monkeypatch):
     monkeypatch.setattr(
         rolling, "sample", lambda model, ids, stops, config: ([[300, 301]] * len(ids), [False] * len(ids))
     )
-    from xtokmap import alignment
-
-    real = alignment.Aligner.teacher_ids
-    monkeypatch.setattr(
-        alignment.Aligner, "teacher_ids", lambda self, rows, **k: [r[:0] for r in real(self, rows, **k)]
-    )
+    real = Aligner.teacher_ids
+    monkeypatch.setattr(Aligner, "teacher_ids", lambda self, rows, **k: [r[:0] for r in real(self, rows, **k)])
     names, lines = run(1)
     assert names[0] == ["nothing_scored"]
     assert "no chunk can be scored (UNALIGNED 100%" in lines[0]["warnings"][0]["text"]

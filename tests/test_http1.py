@@ -13,7 +13,7 @@ import pytest
 
 import faults
 import xtokmap
-from xtokmap.http1 import Answer, Connections, ExchangeError, LateError, UnfitError, certificates
+from xtokmap.teachers.http1 import Answer, Connections, ExchangeError, LateError, UnfitError, certificates
 
 PEM = Path(__file__).parent / "server.pem"
 #: Seconds: far more than a busy machine needs for a request on itself, and what is tried with silence.

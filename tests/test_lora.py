@@ -10,10 +10,11 @@ import torch
 
 import tiny
 import xtokmap
-from xtokmap import teacher as scoring
 from xtokmap.models import float32_parameters, with_adapter, without_wrapper
-from xtokmap.teacher import completion_logprobs, completion_rows
-from xtokmap.train import Config, train
+from xtokmap.torch import completions
+from xtokmap.torch.completions import completion_logprobs, completion_rows
+from xtokmap.train.config import Config
+from xtokmap.train.loop import train
 
 peft = pytest.importorskip("peft")
 
@@ -66,7 +67,7 @@ def test_logprobs_go_past_the_logits_as_those_of_a_plain_model(dtype):
 
 def test_an_adapter_on_the_head_is_seen_and_goes_through_the_logits():
     model = adapted(targets="q_proj, lm_head")
-    assert scoring._parts(model) == (None, None)
+    assert completions._parts(model) == (None, None)
     own = completion_logprobs(model, PROMPTS, COMPLETIONS)
     torch.testing.assert_close(own[own != 0], one_by_one(model), atol=1e-5, rtol=0)
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xtokmap
-from xtokmap.losses import CREDITS, chunk_credit, chunk_gap, policy_loss
-from xtokmap.torch import ChunkIndex
+from xtokmap.losses.credit import CREDITS, chunk_credit, chunk_gap, policy_loss
+from xtokmap.torch.index import ChunkIndex
 
 SPLITS = ("prior", "shift", "uniform", "bytes")
 

@@ -10,11 +10,14 @@ import pytest
 
 import tiny
 import xtokmap
-from xtokmap import page
-from xtokmap import train as loop
-from xtokmap.__main__ import main
-from xtokmap.samples import KEEP, Samples
-from xtokmap.train import Config, train
+from xtokmap import report as page
+from xtokmap.cli import main
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.train import run as running
+from xtokmap.train.config import Config
+from xtokmap.train.loop import train
+from xtokmap.train.sampling import Roller
+from xtokmap.train.support.samples import KEEP, Samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 
@@ -130,11 +133,11 @@ def test_samples_are_the_runs_own_chunks(folder):
 
 
 def test_the_samples_of_a_long_run_stay_few(folder, tmp_path, monkeypatch):
-    from xtokmap import samples as module
+    from xtokmap.train.support import samples as module
 
     student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
-    roller = loop.Roller(
-        student, tokenizer, loop.LocalTeacher(teacher, teacher_tokenizer), Config(device="cpu", max_new_tokens=6)
+    roller = Roller(
+        student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), Config(device="cpu", max_new_tokens=6)
     )
     rollouts = roller.roll(["the sky", "the dog"])
     logprobs = roller.all_logprobs(rollouts)
@@ -153,7 +156,7 @@ def test_the_samples_of_a_long_run_stay_few(folder, tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_cut_off_has_its_report(folder, tmp_path, monkeypatch):
-    real, calls = loop.update, []
+    real, calls = running.update, []
 
     def interrupted(*args):
         calls.append(1)
@@ -161,7 +164,7 @@ def test_a_run_that_is_cut_off_has_its_report(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(loop, "update", interrupted)
+    monkeypatch.setattr(running, "update", interrupted)
     prompts = tmp_path / "p.txt"
     prompts.write_text("the sky")
     config = Config(prompts=str(prompts), output=str(tmp_path / "out"), steps=9, batch_size=2, max_new_tokens=8)

@@ -13,9 +13,10 @@ import killable
 import several
 import tiny
 import xtokmap
-from xtokmap.checkpoint import found
-from xtokmap.processes import Processes, launched, shard
-from xtokmap.train import Config, train
+from xtokmap.train.config import Config
+from xtokmap.train.loop import train
+from xtokmap.train.support.checkpoint import found
+from xtokmap.train.support.distributed import Processes, launched, shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 

@@ -1,34 +1,91 @@
-"""The README's example does what the README says."""
+"""README.md and docs/ do what they say: code runs, names can be imported, files exist."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
-README = Path(__file__).parent.parent / "README.md"
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+names = [page.name for page in PAGES]
+
+#: A block of Python, the line before it, and what it prints, if that stands under it. `<!-- not run: why -->` in that
+#: line says why a block is not run; such a block must parse all the same, and what it imports must be there.
+BLOCK = re.compile(r"(?:^|\n)([^\n]*)\n```python\n(.*?)\n```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: \S.+ -->")
 
 
-def test_the_first_example_prints_what_stands_under_it():
-    text = README.read_text(encoding="utf-8")
-    code, output = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL).groups()
-    assert len(code.strip().splitlines()) <= 12
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
-    assert printed.getvalue() == output
+def blocks(page: Path) -> list[tuple[str, str, str | None]]:
+    found = [match.groups() for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
+    return [(before, code, printed) for before, code, printed in found]
 
 
-def test_no_placeholder_is_left_and_every_file_named_exists():
-    text = README.read_text(encoding="utf-8")
+def test_every_block_of_python_is_found():
+    for page in PAGES:
+        assert len(blocks(page)) == page.read_text(encoding="utf-8").count("```python"), page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_python_prints_what_stands_under_it(page):
+    names: dict[str, Any] = {}
+    for before, code, printed in blocks(page):
+        compiled = compile(code, page.name, "exec")
+        if NOT_RUN.fullmatch(before):
+            imports = [node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
+            exec(compile(ast.Module(imports, []), page.name, "exec"), {})
+            assert printed is None
+            continue
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compiled, names)
+        assert output.getvalue() == (printed or "")
+
+
+def test_the_first_example_is_short():
+    before, code, printed = blocks(README)[0]
+    assert not NOT_RUN.fullmatch(before)
+    assert printed is not None
+    assert len(code.splitlines()) <= 12
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_no_placeholder_is_left_and_every_file_named_exists(page):
+    text = page.read_text(encoding="utf-8")
     assert not re.search(r"@[A-Z]+@", text)
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (README.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#:]*)(#[^)]*)?\)", text):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor[1:] in slugs, (link, anchor)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_every_name_of_the_package_can_be_had(page):
+    for name in set(re.findall(r"\bxtokmap(?:\.[A-Za-z_]\w*)+", page.read_text(encoding="utf-8"))):
+        found: Any = importlib.import_module("xtokmap")
+        for k, part in enumerate(name.split(".")[1:], 2):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(".".join(name.split(".")[:k]))
+            assert hasattr(found, part), name
+            found = getattr(found, part)
 
 
 def test_the_laws_are_those_of_the_crate():
-    crate = (README.parent / "rust" / "lib.rs").read_text(encoding="utf-8")
+    crate = (ROOT / "rust" / "lib.rs").read_text(encoding="utf-8")
     laws = [line[4:] for line in crate.splitlines() if re.match(r"//! \d+\. ", line)]
     readme = README.read_text(encoding="utf-8")
     assert len(laws) == 10

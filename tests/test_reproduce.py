@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import reproduce
 import xtokmap
-from xtokmap import Aligner, reproduce
-from xtokmap.reproduce import families, runs, tables
-from xtokmap.reproduce.families import ARRANGEMENTS, STUDENT_TEMPLATE, encode, teacher_template, tokenizer
-from xtokmap.reproduce.tasks import TASKS, Addition, Chain, final, problem_of, solve
+from reproduce import families, runs, tables
+from reproduce.families import ARRANGEMENTS, STUDENT_TEMPLATE, encode, teacher_template, tokenizer
+from reproduce.tasks import TASKS, Addition, Chain, final, problem_of, solve
+from xtokmap import Aligner
 
 ADDITION = Addition()
 

@@ -21,9 +21,10 @@ import torch
 
 import tiny
 import xtokmap
-from xtokmap import serve
-from xtokmap.serve import Limits, RefusedError, TeacherServer
-from xtokmap.served import PROTOCOLS, Client
+from xtokmap.teachers import server as serve
+from xtokmap.teachers.client import PROTOCOLS, Client
+from xtokmap.teachers.scorer import Limits, RefusedError
+from xtokmap.teachers.server import TeacherServer
 
 KEY = "sk-of-the-server"
 ROW = [5, 6, 7, 300, 301]
@@ -242,7 +243,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path, told):
 
 
 def test_the_command_names_what_is_wrong(tmp_path, capsys):
-    from xtokmap.__main__ import main
+    from xtokmap.cli import main
 
     assert main(["serve-teacher", "--model", str(tmp_path / "none")]) == 2
     assert "none: no such model" in capsys.readouterr().err
@@ -254,13 +255,13 @@ def test_the_command_names_what_is_wrong(tmp_path, capsys):
 
 @pytest.mark.parametrize("package", ["uvicorn", "starlette", "h11"])
 def test_a_missing_package_is_named(package, monkeypatch, capsys):
-    from xtokmap.__main__ import main
+    from xtokmap.cli import main
 
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "xtokmap.serve")
-    monkeypatch.delattr(xtokmap, "serve")
+    monkeypatch.delitem(sys.modules, "xtokmap.teachers.server")
+    monkeypatch.delattr("xtokmap.teachers.server")
     assert main(["serve-teacher", "--model", "x"]) == 2
     assert f"serve-teacher needs the package {package}" in (said := capsys.readouterr().err)
     assert "pip install 'xtokmap[serve]'" in said

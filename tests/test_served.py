@@ -21,16 +21,24 @@ import faults
 import killable
 import tiny
 import xtokmap
-from xtokmap import Aligner, served
-from xtokmap import train as loop
-from xtokmap.checkpoint import found
-from xtokmap.http1 import Answer
-from xtokmap.losses import chunk_credit, strict_kl
-from xtokmap.rollouts import Scoring, sample
-from xtokmap.served import PROTOCOLS, Client
-from xtokmap.teacher import LocalTeacher, ServerTeacher, TeacherError, render
-from xtokmap.torch import ChunkIndex, Logits
-from xtokmap.train import Config, Roller, Run, read_prompts, train, update
+from xtokmap import Aligner
+from xtokmap.chat import render
+from xtokmap.losses.credit import chunk_credit
+from xtokmap.losses.strict import strict_kl
+from xtokmap.teachers import client as served
+from xtokmap.teachers.client import PROTOCOLS, Client, TeacherError
+from xtokmap.teachers.http1 import Answer
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.teachers.remote import ServerTeacher
+from xtokmap.torch.index import ChunkIndex, VocabTensors
+from xtokmap.torch.logits import Logits
+from xtokmap.train import run as running
+from xtokmap.train.config import Config
+from xtokmap.train.loop import Run, train
+from xtokmap.train.prompts import read_prompts
+from xtokmap.train.sampling import Roller, Scoring, sample
+from xtokmap.train.step import update
+from xtokmap.train.support.checkpoint import found
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 
@@ -57,7 +65,7 @@ def teacher_of(server, **options):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Samples of the student, retokenised: prompts and completions in the teacher's ids, their index and queries."""
+    """Samples of the student, retokenized: prompts and completions in the teacher's ids, their index and queries."""
     student, tokenizer = tiny.student_model(), tiny.student_tokenizer()
     torch.manual_seed(3)
     aligner = Aligner(tokenizer, tiny.teacher_tokenizer())
@@ -127,7 +135,7 @@ def test_strict_kl_from_all_of_every_row_is_the_local_one(model, server, batch):
     assert got.transferred is None
     assert got.top.shape == got.mask.shape
     assert got.missing.abs().max() < 1e-5
-    maps = Aligner(tiny.student_tokenizer(), tiny.teacher_tokenizer()).vocab_map.torch()
+    maps = VocabTensors.from_map(Aligner(tiny.student_tokenizer(), tiny.teacher_tokenizer()).vocab_map)
     torch.manual_seed(0)
     student = Logits(torch.randn(*index.student_chunk.shape, len(tiny.student_tokenizer())))
     local = LocalTeacher(model, tiny.teacher_tokenizer())
@@ -229,7 +237,7 @@ def test_what_cannot_get_better_is_asked_once(model, options, rows, message):
 
 
 def xtokmap_limits(**values):
-    from xtokmap.serve import Limits
+    from xtokmap.teachers.scorer import Limits
 
     return Limits(**values)
 
@@ -508,7 +516,7 @@ def test_words_of_a_server_are_no_markup():
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-    from xtokmap.report import Progress
+    from xtokmap.train.support.progress import Progress
 
     progress = Progress(1)
     progress.bar = Bar(console=Console(width=200, force_terminal=True, record=True))
@@ -917,7 +925,7 @@ def test_overlapped_samples_are_one_update_old_and_corrected(prompts):
         shift = max(shift, float((roller.all_logprobs(batch) - batch.old_logprobs).abs().max()))
         found = update(roller, roller.score(batch), run.optimizer)
         run.warmup.step()
-        want.append((float(found["loss"]), float(found["grad_norm"]), batch.lengths))
+        want.append((float(found.loss), float(found.grad_norm), batch.lengths))
     assert shift > 0.1  # the policy has moved in between
 
     served = sharp_pair()
@@ -947,7 +955,7 @@ def test_the_next_batch_is_scored_while_this_one_updates(prompts, model, monkeyp
         return update(*args)
 
     monkeypatch.setattr(ServerTeacher, "score", score)
-    monkeypatch.setattr(loop, "update", updated)
+    monkeypatch.setattr(running, "update", updated)
     with faults.serving(model, tiny.teacher_tokenizer()) as server:
         train(config(prompts, teacher_url=server.url, overlap=True, eval_samples=0), models=tiny.pair())
     assert waited == [True] * 3
@@ -978,7 +986,7 @@ def test_an_overlapped_run_that_was_stopped_goes_on_to_the_bit(prompts, model, m
         )
         whole = train(replace(settings, output=settings.output + "-whole"), models=tiny.pair())
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "update", stopping)
+            patch.setattr(running, "update", stopping)
             stopped = train(settings, models=tiny.pair())
         assert stopped.interrupted
         assert len(stopped.metrics) == 3

@@ -8,7 +8,9 @@ from transformers import FalconH1Config, FalconH1ForCausalLM, RecurrentGemmaConf
 
 import tiny
 import xtokmap
-from xtokmap.teacher import PLAIN_TEMPLATE, LocalTeacher, completion_logprobs, render, stop_id
+from xtokmap.chat import PLAIN_TEMPLATE, render, stop_id
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.torch.completions import completion_logprobs
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 COMPLETIONS = [[300, 301], [], [20, 21, 22, 23]]

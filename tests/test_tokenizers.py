@@ -23,7 +23,11 @@ import oracle
 import real_tokenizers as real
 import xtokmap
 from xtokmap import UnsupportedTokenizerError, byte_table
-from xtokmap.tokenizers import ODD_TEXTS, STOP_TOKENS, text_codec
+from xtokmap import tokenizers as kinds
+from xtokmap.boundary.encoding import EncodingRule
+from xtokmap.tokenizers import base, parse, text_codec
+from xtokmap.tokenizers.base import STOP_TOKENS
+from xtokmap.tokenizers.hf import ODD_TEXTS
 
 tokenizers = pytest.importorskip("tokenizers")
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
@@ -841,7 +845,8 @@ def test_a_class_with_its_own_decode_is_refused():
     assert len(byte_table(tokenizer.backend_tokenizer))
 
 
-def test_slow_tokenizers_that_hold_an_encoding():
+@pytest.mark.parametrize("attribute", ["tokenizer", "model"])
+def test_slow_tokenizers_that_hold_an_encoding(attribute):
     """Qwen's and Kimi's own classes: a Python tokenizer around a tiktoken encoding."""
     python = pytest.importorskip("transformers.tokenization_python")
     tiktoken = pytest.importorskip("tiktoken")
@@ -851,7 +856,7 @@ def test_slow_tokenizers_that_hold_an_encoding():
 
     class Qwen(python.PythonBackend):
         def __init__(self):
-            self.tokenizer = encoding
+            setattr(self, attribute, encoding)
             super().__init__()
 
         vocab_size = 301
@@ -862,6 +867,36 @@ def test_slow_tokenizers_that_hold_an_encoding():
     assert rows_of(byte_table(Qwen())) == rows_of(byte_table(encoding))
     assert byte_table(encoding)[256] is byte_table(encoding)[300] is None
     assert text_codec(Qwen()).encode_batch(["<|x|>"])[0].tolist() == list(b"<|x|>")
+    assert EncodingRule(Qwen(), byte_table(encoding)).name == "bpe"
+
+
+def test_a_kind_is_one_file_and_one_line(tmp_path, monkeypatch):
+    """Morse: what a stranger writes, and what knows it then."""
+
+    class Morse:
+        letters = "ET A"
+
+    def letters(source):
+        return source.path.read_text() if isinstance(source, parse.File) else source.letters
+
+    kind = base.Kind(
+        lambda source: base.Vocabulary({i: letter.encode() for i, letter in enumerate(letters(source))}, {}),
+        lambda source: base.Rule("bpe", {"ranks": np.arange(len(letters(source)), dtype=np.uint32)}),
+        lambda source, directory: base.Lists(lambda texts: [[letters(source).index(c) for c in t] for t in texts]),
+        packages=frozenset({__name__}),
+        name=r".*\.morse",
+        in_directory=("*.morse",),
+    )
+    path = tmp_path / "x.morse"
+    path.write_text("ET A")
+    with pytest.raises(UnsupportedTokenizerError, match=r"unknown kind of file; known are .*\*\.gguf and directories"):
+        byte_table(path)
+    monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS, kind))
+    for source in (Morse(), path, tmp_path):
+        table = byte_table(source)
+        assert rows_of(table)[0] == [b"E", b"T", b" ", b"A"]
+        assert text_codec(source).encode_batch(["TEA"])[0].tolist() == [1, 0, 3]
+        assert EncodingRule(source, table).name == "bpe"
 
 
 def test_unknown_things(tmp_path):
@@ -1244,7 +1279,9 @@ def test_codecs_of_files(tmp_path, exact_codec):
     ],
 )
 def test_missing_package_is_named(tmp_path, monkeypatch, package, module, file):
-    (tmp_path / file).write_text(json.dumps({"config": {}} if "tekken" in file else {"model": {}}))
+    (tmp_path / file).write_text(
+        json.dumps({"config": {}, "vocab": []} if "tekken" in file else {"model": {}, "decoder": None})
+    )
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UnsupportedTokenizerError, match=rf"encoding with {re.escape(file)} .*pip install {package}"):
         text_codec(tmp_path / file)

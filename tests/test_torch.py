@@ -11,16 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xtokmap
-from xtokmap.losses import CREDITS, chunk_credit, chunk_gap, policy_loss
-from xtokmap.torch import (
-    ChunkIndex,
-    Logits,
-    TopK,
-    coverage_counts,
-    map_rows,
-    token_logprobs,
-    token_logprobs_from_hidden,
-)
+from xtokmap.losses.credit import CREDITS, chunk_credit, chunk_gap, policy_loss
+from xtokmap.torch.index import ChunkIndex, coverage_counts
+from xtokmap.torch.logits import Logits, TopK, map_rows, token_logprobs, token_logprobs_from_hidden
 
 STUDENT = xtokmap.ByteTable.from_bytes([None, b"blue", b"bird", b"!", b" ok", b"x"], stop_ids=[0])
 TEACHER = xtokmap.ByteTable.from_bytes([None, b"bluebird", b"!", b" o", b"k", b"x"], stop_ids=[0])

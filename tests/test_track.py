@@ -9,8 +9,9 @@ import pytest
 
 import tiny
 import xtokmap
-from xtokmap.track import flat
-from xtokmap.train import Config, train
+from xtokmap.train.config import Config
+from xtokmap.train.loop import train
+from xtokmap.train.support.track import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 

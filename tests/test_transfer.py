@@ -14,9 +14,10 @@ import oracle
 import xtokmap
 from enumeration import Model, Pair, cosine
 from oracle import SPECIAL, STOP, Side, Tokens, mass_of_start, prefix_closed, spelled
-from xtokmap.losses import CREDITS, chunk_credit, transfer_kl
-from xtokmap.torch import ChunkIndex, Logits, TopK
-from xtokmap.transfer import Transferred, TransferTarget, boundary_leak, transfer
+from xtokmap.losses.credit import CREDITS, chunk_credit
+from xtokmap.losses.transfer import Transferred, TransferTarget, boundary_leak, transfer, transfer_kl
+from xtokmap.torch.index import ChunkIndex
+from xtokmap.torch.logits import Logits, TopK
 
 # ---- vectors -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import real_tokenizers as real
 import xtokmap
 from xtokmap import Aligner, ByteTable, XTokMapError
-from xtokmap.cover import FORCED, NOT_CANONICAL
+from xtokmap.boundary.cover import FORCED, NOT_CANONICAL
+from xtokmap.torch.index import VocabTensors
 
 law = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -303,7 +304,7 @@ def test_queries_of_what_another_aligner_made_are_refused():
         with pytest.raises(XTokMapError, match=f"threads={threads}"):
             one.cover_queries(batch, threads=threads)
     with pytest.raises(XTokMapError, match="was not aligned from these ids"):
-        one._transfer.core.queries(batch, np.zeros(1, np.uint32), np.zeros(2, np.uint32))
+        one._transfer.core.queries(*batch._core_arguments(), np.zeros(1, np.uint32), np.zeros(2, np.uint32))
 
 
 def test_empty_batches_have_no_queries():
@@ -321,7 +322,7 @@ def test_tensors_of_a_map_hold_the_same():
         xtokmap.ByteTable.from_bytes([b"a", b"ba", b"b", None], stop_ids=[3]),
     )
     vm = aligner.vocab_map
-    tensors = vm.torch("cpu")
+    tensors = VocabTensors.from_map(vm, "cpu")
     for name in ("teacher_to_student", "prefix", "canonical", "teacher_range", "group"):
         assert getattr(tensors, name).dtype == torch.int64
         assert getattr(tensors, name).tolist() == getattr(vm, name).tolist()
