@@ -123,6 +123,30 @@ def test_fine_tuning_is_the_mean_negative_logprob_of_the_teachers_answers(prompt
     assert float(found.loss) == pytest.approx(-float(torch.cat(logprobs).mean()), rel=1e-5)
 
 
+def test_prompts_may_be_conversations(tmp_path):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the sky?"},
+        {"role": "assistant", "content": "is blue"},
+        {"role": "user", "content": "a fox?"},
+    ]
+    rows = [{"messages": turns}, {"prompt": "the dog"}, {"messages": turns[:2], "split": "heldout"}]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    values = {"steps": 2, "batch_size": 2, "save_every": 1, "output": str(tmp_path / "out")}
+    result = train(config(prompts, **values), models=tiny.pair())
+    assert result.before is not None
+    assert result.before.prompts == ["the sky?"]
+    records = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert {record["prompt"] for record in records} <= {"a fox?", "the dog", "the sky?"}
+    again = train(config(prompts, **values | {"steps": 3, "resume": True}), models=tiny.pair())
+    assert len(again.metrics) == 3
+    rows[0]["messages"] = [{**turns[0], "content": "Be long."}, *turns[1:]]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(xtokmap.XTokMapError, match="other prompts"):
+        train(config(prompts, **values | {"steps": 4, "resume": True}), models=tiny.pair())
+
+
 def test_the_same_seed_gives_the_same_run(prompts):
     def run(name, **changes):
         changes = {"output": str(prompts.parent / name), "save_every": 0, **changes}
