@@ -26,8 +26,8 @@ struct Text<'a> {
     bytes: Vec<u8>,
     /// The character of every atom.
     atoms: Vec<u32>,
-    /// First byte of the unit of every atom, and [`INSIDE`].
-    starts: Vec<u32>,
+    /// First byte of the unit of every atom, and [`INSIDE`]; `None`: every byte is an atom.
+    starts: Option<Vec<u32>>,
     /// First byte of every unit that is no character, and how many bytes it has.
     invalid: Vec<(u32, u32)>,
     /// What `atom_at` found last.
@@ -37,6 +37,11 @@ struct Text<'a> {
 impl<'a> Text<'a> {
     fn new(tokens: Tokens<'a>) -> Self {
         let bytes = tokens.text();
+        if bytes.iter().all(|&byte| byte.is_ascii_graphic() || (byte.is_ascii() && char::from(byte).is_whitespace())) {
+            let atom = |byte: &u8| u32::from(if byte.is_ascii_graphic() { byte.to_ascii_lowercase() } else { b' ' });
+            let atoms = bytes.iter().map(atom).collect();
+            return Self { tokens, bytes, atoms, starts: None, invalid: vec![], recent: 0 };
+        }
         let mut atoms: Vec<u32> = Vec::with_capacity(bytes.len());
         let mut starts = Vec::with_capacity(bytes.len());
         let mut invalid = vec![];
@@ -69,7 +74,7 @@ impl<'a> Text<'a> {
                 at += len as u32;
             }
         });
-        Self { tokens, bytes, atoms, starts, invalid, recent: 0 }
+        Self { tokens, bytes, atoms, starts: Some(starts), invalid, recent: 0 }
     }
 
     fn char(&self, p: usize) -> Option<u32> {
@@ -78,12 +83,13 @@ impl<'a> Text<'a> {
 
     /// The first atom at or after byte `x` before which the text can be cut. Calls mostly ask for later and later bytes.
     fn atom_at(&mut self, x: usize) -> usize {
+        let Some(starts) = &self.starts else { return x };
         let starts_before = |start: u32| ((start & !INSIDE) as usize) < x;
         let mut p = self.recent;
-        if p > 0 && self.starts.get(p - 1).is_none_or(|&start| !starts_before(start)) {
-            p = self.starts.partition_point(|&start| starts_before(start));
+        if p > 0 && starts.get(p - 1).is_none_or(|&start| !starts_before(start)) {
+            p = starts.partition_point(|&start| starts_before(start));
         }
-        while self.starts.get(p).is_some_and(|&start| starts_before(start)) || !self.cuts(p) {
+        while starts.get(p).is_some_and(|&start| starts_before(start)) || !self.cuts(p) {
             p += 1;
         }
         self.recent = p;
@@ -92,12 +98,13 @@ impl<'a> Text<'a> {
 
     /// The byte at which atom `p`'s unit starts; the end of the text after the last atom.
     fn byte(&self, p: usize) -> usize {
-        self.starts.get(p).map_or(self.bytes.len(), |&start| (start & !INSIDE) as usize)
+        let Some(starts) = &self.starts else { return p.min(self.bytes.len()) };
+        starts.get(p).map_or(self.bytes.len(), |&start| (start & !INSIDE) as usize)
     }
 
     /// Whether the text can be cut before atom `p`.
     fn cuts(&self, p: usize) -> bool {
-        self.starts.get(p).is_none_or(|&start| start & INSIDE == 0)
+        self.starts.as_ref().and_then(|starts| starts.get(p)).is_none_or(|&start| start & INSIDE == 0)
     }
 
     /// White space and marks may be missing on the other side.
