@@ -773,7 +773,7 @@ def test_a_lost_batch_is_left_out_and_counted(prompts, model):
     with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
         settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, steps=2)
         # The self-test takes 7 requests; then one batch, a lost one, and whatever comes.
-        plan.faults = [None] * 7 + [None] * 4 + ["NaN"] * 4
+        plan.faults = [None] * 7 + [None] * 4 + ["NaN"]  # one is enough: what is not asked yet is given up then
         with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*NaN in it"):
             result = train(settings, models=tiny.pair())
     assert [line["skipped_batches"] for line in result.metrics] == [0, 1]
@@ -965,7 +965,7 @@ def test_a_lost_batch_is_left_out_with_overlap(prompts, model):
     plan = faults.Plan()
     with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
         settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, overlap=True)
-        plan.faults = [None] * 7 + [None] * 4 + ["NaN"] * 4
+        plan.faults = [None] * 7 + [None] * 4 + ["NaN"]  # one is enough: what is not asked yet is given up then
         with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*NaN in it"):
             result = train(settings, models=tiny.pair())
     assert [line["skipped_batches"] for line in result.metrics] == [0, 1, 0]

@@ -209,7 +209,11 @@ def fork_during_use(forks: str) -> int:
 
 
 def fork_during_first_use(forks: str) -> int:
-    """While other threads are at what is worked out only once."""
+    """While other threads are at what is worked out only once.
+
+    Imports are made before: a fork in the middle of one, by another thread, is Python's own to lose.
+    """
+    aligner().retokenize([[1, 2]])
     for _ in range(int(forks)):
         al = aligner()
         workers = [threading.Thread(target=check, args=(al, ["cover_queries"])) for _ in range(3)]
