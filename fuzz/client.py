@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from readers import places as places_in
 
 from xtokmap.teachers.client import PROTOCOLS, Client, TeacherError
 from xtokmap.teachers.http1 import Answer
@@ -86,14 +87,6 @@ VALUES = (
 )
 KEYS = ("6", " 6", "06", "+6", "6 ", "6_0", "٦", "1" * 500, "-1", "token_id:7", "token_id: 7", "", "logprob", "\ud800")
 MARK = "@@value@@"
-
-
-def places_in(value):
-    """Every (container, key) inside a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield value, key
-        yield from places_in(inner)
 
 
 def lie_in_structure(found, rng):

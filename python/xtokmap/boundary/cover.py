@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,8 @@ import numpy.typing as npt
 from xtokmap import _core
 from xtokmap._core import ByteTable
 from xtokmap.boundary.encoding import EncodingRule
-from xtokmap.ids import Bool, Int32, Int64
-
-if TYPE_CHECKING:
-    pass
 from xtokmap.boundary.vocab_map import VocabMap, once
+from xtokmap.ids import Bool, Int32, Int64
 
 
 class Term(NamedTuple):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 from xtokmap.ids import Bool, Int32
-
-if TYPE_CHECKING:
-    pass
 
 _T = TypeVar("_T")
 

@@ -11,16 +11,15 @@ import torch
 
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.chat import PLAIN_TEMPLATE
-from xtokmap.losses.transfer import TransferTarget, transfer
+from xtokmap.losses.transfer import transfer
 from xtokmap.teachers.remote import ServerTeacher
-from xtokmap.teachers.scores import Prompted, Scores, check_queries, padded_found
+from xtokmap.teachers.scores import Prompted, Scores, check_queries, padded_found, scores_of
 from xtokmap.torch.completions import (
     batched_logprobs,
     by_length,
     check_pairs,
     completion_rows,
     flat_ids,
-    flat_logprobs,
     row_ends,
     spans,
     token_mask,
@@ -89,18 +88,10 @@ class LocalTeacher(Prompted):
                 part = transfer(own, flat_ids([completion_ids[b] for b in rows], device), queries.select(rows))
                 flat[spans(cu, rows).to(device)] = part.logprobs.float()
                 found[spans(queries.student_cu, rows).to(device)] = part.transferred.float()
-        target = None
-        if kept is not None and queries is not None:
-            part = transfer(kept, flat_ids(completion_ids, device), queries)
-            flat, found = part.logprobs.float(), part.transferred.float()
-            target = TransferTarget.of(kept, part, queries)
-        elif kept is not None:
-            rows_of_tokens = spans(cu + np.arange(len(cu)), range(len(completion_ids)), but_last=True).to(device)
-            flat = flat_logprobs(replace(kept, rows=kept.rows[rows_of_tokens]), flat_ids(completion_ids, device))
+        if kept is not None:
+            return scores_of(kept, completion_ids, queries, keep=True)
         logprobs = torch.zeros(mask.shape, device=device).masked_scatter(mask, flat)
-        if queries is None:
-            return Scores(logprobs, mask, rows=kept)
-        return Scores(logprobs, mask, padded_found(found, queries), kept, target)
+        return Scores(logprobs, mask, None if queries is None else padded_found(found, queries))
 
     @torch.no_grad()
     def rows(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Logits:

@@ -45,6 +45,31 @@ def flat_ids(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([i for row in rows for i in row], dtype=torch.long).to(device)
 
 
+def padded_inputs(
+    rows: Sequence[Sequence[int]], device: torch.device | str | None, *, left: bool = False, pad: int = 0
+) -> dict[str, Tensor]:
+    """Rows of ids as a transformers model takes them.
+
+    Args:
+        rows: B rows.
+        device: of the tensors.
+        left: whether to pad on the left, as `generate` wants it.
+        pad: the id of padding, which the mask leaves out.
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 `[B, L]`.
+    """
+    length = max(map(len, rows), default=0)
+
+    def padded(row: list[int], value: int) -> list[int]:
+        padding = [value] * (length - len(row))
+        return padding + row if left else row + padding
+
+    ids = torch.tensor([padded([*row], pad) for row in rows], dtype=torch.long)
+    mask = torch.tensor([padded([1] * len(row), 0) for row in rows], dtype=torch.long)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
 def flat_logprobs(rows: Logits, ids: Tensor) -> Tensor:
     """float32 `[N]`: of token `ids[i]` in row i; differentiable. Rows that are a view are copied: N of them."""
     if rows.positions is not None:
@@ -79,8 +104,7 @@ def completion_rows(
     rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
     length = max(map(len, rows), default=0)
     # Everything about lengths is known here, so that the device is never asked.
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.long).to(device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], dtype=torch.long).to(device)
+    ids, mask = padded_inputs(rows, device).values()
     source: list[int] = []
     for b, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         first = b * length + len(p) - 1

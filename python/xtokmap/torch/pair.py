@@ -28,7 +28,7 @@ from xtokmap.chat import PLAIN_TEMPLATE, render, stop_id
 from xtokmap.losses.credit import chunk_gap
 from xtokmap.losses.table import LossInput, LossRule, LossSettings, rule_of
 from xtokmap.teachers.scores import Scores, scores_of
-from xtokmap.torch.completions import padded_places
+from xtokmap.torch.completions import padded_inputs, padded_places
 from xtokmap.torch.index import ChunkIndex, VocabTensors, coverage_counts
 from xtokmap.torch.logits import Logits, TopK
 
@@ -168,10 +168,7 @@ class Pair:
     def prompt_inputs(self, conversations: Any, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """Prompts for the student's `generate`, rendered with its own template: int64 `[B, L]`, padded on the left."""
         rows = render(self.tokenizers[0], conversations, self.plain_template)
-        length = max(map(len, rows), default=0)
-        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], dtype=torch.long)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        return padded_inputs(rows, device, left=True)
 
     def prepare(
         self,
@@ -340,10 +337,7 @@ def _list(row: Any) -> list[int]:
 
 def _inputs(prompts: Ids, completions: Ids, device: torch.device) -> dict[str, Tensor]:
     rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    length = max(map(len, rows), default=0)
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.long)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], dtype=torch.long)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return padded_inputs(rows, device)
 
 
 def _rows_of(output: Any, prompts: Ids, completions: Ids, *, after: bool) -> Logits:

@@ -19,7 +19,7 @@ from xtokmap.chat import Prompt, PromptLike, render, stop_id
 from xtokmap.models import one_line, without_wrapper
 from xtokmap.teachers.local import LocalTeacher, Teacher
 from xtokmap.teachers.scores import Scores
-from xtokmap.torch.completions import batched_logprobs, completion_rows
+from xtokmap.torch.completions import batched_logprobs, completion_rows, padded_inputs
 from xtokmap.torch.index import ChunkIndex
 from xtokmap.torch.logits import Logits
 from xtokmap.torch.pair import Pair, PairBatch
@@ -137,7 +137,7 @@ class Roller:
                     answers, completed = sample(self.student, prompt_ids, stops, config)
             else:
                 answers, completed = self.answers(prompts, self.teacher.render(prompts))
-        return self.take(prompts, answers, completed, config, clock.seconds)
+        return self.take(prompts, answers, completed, config, clock.seconds, prompt_ids)
 
     def take(
         self,
@@ -146,6 +146,7 @@ class Roller:
         completed: list[bool],
         config: Config | None = None,
         seconds: dict[str, float] | None = None,
+        prompt_ids: list[list[int]] | None = None,
     ) -> Rollouts:
         """Answers that there are already, as ids of whoever sampled them, retokenized and aligned.
 
@@ -155,10 +156,12 @@ class Roller:
             completed: whether the end of turn came, B.
             config: instead of the roller's own; says who sampled.
             seconds: what sampling took, by part.
+            prompt_ids: as the student's tokens, where they are rendered already.
         """
         config, clock = config or self.config, Clock(self.device, seconds)
         prompts = asked(prompts)
-        prompt_ids = render(self.tokenizer, prompts, config.plain_template)
+        if prompt_ids is None:
+            prompt_ids = render(self.tokenizer, prompts, config.plain_template)
         with clock("retokenize"):
             if config.method == "opd":
                 completions = answers
@@ -271,8 +274,7 @@ def sample(
 
     device = next(model.parameters()).device
     width, pad = max(map(len, prompt_ids)), stops[0]
-    ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in prompt_ids], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+    inputs = padded_inputs(prompt_ids, device, left=True, pad=pad)
     how = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=not greedy,
@@ -284,7 +286,7 @@ def sample(
     model = without_wrapper(model)
     with _only(model, how):
         try:
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+            out = model.generate(**inputs, generation_config=how)
         except RuntimeError as error:  # on a GPU the sampler's assertion, after which nothing more can be asked
             if not any(sign in str(error) for sign in ("probability tensor contains", "device-side assert")):
                 raise
