@@ -44,11 +44,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def forward_nll(roller: Roller, answers: Rollouts) -> tuple[float, float]:
     """Nats per byte of the teacher's answers under the student, and the standard error over prompts."""
-    logprobs = roller.all_logprobs(answers)
-    nbytes = [len(roller.aligner.student.decode(row)) for row in answers.completion_ids]
+    logprobs = roller.all_logprobs(answers.batch)
+    nbytes = [len(roller.aligner.student.decode(row)) for row in answers.batch.student_ids]
     text = torch.zeros_like(logprobs, dtype=torch.bool)
     special = roller.aligner.student.is_special
-    for b, row in enumerate(answers.completion_ids):
+    for b, row in enumerate(answers.batch.student_ids):
         text[b, : len(row)] = torch.tensor([not special[i] for i in row], dtype=torch.bool)
     return ratio_with_error((-logprobs * text).sum(1).tolist(), nbytes)
 

@@ -24,7 +24,7 @@ import torch
 
 import xtokmap
 from xtokmap import demo
-from xtokmap.losses.transfer import boundary_leak
+from xtokmap.losses.queries import boundary_leak
 from xtokmap.models import load
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.torch.completions import completion_rows
@@ -41,8 +41,8 @@ def leak(roller: Roller, prompts: list[str]) -> tuple[float, float]:
     """Mean nats a teacher token, and the share of tokens with more than one, on the student's own samples."""
     rollouts = roller.roll(prompts)
     teacher = roller.teacher
-    rows = completion_rows(teacher.model, teacher.render(prompts), rollouts.teacher_ids)
-    ids = torch.tensor([i for row in rollouts.teacher_ids for i in row])
+    rows = completion_rows(teacher.model, teacher.render(prompts), rollouts.batch.teacher_ids)
+    ids = torch.tensor([i for row in rollouts.batch.teacher_ids for i in row])
     found = boundary_leak(rows, ids, roller.aligner.vocab_map)
     return float(found.mean()), float((found > 1).float().mean())
 

@@ -26,8 +26,10 @@ from torch import Tensor
 
 import xtokmap
 from xtokmap import Aligner, demo
+from xtokmap.losses.queries import transfer
+from xtokmap.losses.target import TransferTarget, _events
 from xtokmap.losses.terms import divergence
-from xtokmap.losses.transfer import TransferTarget, _events, transfer, transfer_kl
+from xtokmap.losses.transfer import transfer_kl
 from xtokmap.models import load
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.tokenizers import text_codec

@@ -15,7 +15,9 @@ import xtokmap
 from oracle import Floats, Paths, Side
 from xtokmap.losses.bytes import Spelling, byte_kl
 from xtokmap.losses.credit import chunk_credit
-from xtokmap.losses.transfer import Transferred, TransferTarget, transfer, transfer_kl
+from xtokmap.losses.queries import Transferred, transfer
+from xtokmap.losses.target import TransferTarget
+from xtokmap.losses.transfer import transfer_kl
 from xtokmap.torch.index import ChunkIndex, VocabTensors
 from xtokmap.torch.logits import Logits
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from xtokmap import Aligner
 from xtokmap.chat import render
-from xtokmap.losses.transfer import boundary_leak
+from xtokmap.losses.queries import boundary_leak
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.torch.logits import Logits
 from xtokmap.train import sampling as rolling
@@ -140,14 +140,14 @@ def test_figures_are_those_of_the_definition():
     roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config)
     torch.manual_seed(0)
     rollouts = roller.roll(list(ANSWERS))
-    own = roller.all_logprobs(rollouts)
+    own = roller.all_logprobs(rollouts.batch)
     entropy = Entropy(1)
     entropy.total = torch.tensor([6.0, 4.0])
     nothing = torch.zeros(())
     result = StepResult(rollouts, nothing, nothing, 0, nothing, nothing, own, {})
     seen = together([measure(roller, result, entropy, probe=True)])
     assert seen["entropy"] == 1.5
-    batch = roller.aligner.align_batch(rollouts.completion_ids, rollouts.teacher_ids)
+    batch = roller.aligner.align_batch(rollouts.batch.student_ids, rollouts.batch.teacher_ids)
     s, t, ended = [], [], 0
     for b, alignment in enumerate(batch):
         for chunk in alignment:
@@ -167,12 +167,13 @@ def test_figures_are_those_of_the_definition():
         score = LocalTeacher(model, teacher_tokenizer).score(prompts, rows)
         return score.logprobs.sum(1)
 
-    shifted = [*rollouts.prompt_ids[1:], rollouts.prompt_ids[0]]  # they are all different
-    gain = nats(student, rollouts.prompt_ids, rollouts.completion_ids) - nats(student, shifted, rollouts.completion_ids)
+    prompts, answers = rollouts.batch.student_prompt_ids, rollouts.batch.student_ids
+    shifted = [*prompts[1:], prompts[0]]  # they are all different
+    gain = nats(student, prompts, answers) - nats(student, shifted, answers)
     assert health["prompt_gain"][0] == pytest.approx(float(gain.mean()), rel=1e-3)
     # All teacher tokens but each response's first, if there are few enough.
     rows, ids, first = [], [], 0
-    for row in rollouts.teacher_ids:
+    for row in rollouts.batch.teacher_ids:
         rows += range(first + 1, first + len(row))
         ids += row[1:]
         first += len(row) + 1

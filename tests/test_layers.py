@@ -90,6 +90,15 @@ def test_every_module_has_a_layer() -> None:
     assert [name for name in modules() if name and layer(name) == layer("")] == []
 
 
+def test_a_step_is_read_in_one_sitting() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    files = re.findall(r"python/xtokmap/(\w+/\w+\.py)\)", page.split("A default step")[1])
+    assert len(files) == 6
+    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in files}
+    assert lines["train/step.py"] <= 150
+    assert sum(lines.values()) <= 900, lines
+
+
 #: The files of the core, from the bottom to the top.
 RUST = [
     *["error", "pool", "table", "rows", "tokens", "chunks"],

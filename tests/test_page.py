@@ -140,7 +140,7 @@ def test_the_samples_of_a_long_run_stay_few(folder, tmp_path, monkeypatch):
         student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), Config(device="cpu", max_new_tokens=6)
     )
     rollouts = roller.roll(["the sky", "the dog"])
-    logprobs = roller.all_logprobs(rollouts)
+    logprobs = roller.all_logprobs(rollouts.batch)
     kept = Samples()
     for step in range(1, 101):
         kept.add(step, roller, rollouts, logprobs - step / 100)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 import tiny
 from xtokmap import XTokMapError
-from xtokmap.losses.table import LOSSES, Computed, LossRule
+from xtokmap.losses.rule import Computed, LossRule
+from xtokmap.losses.table import LOSSES
 from xtokmap.models import with_adapter
 from xtokmap.teachers import LocalTeacher
 from xtokmap.torch import Logits, Pair
@@ -101,8 +102,8 @@ def test_it_is_the_loops_loss(models: Any, loss: str) -> None:
     rollouts = roller.roll(PROMPTS)
     result = update(roller, rollouts, torch.optim.SGD(student.parameters(), lr=0.0))
     pair = Pair(tokenizer, teacher_tokenizer, loss=loss)
-    batch = pair.prepare(PROMPTS, rollouts.completion_ids)
-    assert batch.teacher_ids == rollouts.teacher_ids
+    batch = pair.prepare(PROMPTS, rollouts.batch.student_ids)
+    assert batch.teacher_ids == rollouts.batch.teacher_ids
     out = pair.loss(student(**batch.student_inputs), teacher(**batch.teacher_inputs), batch)
     torch.testing.assert_close(out.loss.detach(), result.loss, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(out.sums["nats"], result.nats, rtol=1e-3, atol=1e-3)

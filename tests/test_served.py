@@ -34,11 +34,13 @@ from xtokmap.torch.index import ChunkIndex, VocabTensors
 from xtokmap.torch.logits import Logits
 from xtokmap.train import run as running
 from xtokmap.train.config import Config
+from xtokmap.train.generation import sample
 from xtokmap.train.loop import Run, train
 from xtokmap.train.prompts import read_prompts
-from xtokmap.train.sampling import Roller, Scoring, sample
+from xtokmap.train.sampling import Roller
 from xtokmap.train.step import update
 from xtokmap.train.support.checkpoint import found
+from xtokmap.train.support.overlap import Scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 
@@ -915,14 +917,14 @@ def test_overlapped_samples_are_one_update_old_and_corrected(prompts):
 
     def sampled():
         rollouts = roller.sample(run.draw())
-        rollouts.old_logprobs = roller.all_logprobs(rollouts)
+        rollouts.old_logprobs = roller.all_logprobs(rollouts.batch)
         return rollouts
 
     want, shift = [], 0.0
     following = sampled()
     for step in range(4):
         batch, following = following, sampled() if step < 3 else None
-        shift = max(shift, float((roller.all_logprobs(batch) - batch.old_logprobs).abs().max()))
+        shift = max(shift, float((roller.all_logprobs(batch.batch) - batch.old_logprobs).abs().max()))
         found = update(roller, roller.score(batch), run.optimizer)
         run.warmup.step()
         want.append((float(found.loss), float(found.grad_norm), batch.lengths))

@@ -18,8 +18,9 @@ from xtokmap.models import float32_parameters, pick_device, write_back
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.train.config import Config
 from xtokmap.train.evaluation import evaluate, ratio_with_error
+from xtokmap.train.generation import sample
 from xtokmap.train.loop import train
-from xtokmap.train.sampling import Roller, sample
+from xtokmap.train.sampling import Roller
 from xtokmap.train.step import update
 
 # It reads "<eos>" in a text as the special token, for the tiny teacher: found by the check, and `tokenizers` is used.
@@ -94,7 +95,7 @@ def test_the_student_learns_from_the_teachers_samples(prompts, method, beta):
     answers = judge.roll(["the sky", "the dog", "a fox?", "1 + 2"] * 8)
 
     def forward_kl():
-        nats, nbytes = chunk_gap(judge.all_logprobs(answers), answers.teacher.logprobs, answers.index)
+        nats, nbytes = chunk_gap(judge.all_logprobs(answers.batch), answers.teacher.logprobs, answers.batch.index)
         return float(-nats.sum() / nbytes.sum())
 
     result = train(config(prompts, learning_rate=1e-2, **changes), models=models)
@@ -111,13 +112,13 @@ def test_fine_tuning_is_the_mean_negative_logprob_of_the_teachers_answers(prompt
     torch.manual_seed(0)
     rollouts = roller.roll(["the sky", "the dog", "a fox?"])
     assert rollouts.teacher is None
-    for own, theirs in zip(rollouts.completion_ids, rollouts.teacher_ids, strict=True):
+    for own, theirs in zip(rollouts.batch.student_ids, rollouts.batch.teacher_ids, strict=True):
         text = teacher_tokenizer.decode(theirs, skip_special_tokens=True)
         spelled = roller.aligner.student.decode(own).decode(errors="replace")
         assert spelled == text
     found = update(roller, rollouts, torch.optim.SGD(student.parameters(), lr=0.0))
     logprobs = []
-    for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
+    for p, c in zip(rollouts.batch.student_prompt_ids, rollouts.batch.student_ids, strict=True):
         logits = student(torch.tensor([p + c])).logits[0, len(p) - 1 : -1].detach()
         logprobs.append(torch.log_softmax(logits, -1).gather(1, torch.tensor([c]).T))
     assert float(found.loss) == pytest.approx(-float(torch.cat(logprobs).mean()), rel=1e-5)
@@ -225,7 +226,7 @@ def test_dropout_does_not_part_the_policy_from_its_samples(prompts):
     roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config(prompts))
     rollouts = roller.roll(["the sky", "the dog"])
     with torch.no_grad():
-        want = chunk_gap(roller.all_logprobs(rollouts), rollouts.teacher.logprobs, rollouts.index)[0]
+        want = chunk_gap(roller.all_logprobs(rollouts.batch), rollouts.teacher.logprobs, rollouts.batch.index)[0]
     found = update(roller, rollouts, torch.optim.SGD(student.parameters(), lr=0.0))
     torch.testing.assert_close(found.nats, want)
 

@@ -15,7 +15,9 @@ import xtokmap
 from enumeration import Model, Pair, cosine
 from oracle import SPECIAL, STOP, Side, Tokens, mass_of_start, prefix_closed, spelled
 from xtokmap.losses.credit import CREDITS, chunk_credit
-from xtokmap.losses.transfer import Transferred, TransferTarget, boundary_leak, transfer, transfer_kl
+from xtokmap.losses.queries import Transferred, boundary_leak, transfer
+from xtokmap.losses.target import TransferTarget
+from xtokmap.losses.transfer import transfer_kl
 from xtokmap.torch.index import ChunkIndex
 from xtokmap.torch.logits import Logits, TopK
 

@@ -19,8 +19,9 @@ from reproduce.tasks import TASKS, Problem, Task, problem_of
 from xtokmap.chat import render
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.train.config import Config
+from xtokmap.train.generation import sample
 from xtokmap.train.loop import Run
-from xtokmap.train.sampling import Roller, sample
+from xtokmap.train.sampling import Roller
 
 #: What can be compared, as the fields of `Config` that make it.
 METHODS: dict[str, dict[str, Any]] = {

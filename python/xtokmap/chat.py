@@ -343,6 +343,11 @@ class Prompt:
 PromptLike: TypeAlias = str | Sequence[Message] | Mapping[str, Any] | Prompt
 
 
+def prompts_of(prompts: Sequence[PromptLike]) -> list[Prompt]:
+    """Prompts, whatever they were given as."""
+    return [Prompt.of(prompt, f"prompt {k}") for k, prompt in enumerate(prompts)]
+
+
 def render(tokenizer: Any, prompts: Sequence[PromptLike], plain_template: str = PLAIN_TEMPLATE) -> list[list[int]]:
     """Prompts as the ids after which this model answers.
 

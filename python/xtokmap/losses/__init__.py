@@ -3,10 +3,12 @@
 from xtokmap.losses.bytes import Completions, Spelling, byte_kl, completion, whitespace_tokens
 from xtokmap.losses.chunks import alm, uld_hybrid
 from xtokmap.losses.credit import CREDITS, Credit, chunk_credit, chunk_gap, compass, policy_loss
+from xtokmap.losses.rule import LossRule, LossSettings
 from xtokmap.losses.strict import strict_kl
-from xtokmap.losses.table import LOSSES, LossRule, LossSettings
+from xtokmap.losses.table import LOSSES
+from xtokmap.losses.target import TransferTarget
 from xtokmap.losses.terms import Loss, weighted_sum
-from xtokmap.losses.transfer import TransferTarget, transfer_kl
+from xtokmap.losses.transfer import transfer_kl
 
 __all__ = [
     "CREDITS",

@@ -11,7 +11,7 @@ import torch
 
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.chat import PLAIN_TEMPLATE
-from xtokmap.losses.transfer import transfer
+from xtokmap.losses.queries import transfer
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.teachers.scores import Prompted, Scores, check_queries, padded_found, scores_of
 from xtokmap.torch.completions import (

@@ -12,7 +12,7 @@ import torch
 from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.chat import PLAIN_TEMPLATE
-from xtokmap.losses.transfer import transfer
+from xtokmap.losses.queries import transfer
 from xtokmap.teachers.client import Answer, Client, self_test
 from xtokmap.teachers.scores import Prompted, Scores, check_queries, padded_found
 from xtokmap.tokenizers import byte_table

@@ -13,7 +13,9 @@ from torch import Tensor
 from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.chat import PromptLike, render, stop_id
-from xtokmap.losses.transfer import TransferTarget, transfer
+from xtokmap.losses.queries import transfer
+from xtokmap.losses.target import TransferTarget
+from xtokmap.torch.batch import PairBatch
 from xtokmap.torch.completions import flat_ids, flat_logprobs, row_ends, spans, token_mask
 from xtokmap.torch.logits import Logits, TopK
 
@@ -40,6 +42,35 @@ class Scores:
     target: TransferTarget | None = None
     top: TopK | None = None
     missing: Tensor | None = None
+
+    def of(self, batch: PairBatch) -> dict[str, Any]:
+        """What a loss is given of the teacher (`LossInput`): the batch's rows among those that were scored."""
+        device = batch.completion_mask.device
+        chosen = None if batch.chosen is None else torch.tensor(batch.chosen, device=device)
+
+        def rows(x: Tensor | None) -> Tensor | None:
+            return x if x is None else x.to(device) if chosen is None else x.to(device)[chosen]
+
+        target = self.target
+        if target is not None and batch.chosen is not None:
+            target = target.select(batch.chosen)
+        teacher_rows: Logits | TopK | None = None
+        if self.rows is not None:
+            first = torch.tensor(batch.teacher_first, dtype=torch.long, device=device)
+            among = torch.arange(batch.index.teacher_chunk.shape[1], device=device)
+            lengths = torch.tensor([len(row) for row in batch.teacher_ids], device=device)
+            teacher_rows = self.rows.at(torch.where(among < lengths[:, None], first[:, None] + among, -1))
+        elif self.top is not None:
+            teacher_rows = self.top.to(device)
+            if chosen is not None:
+                width = teacher_rows.shape[1]
+                teacher_rows = teacher_rows.at(chosen[:, None] * width + torch.arange(width, device=device))
+        return {
+            "teacher_logprobs": rows(self.logprobs),
+            "transferred": rows(self.transferred),
+            "target": target,
+            "teacher_rows": teacher_rows,
+        }
 
 
 class Prompted:

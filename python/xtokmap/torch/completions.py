@@ -70,6 +70,35 @@ def padded_inputs(
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
+def ragged(ids: Any, mask: Any = None, stops: Sequence[int] = ()) -> list[list[int]]:
+    """Rows of ids as lists, from whatever holds them.
+
+    Args:
+        ids: B rows, or padded `[B, T]`.
+        mask: `[B, T]`, where there is a token. None: of a padded row all up to its first end of turn.
+        stops: the ends of turns.
+
+    Raises:
+        XTokMapError: a mask of another shape.
+    """
+    rows = [as_list(row) for row in ids]
+    if mask is not None:
+        keep = torch.as_tensor(mask).bool().tolist()
+        if [len(row) for row in rows] != [len(row) for row in keep]:
+            raise XTokMapError("completion_mask and completion_ids have other shapes")
+        return [[i for i, k in zip(row, flags, strict=True) if k] for row, flags in zip(rows, keep, strict=True)]
+    if not hasattr(ids, "shape"):
+        return rows
+    ends = (next((k for k, i in enumerate(row) if i in stops), len(row)) for row in rows)
+    return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
+
+
+def as_list(row: Any) -> list[int]:
+    """One row of ids as a list."""
+    found: list[int] = row.tolist() if hasattr(row, "tolist") else list(row)
+    return found
+
+
 def flat_logprobs(rows: Logits, ids: Tensor) -> Tensor:
     """float32 `[N]`: of token `ids[i]` in row i; differentiable. Rows that are a view are copied: N of them."""
     if rows.positions is not None:
@@ -129,6 +158,42 @@ def completion_rows(
         temperature=temperature,
         softcap=_softcap(model),
     )
+
+
+def output_rows(
+    output: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, after: bool = False
+) -> Logits:
+    """The rows of a model's output, or of its logits, that score completions, as `completion_rows` has them.
+
+    Raises:
+        XTokMapError: no such output, or rows of another batch.
+    """
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor):
+        logits = Logits(logits)
+    if not isinstance(logits, Logits):
+        raise XTokMapError(f"expected a model's output, logits, Logits or Scores, got {type(output).__name__}")
+    count = sum(len(c) + after for c in completions)
+    if tuple(logits.shape) == (count,) and logits.rows.ndim == 2:
+        return logits
+    length = max((len(p) + len(c) for p, c in zip(prompts, completions, strict=True)), default=0)
+    if len(logits.shape) != 2 or logits.shape[0] != len(completions):
+        raise XTokMapError(
+            f"rows of shape {tuple(logits.shape)}; the batch has {len(completions)} rows of {length} tokens: pass the "
+            "output for batch.student_inputs or batch.teacher_inputs"
+        )
+    width = logits.shape[1]
+    skipped = length - width  # logits_to_keep leaves the first ones out
+    if not 0 <= skipped <= min(map(len, prompts), default=1) - 1:
+        raise XTokMapError(
+            f"{width} rows for {length} tokens, the shortest prompt having {min(map(len, prompts), default=0)}: rows "
+            "that score completions are missing; pass all of them, or a larger logits_to_keep"
+        )
+    at: list[int] = []
+    for b, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        first = b * width + len(p) - 1 - skipped
+        at += range(first, first + len(c) + after)
+    return logits.at(torch.tensor(at, dtype=torch.long).to(logits.rows.device))
 
 
 def completion_logprobs(

@@ -10,9 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -26,74 +24,14 @@ from xtokmap.boundary.cover import CoverQueries
 from xtokmap.boundary.vocab_map import once
 from xtokmap.chat import PLAIN_TEMPLATE, render, stop_id
 from xtokmap.losses.credit import chunk_gap
-from xtokmap.losses.table import LossInput, LossRule, LossSettings, rule_of
+from xtokmap.losses.rule import LossInput, LossRule, LossSettings
+from xtokmap.losses.table import rule_of
 from xtokmap.teachers.scores import Scores, scores_of
-from xtokmap.torch.completions import padded_inputs, padded_places
+from xtokmap.torch.batch import SIDES, Ids, PairBatch
+from xtokmap.torch.completions import flat_ids, output_rows, padded_inputs, padded_places, ragged, token_mask
 from xtokmap.torch.index import ChunkIndex, VocabTensors, coverage_counts
-from xtokmap.torch.logits import Logits, TopK
 
 __all__ = ["Pair", "PairBatch", "PairLoss"]
-
-Ids = list[list[int]]
-
-
-@dataclass(frozen=True, eq=False)
-class PairBatch:
-    """B completions as both sides have them; Ts and Tt are the longest completions of each side.
-
-    Attributes:
-        student_prompt_ids: B rows.
-        student_ids: B rows, the completions as sampled.
-        teacher_prompt_ids: B rows.
-        teacher_ids: B rows, the completions as the teacher has them.
-        index: of their alignment.
-        completion_mask: bool `[B, Ts]`; where there is a student token.
-        chosen: which rows of the batch that was prepared these are; None: all.
-    """
-
-    student_prompt_ids: Ids
-    student_ids: Ids
-    teacher_prompt_ids: Ids
-    teacher_ids: Ids
-    index: ChunkIndex
-    completion_mask: Tensor
-    chosen: tuple[int, ...] | None = None
-    #: Rows of the teacher before each completion in the batch that was prepared.
-    teacher_first: tuple[int, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.student_ids)
-
-    @property
-    def student_inputs(self) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, int64 `[B, L]`, padded on the right: `student(**batch.student_inputs)`."""
-        return _inputs(self.student_prompt_ids, self.student_ids, self.completion_mask.device)
-
-    @property
-    def teacher_inputs(self) -> dict[str, Tensor]:
-        """The same for the teacher."""
-        return _inputs(self.teacher_prompt_ids, self.teacher_ids, self.completion_mask.device)
-
-    def to(self, device: torch.device | str) -> PairBatch:
-        """The same on another device."""
-        return replace(self, index=self.index.to(device), completion_mask=self.completion_mask.to(device))
-
-    def select(self, rows: Sequence[int]) -> PairBatch:
-        """Some rows, as wide as the batch, for a micro-batch; `Scores` of the whole batch go with them."""
-        at = torch.tensor(rows, device=self.completion_mask.device)
-        sides = (self.student_prompt_ids, self.student_ids, self.teacher_prompt_ids, self.teacher_ids)
-        chosen = rows if self.chosen is None else [self.chosen[b] for b in rows]
-        return replace(
-            self,
-            **dict(zip(_SIDES, ([side[b] for b in rows] for side in sides), strict=True)),
-            index=self.index.rows(at),
-            completion_mask=self.completion_mask[at],
-            chosen=tuple(chosen),
-            teacher_first=tuple(self.teacher_first[b] for b in rows),
-        )
-
-
-_SIDES = ("student_prompt_ids", "student_ids", "teacher_prompt_ids", "teacher_ids")
 
 
 class PairLoss(NamedTuple):
@@ -190,11 +128,11 @@ class Pair:
         Raises:
             XTokMapError: other numbers of rows, an empty prompt, ids that are none.
         """
-        completions = self._completions(completion_ids, completion_mask)
+        completions = ragged(completion_ids, completion_mask, self.aligner.student.stop_ids)
         if isinstance(conversations, tuple):
             if len(conversations) != len(self.tokenizers):
                 raise XTokMapError(f"a tuple of {len(conversations)}; prompt ids are (student's, teacher's)")
-            prompts = [[_list(row) for row in side] for side in conversations]
+            prompts = [ragged(list(side)) for side in conversations]
         else:
             prompts = [render(tokenizer, conversations, self.plain_template) for tokenizer in self.tokenizers]
         teacher_ids = [row.tolist() for row in self.aligner.teacher_ids(completions, stop_id=self.stop_id)]
@@ -211,7 +149,7 @@ class Pair:
     ) -> PairBatch:
         """As `prepare`, of ids of both sides; the completions may be the teacher's own, retokenized for the student."""
         sides = (student_prompt_ids, student_ids, teacher_prompt_ids, teacher_ids)
-        for name, side in zip(_SIDES, sides, strict=True):
+        for name, side in zip(SIDES, sides, strict=True):
             if len(side) != len(student_ids):
                 raise XTokMapError(f"{len(side)} {name} for {len(student_ids)} completions; they must go together")
             if "prompt" in name and not all(side):
@@ -219,10 +157,9 @@ class Pair:
                 raise XTokMapError(f"{name}[{row}] is empty: the first token of a completion is scored given something")
         alignment = self.aligner.align_batch(student_ids, teacher_ids)
         index = ChunkIndex.from_alignment(alignment, device)
-        lengths = torch.tensor([len(row) for row in student_ids], dtype=torch.long)
-        mask = torch.arange(max(map(len, student_ids), default=0)) < lengths[:, None]
+        mask = token_mask(student_ids, index.kind.device)
         first = tuple(accumulate((len(row) + 1 for row in teacher_ids), initial=0))[:-1]
-        return PairBatch(*sides, index, mask.to(index.kind.device), None, first)
+        return PairBatch(*sides, index, mask, None, first)
 
     def loss(
         self,
@@ -250,13 +187,9 @@ class Pair:
             XTokMapError: rows that are not of this batch; a teacher that does not give what the loss needs.
         """
         device, rule = batch.completion_mask.device, self.rule
-        rows = _rows_of(student, batch.student_prompt_ids, batch.student_ids, after=False)
+        rows = output_rows(student, batch.student_prompt_ids, batch.student_ids)
         scores = self.scores(teacher, batch)
-        # Whose rows these are among those that were scored: of a micro-batch, some.
-        at = None if batch.chosen is None else torch.tensor(batch.chosen, device=device)
-        some = _selected(scores, batch, at)
         places = padded_places(batch.student_ids, batch.completion_mask.shape[1]).to(device)
-        ids = torch.tensor([i for row in batch.student_ids for i in row], dtype=torch.long).to(device)
         if denominator is None:
             counted = batch.completion_mask
             if self.settings.aggregate == "scored":
@@ -265,7 +198,7 @@ class Pair:
         found = LossInput(
             rows,
             places,
-            ids,
+            flat_ids(batch.student_ids, device),
             batch.completion_mask,
             batch.index,
             self.settings,
@@ -273,7 +206,7 @@ class Pair:
             old_logprobs,
             interior=self._interior(batch) if rule.interior else None,
             maps=self.maps(device) if rule.keep else None,
-            **some,
+            **({} if scores is None else scores.of(batch)),
         )
         computed = rule.compute(found)
         return self._reported(found, computed.loss, dict(computed.sums))
@@ -286,7 +219,7 @@ class Pair:
             raise XTokMapError("this loss needs a teacher: its output, its logits, Logits or Scores")
         if isinstance(teacher, Scores):
             return teacher
-        rows = _rows_of(teacher, batch.teacher_prompt_ids, batch.teacher_ids, after=True)
+        rows = output_rows(teacher, batch.teacher_prompt_ids, batch.teacher_ids, after=True)
         with torch.no_grad():
             return scores_of(rows.detach(), batch.teacher_ids, self.queries(batch), keep=self.rule.keep)
 
@@ -314,90 +247,3 @@ class Pair:
             sums["nats"], sums["bytes"] = gap
             metrics["kl_per_byte"] = gap[0].sum() / gap[1].sum().clamp(min=1)
         return PairLoss(loss, metrics, own, sums)
-
-    def _completions(self, completion_ids: Any, completion_mask: Any) -> Ids:
-        if completion_mask is not None:
-            keep = torch.as_tensor(completion_mask).bool().tolist()
-            rows = [_list(row) for row in completion_ids]
-            if [len(row) for row in rows] != [len(row) for row in keep]:
-                raise XTokMapError("completion_mask and completion_ids have other shapes")
-            return [[i for i, k in zip(row, flags, strict=True) if k] for row, flags in zip(rows, keep, strict=True)]
-        rows = [_list(row) for row in completion_ids]
-        if not hasattr(completion_ids, "shape"):
-            return rows
-        stops = self.aligner.student.stop_ids
-        ends = (next((k for k, i in enumerate(row) if i in stops), len(row)) for row in rows)
-        return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
-
-
-def _list(row: Any) -> list[int]:
-    found: list[int] = row.tolist() if hasattr(row, "tolist") else list(row)
-    return found
-
-
-def _inputs(prompts: Ids, completions: Ids, device: torch.device) -> dict[str, Tensor]:
-    rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    return padded_inputs(rows, device)
-
-
-def _rows_of(output: Any, prompts: Ids, completions: Ids, *, after: bool) -> Logits:
-    """The flat rows that score the completions' tokens; with `after` also the one behind each last token."""
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, Tensor):
-        logits = Logits(logits)
-    if not isinstance(logits, Logits):
-        raise XTokMapError(f"expected a model's output, logits, Logits or Scores, got {type(output).__name__}")
-    count = sum(len(c) + after for c in completions)
-    if tuple(logits.shape) == (count,) and logits.rows.ndim == 2:
-        return logits
-    length = max((len(p) + len(c) for p, c in zip(prompts, completions, strict=True)), default=0)
-    if len(logits.shape) != 2 or logits.shape[0] != len(completions):
-        raise XTokMapError(
-            f"rows of shape {tuple(logits.shape)}; the batch has {len(completions)} rows of {length} tokens: pass the "
-            "output for batch.student_inputs or batch.teacher_inputs"
-        )
-    width = logits.shape[1]
-    skipped = length - width  # logits_to_keep leaves the first ones out
-    if not 0 <= skipped <= min(map(len, prompts), default=1) - 1:
-        raise XTokMapError(
-            f"{width} rows for {length} tokens, the shortest prompt having {min(map(len, prompts), default=0)}: rows "
-            "that score completions are missing; pass all of them, or a larger logits_to_keep"
-        )
-    at: list[int] = []
-    for b, (p, c) in enumerate(zip(prompts, completions, strict=True)):
-        first = b * width + len(p) - 1 - skipped
-        at += range(first, first + len(c) + after)
-    return logits.at(torch.tensor(at, dtype=torch.long).to(logits.rows.device))
-
-
-def _selected(scores: Scores | None, batch: PairBatch, at: Tensor | None) -> dict[str, Any]:
-    """The teacher's part of a `LossInput`: the batch's rows among those that were scored."""
-    if scores is None:
-        return {}
-    device = batch.completion_mask.device
-
-    def rows(x: Tensor | None) -> Tensor | None:
-        return x if x is None else x.to(device) if at is None else x.to(device)[at]
-
-    target = scores.target
-    if target is not None and batch.chosen is not None:
-        target = target.select(batch.chosen)
-    teacher_rows: Logits | TopK | None = None
-    if scores.rows is not None:
-        first = torch.tensor(batch.teacher_first, dtype=torch.long, device=device)
-        among = torch.arange(batch.index.teacher_chunk.shape[1], device=device)
-        lengths = torch.tensor([len(row) for row in batch.teacher_ids], device=device)
-        teacher_rows = scores.rows.at(torch.where(among < lengths[:, None], first[:, None] + among, -1))
-    elif scores.top is not None:
-        top = scores.top.to(device)
-        teacher_rows = top if at is None else top.at(_all_places(top.shape, at))
-    return {
-        "teacher_logprobs": rows(scores.logprobs),
-        "transferred": rows(scores.transferred),
-        "target": target,
-        "teacher_rows": teacher_rows,
-    }
-
-
-def _all_places(shape: torch.Size, at: Tensor) -> Tensor:
-    return at[:, None] * shape[1] + torch.arange(shape[1], device=at.device)

@@ -10,7 +10,8 @@ from typing import Any
 from xtokmap._core import XTokMapError
 from xtokmap.chat import PLAIN_TEMPLATE
 from xtokmap.files import check_name
-from xtokmap.losses.table import LOSSES, LossRule, LossSettings
+from xtokmap.losses.rule import LossRule, LossSettings
+from xtokmap.losses.table import LOSSES
 from xtokmap.teachers.client import KEY_VARIABLE, PROTOCOLS, check_url
 from xtokmap.train.support.track import TRACKERS
 

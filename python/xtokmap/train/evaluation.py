@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from xtokmap.alignment import Kind
-from xtokmap.chat import PromptLike
+from xtokmap.chat import PromptLike, prompts_of
 from xtokmap.losses.credit import chunk_gap
 from xtokmap.teachers.client import TeacherError
 from xtokmap.torch.index import coverage_counts
-from xtokmap.train.sampling import Roller, asked
+from xtokmap.train.sampling import Roller
 
 
 def ratio_with_error(nats: Sequence[float], nbytes: Sequence[float]) -> tuple[float, float]:
@@ -105,13 +105,13 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
                 roller.score(rollouts, config)
             except TeacherError as error:
                 failure = failure or str(error)
-            own = roller.all_logprobs(rollouts)  # which takes all processes, where the student is parted
+            own = roller.all_logprobs(rollouts.batch)  # which takes all processes, where the student is parted
             if failure is not None:
                 continue
             assert rollouts.teacher is not None
-            gap, bytes_of = chunk_gap(own, rollouts.teacher.logprobs, rollouts.index, stops=config.score_stop)
-            counts += coverage_counts(rollouts.index)
-            answers = roller.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
+            gap, bytes_of = chunk_gap(own, rollouts.teacher.logprobs, rollouts.batch.index, stops=config.score_stop)
+            counts += coverage_counts(rollouts.batch.index)
+            answers = roller.tokenizer.batch_decode(rollouts.batch.student_ids, skip_special_tokens=True)
             found += zip(batch, gap.tolist(), bytes_of.tolist(), answers, strict=True)
             completed += sum(rollouts.completed)
             lengths += sum(rollouts.lengths)
@@ -127,7 +127,7 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
     total = max(n * samples, 1)
     coverage = coverage_shares(counts.tolist(), lengths)
     return Evaluation(
-        [prompt.title for prompt in asked(prompts)],
+        [prompt.title for prompt in prompts_of(prompts)],
         nats,
         nbytes,
         responses,

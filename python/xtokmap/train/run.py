@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from xtokmap._core import XTokMapError
-from xtokmap.chat import Prompt, PromptLike, render
+from xtokmap.chat import Prompt, PromptLike, prompts_of, render
 from xtokmap.models import (
     float32_parameters,
     write_back,
@@ -22,11 +22,13 @@ from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.torch.index import coverage_counts
 from xtokmap.train.evaluation import Evaluation, coverage_shares, ratio_with_error
-from xtokmap.train.sampling import Clock, Roller, Rollouts, Scoring, asked
+from xtokmap.train.sampling import Roller, Rollouts
 from xtokmap.train.step import StepResult, update
+from xtokmap.train.support.clock import Clock
 from xtokmap.train.support.distributed import Processes, is_part
 from xtokmap.train.support.flops import ModelFlops, StepFlops
 from xtokmap.train.support.health import Entropy, Monitor, measure, together
+from xtokmap.train.support.overlap import Scoring
 from xtokmap.train.support.samples import Samples
 
 
@@ -82,7 +84,7 @@ class Run:
         config = roller.config
         self.watch = watch
         self.roller, self.config, self.processes = roller, config, roller.processes
-        self.prompts = _fitting(asked(prompts), roller)
+        self.prompts = _fitting(prompts_of(prompts), roller)
         self.order = Order(len(self.prompts), config.seed)
         if config.batch_size < self.processes.count:
             raise XTokMapError(
@@ -132,7 +134,7 @@ class Run:
     def _sampled(self) -> Rollouts:
         rollouts = self.roller.sample(self.draw())
         with Clock(self.roller.device, rollouts.seconds)("logprobs"):
-            rollouts.old_logprobs = self.roller.all_logprobs(rollouts)
+            rollouts.old_logprobs = self.roller.all_logprobs(rollouts.batch)
         return rollouts
 
     def _scored(self) -> Rollouts | None:
@@ -206,11 +208,10 @@ class Run:
 
     def _account(self, rollouts: Rollouts) -> dict[str, Any]:
         """What the step took, and what a served teacher did not show; over the rows of all processes."""
-        sides = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.teacher_prompt_ids, rollouts.teacher_ids)
         config, teacher = self.config, rollouts.teacher
         own: dict[str, Any] = {}
         if self.flops is not None:
-            lengths = [[len(row) for row in side] for side in sides]
+            lengths = [[len(row) for row in side] for side in rollouts.batch.sides]
             on_policy = config.method == "opd"
             own["flops"] = self.flops.step(config.loss_rule, *lengths, updates=config.updates, on_policy=on_policy)
         if teacher is not None and teacher.missing is not None:
@@ -245,7 +246,7 @@ def _metrics(step: int, result: StepResult, seconds: float, processes: Processes
         "lengths": rollouts.lengths,
         "completed": rollouts.completed,
     }
-    others = processes.gather((own, coverage_counts(rollouts.index).tolist(), seconds, rollouts.seconds))
+    others = processes.gather((own, coverage_counts(rollouts.batch.index).tolist(), seconds, rollouts.seconds))
     rows = {name: [value for part, *_ in others for value in part[name]] for name in own}
     counts = [sum(kind) for kind in zip(*(part for _, part, *_ in others), strict=True)]
     seconds = max(part for *_, part, _ in others)

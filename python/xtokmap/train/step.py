@@ -80,7 +80,7 @@ def update(
     denominator = gradients.total(counted.sum()).clamp(min=1)
     old_logprobs = rollouts.old_logprobs
     if old_logprobs is None and config.updates > 1 and pair.rule.on_policy:
-        old_logprobs = roller.all_logprobs(rollouts)
+        old_logprobs = roller.all_logprobs(rollouts.batch)
 
     nats = torch.zeros(len(batch), device=mask.device)
     nbytes = torch.zeros(len(batch), dtype=torch.long, device=mask.device)
@@ -92,15 +92,10 @@ def update(
     for turn in range(config.updates):
         total = torch.zeros((), device=mask.device)
         for rows in micro_batches:
-            at = torch.tensor(rows, device=mask.device)
-            flat = roller.rows(rollouts, rows)
-            found = pair.loss(
-                flat,
-                rollouts.teacher,
-                batch.select(rows),
-                old_logprobs=None if old_logprobs is None else old_logprobs[at],
-                denominator=denominator,
-            )
+            at, some = torch.tensor(rows, device=mask.device), batch.select(rows)
+            flat = roller.rows(some)
+            old = None if old_logprobs is None else old_logprobs[at]
+            found = pair.loss(flat, rollouts.teacher, some, old_logprobs=old, denominator=denominator)
             found.loss.backward()  # type: ignore[no-untyped-call]
             total = total + found.loss.detach()
             if turn == 0:  # of the policy before the update
@@ -112,7 +107,7 @@ def update(
                 if watch is not None:
                     watch(flat)
         for _ in range(missing):
-            (roller.rows(rollouts, micro_batches[0][:1]).rows.sum() * 0).backward()  # type: ignore[no-untyped-call]
+            (roller.rows(batch.select(micro_batches[0][:1])).rows.sum() * 0).backward()  # type: ignore[no-untyped-call]
         loss = gradients.total(total)
         norm = gradients.clip()
         # The step's only question to the device.

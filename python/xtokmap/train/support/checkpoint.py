@@ -224,7 +224,7 @@ def _ahead(run: Run) -> dict[str, Tensor]:
     rollouts = run.ahead.rollouts
     assert rollouts.old_logprobs is not None
     return {
-        "ids": torch.tensor([i for row in rollouts.completion_ids for i in row], dtype=torch.long),
+        "ids": torch.tensor([i for row in rollouts.batch.student_ids for i in row], dtype=torch.long),
         "lengths": torch.tensor(rollouts.lengths),
         "completed": torch.tensor(rollouts.completed),
         "logprobs": rollouts.old_logprobs.cpu(),

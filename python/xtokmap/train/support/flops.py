@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from xtokmap._core import XTokMapError
-from xtokmap.losses.table import LossRule
+from xtokmap.losses.rule import LossRule
 
 
 @dataclass(frozen=True)

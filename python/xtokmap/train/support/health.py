@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from xtokmap.alignment import Kind
-from xtokmap.losses.transfer import boundary_leak
+from xtokmap.losses.queries import boundary_leak
 from xtokmap.torch.completions import batched_logprobs, padded_logprobs
 from xtokmap.torch.logits import Logits
 from xtokmap.train.config import Config
@@ -92,8 +92,8 @@ def measure(roller: Roller, result: StepResult, entropy: Entropy, *, probe: bool
     """
     rollouts = result.rollouts
     total, n = (0.0, 0.0) if entropy.total is None else entropy.total.tolist()
-    stop = rollouts.index.kind_of_student() == int(Kind.STOP)
-    met = rollouts.index.to_student((rollouts.index.teacher_count > 0).long()) > 0
+    stop = rollouts.batch.index.kind_of_student() == int(Kind.STOP)
+    met = rollouts.batch.index.to_student((rollouts.batch.index.teacher_count > 0).long()) > 0
     ended = sum(rollouts.completed)
     scored = int((stop & met).sum()) if roller.config.score_stop else 0
     figures: Figures = {
@@ -144,13 +144,13 @@ def together(parts: Sequence[Figures]) -> dict[str, Any]:
 
 
 def _broken_text(roller: Roller, rollouts: Rollouts) -> float:
-    texts = [roller.aligner.student.decode(ids).decode(errors="replace") for ids in rollouts.completion_ids]
+    texts = [roller.aligner.student.decode(ids).decode(errors="replace") for ids in rollouts.batch.student_ids]
     return sum("\ufffd" in text.rstrip("\ufffd") for text in texts) / max(len(texts), 1)
 
 
 def _pairs(rollouts: Rollouts, student_logprobs: Tensor) -> Figures:
     assert rollouts.teacher is not None
-    index = rollouts.index
+    index = rollouts.batch.index
     s = index.sum_student(student_logprobs)
     t = index.sum_teacher(rollouts.teacher.logprobs.to(s.device))
     good = (index.kind == int(Kind.ONE_TO_ONE)) & torch.isfinite(s) & torch.isfinite(t)
@@ -176,16 +176,16 @@ def _correlation(x: Tensor, y: Tensor) -> float:
 def _teacher_rows(roller: Roller, rollouts: Rollouts, rows: Logits) -> Figures:
     """Rows lie flat, one more for each response than it has tokens."""
     device = rows.rows.device
-    places = [(b, i) for b, ids in enumerate(rollouts.teacher_ids) for i in range(1, len(ids))]
+    places = [(b, i) for b, ids in enumerate(rollouts.batch.teacher_ids) for i in range(1, len(ids))]
     places = places[:: max(1, math.ceil(len(places) / TEACHER_ROWS))]
     if len(places) < 2:
         return {}
     first, before = [], 0
-    for row in rollouts.teacher_ids:
+    for row in rollouts.batch.teacher_ids:
         first.append(before)
         before += len(row) + 1
     at = torch.tensor([first[b] + i for b, i in places], device=device)
-    ids = torch.tensor([rollouts.teacher_ids[b][i] for b, i in places], device=device)
+    ids = torch.tensor([rollouts.batch.teacher_ids[b][i] for b, i in places], device=device)
     near = (replace(rows, rows=rows.rows[at + step]) for step in (-1, 0, 1))
     fit = torch.cat([padded_logprobs(part, [ids.tolist()]) for part in near]).double()
     fit = fit[:, torch.isfinite(fit).all(0)]
@@ -206,21 +206,24 @@ def _prompt_gain(roller: Roller, rollouts: Rollouts) -> Figures:
     pairs: list[tuple[int, int]] = []
     for b in range(n):
         other = next((c % n for c in range(b + 1, b + n) if rollouts.prompts[c % n] != rollouts.prompts[b]), None)
-        if other is not None and rollouts.teacher_ids[b] and len(pairs) < PROMPT_ROWS:
+        if other is not None and rollouts.batch.teacher_ids[b] and len(pairs) < PROMPT_ROWS:
             pairs.append((b, other))
     if len(pairs) < 4:
         return {}
     rows, others = ([pair[side] for pair in pairs] for side in (0, 1))
     config = roller.config
-    completions = [rollouts.completion_ids[b] for b in rows]
+    completions = [rollouts.batch.student_ids[b] for b in rows]
     # Both by the policy as it is after the update.
     student, theirs = (
         batched_logprobs(roller.student, p, completions, config.micro_batch, temperature=config.temperature).sum(1)
-        for p in ([rollouts.prompt_ids[b] for b in rows], [rollouts.prompt_ids[b] for b in others])
+        for p in (
+            [rollouts.batch.student_prompt_ids[b] for b in rows],
+            [rollouts.batch.student_prompt_ids[b] for b in others],
+        )
     )
     student = student - theirs
     prompts = roller.teacher.render([rollouts.prompts[b] for b in others])
-    scores = roller.teacher.score(prompts, [rollouts.teacher_ids[b] for b in rows])
+    scores = roller.teacher.score(prompts, [rollouts.batch.teacher_ids[b] for b in rows])
     own = rollouts.teacher.logprobs[rows]
     teacher = own.sum(1) - scores.logprobs.to(own).sum(1)
     gains = [x[torch.isfinite(x)].double() for x in (student, teacher)]

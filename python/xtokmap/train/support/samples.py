@@ -52,7 +52,7 @@ class Samples:
             kept["sample"].append(_record("sample", step, roller, rollouts, logprobs, 0, 0))
             if len(kept["sample"]) > KEEP["sample"]:
                 kept["sample"], self.every = kept["sample"][::2], self.every * 2
-        index = rollouts.index
+        index = rollouts.batch.index
         if rollouts.teacher is not None and index.kind.numel():
             theirs = rollouts.teacher.logprobs.to(logprobs.device)
             gap = index.sum_student(logprobs) - index.sum_teacher(theirs)
@@ -164,7 +164,7 @@ def _whole_record(line: bytes) -> dict[str, Any] | None:
 def _record(
     why: str, step: int, roller: Roller, rollouts: Rollouts, logprobs: Tensor, b: int, chunk: int
 ) -> dict[str, Any]:
-    student_ids, teacher_ids = rollouts.completion_ids[b], rollouts.teacher_ids[b]
+    student_ids, teacher_ids = rollouts.batch.student_ids[b], rollouts.batch.teacher_ids[b]
     alignment = roller.aligner.align(student_ids, teacher_ids)
     own = logprobs[b, : len(student_ids)].tolist()
     theirs = [math.nan] * len(teacher_ids)

@@ -1,0 +1,280 @@
+"""`transfer`: log q*(s_i | s_<i) of every sampled token, from rows that the teacher's pass over the text already has.
+
+This is `CoverQueries` evaluated. It repairs the bias that every credit takes over from the boundaries of the teacher's
+encoding (tokenization bias, arXiv 2406.16829 and 2410.09303): a boundary says what did not come next.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from xtokmap._core import XTokMapError
+from xtokmap.boundary.cover import CoverQueries
+from xtokmap.boundary.vocab_map import VocabMap
+from xtokmap.ids import Int64
+from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened
+
+
+class Transferred(NamedTuple):
+    """What `transfer` finds; flat, as the batch of the queries lies.
+
+    Attributes:
+        logprobs: float32 `[N]`; of the teacher's own tokens.
+        transferred: float32 `[M]`; log q*(s_i | s_<i) of every student token, NaN where there is no query.
+        phi: float64 `[M]`; log probability of the student's encoding up to each token, from the start of its row.
+        before: float64 `[N + B]`; the sum of a row's teacher logprobs before each place.
+        elements: float32 `[E]`; logprobs of the alternatives, in the order of `TransferTarget`.
+        missing: float32 `[N + B]`; the mass of each row that top-k rows do not show; 0 for whole rows.
+    """
+
+    logprobs: Tensor
+    transferred: Tensor
+    phi: Tensor
+    before: Tensor
+    elements: Tensor
+    missing: Tensor
+
+
+class Plan:
+    """The queries as positions in the flat teacher rows: made on the CPU, so that the device is never asked.
+
+    Row k of batch row b is flat row `teacher_cu[b] + b + k`: one more a row than there are tokens.
+    """
+
+    def __init__(self, q: CoverQueries) -> None:
+        lengths, counts = np.diff(q.teacher_cu), np.diff(q.student_cu)
+        self.rows = int(q.teacher_cu[-1]) + len(q)
+        self.students = len(q.base)
+        #: Flat row that predicts each teacher token.
+        self.token_row = np.arange(int(q.teacher_cu[-1]), dtype=np.int64) + np.repeat(np.arange(len(q)), lengths)
+        self.first_row = q.teacher_cu[:-1] + np.arange(len(q))
+        self.row_of_batch = np.repeat(np.arange(len(q)), lengths + 1)
+        first = np.repeat(self.first_row, counts)  # of every student token's batch row
+        owner = np.repeat(np.arange(self.students, dtype=np.int64), np.diff(q.indptr))
+        row = q.row + first[owner]
+        # A row has at most one complement: that of the student token that ends where its teacher token starts.
+        sets = q.sets
+        kept = np.zeros(len(q.set), np.bool_)
+        kept[q.set >= 0] = sets.complement[q.set[q.set >= 0]]
+        # Terms by row, so that a slice of rows has its terms side by side.
+        order = np.argsort(row, kind="stable")
+        self.owner, self.row, self.set, self.kept = owner[order], row[order], q.set[order], kept[order]
+        self.sets = sets
+        #: Sum before `base` where a stretch begins; the token before it elsewhere.
+        self.base = np.where(q.base >= 0, q.base + first, -1)
+        self.known = q.base > -2
+        #: Terms that are elements one by one, and their elements.
+        self.sparse = np.flatnonzero(~self.kept)
+        self.element_term, at = expand(sets.indptr, self.set[self.sparse])
+        one = self.set[self.sparse][self.element_term] < 0
+        at = np.where(one, 0, at)
+        self.element_id = np.where(
+            one, -1 - self.set[self.sparse][self.element_term].astype(np.int64), take(sets.ids, at)
+        )
+        self.element_next = np.where(one, -2, take(sets.next, at))  # -2: the student token that really comes next
+        self.element_whole = ~one & take(sets.whole, at)
+        self.element_row = self.row[self.sparse][self.element_term]
+
+    def holes(self, terms: Int64) -> tuple[Int64, Int64]:
+        """For complement terms: which term (counted in `terms`) leaves which teacher id out."""
+        owner, at = expand(self.sets.indptr, self.set[terms])
+        return owner, take(self.sets.ids, at).astype(np.int64)
+
+
+def take(values: npt.NDArray[Any], at: Int64) -> npt.NDArray[Any]:
+    """Some values; zeros of nothing."""
+    return values[at] if len(values) else np.zeros(len(at), values.dtype)
+
+
+def expand(indptr: Int64, sets: npt.NDArray[Any]) -> tuple[Int64, Int64]:
+    """Owner and place of every element of some sets; a negative set has one, whose place means nothing."""
+    known, one = np.append(indptr, indptr[-1]), sets < 0
+    at = np.maximum(sets, 0)
+    starts = np.where(one, 0, known[at])
+    return _spread(starts, np.where(one, starts + 1, known[at + 1]))
+
+
+def _spread(starts: Int64, stops: Int64) -> tuple[Int64, Int64]:
+    """Owner and place of every element of the ranges `[starts, stops)`."""
+    lengths = stops - starts
+    owner = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    return owner, np.arange(len(owner)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+
+
+def on_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor, without waiting for it."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
+def plan(queries: CoverQueries) -> Plan:
+    """Where the queries' terms lie; kept as long as the queries are."""
+    made = _PLANS.get(queries)
+    if made is None:
+        made = _PLANS[queries] = Plan(queries)
+    return made
+
+
+_PLANS: WeakKeyDictionary[CoverQueries, Plan] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def transfer(
+    teacher: Logits | TopK, teacher_ids: Tensor, queries: CoverQueries, *, size: int | None = None
+) -> Transferred:
+    """Evaluates cover queries beside the teacher's output head, a slice of rows at a time: never `[T, V]`.
+
+    log q*(s_i | s_<i) = Phi(i) - Phi(i - 1), Phi(i) = logsumexp over the terms of token i of (the teacher's logprobs
+    before the term's row) + log (mass of the term's set in that row). Masses are sums of positive parts, whatever is
+    left out is left out before the sum, and logits of any float dtype are taken in float32: nothing cancels.
+
+    Args:
+        teacher: flat rows `[N + B]`: for each batch row those that predict its n tokens and the one after the last.
+        teacher_ids: int64 `[N]`, flat.
+        queries: of the same batch, from `Aligner.cover_queries`.
+        size: rows of a slice; None takes 64 MiB of float32.
+
+    Raises:
+        XTokMapError: another number of rows or ids.
+    """
+    p = plan(queries)
+    if tuple(teacher.shape) != (p.rows,) or tuple(teacher_ids.shape) != (len(p.token_row),):
+        raise XTokMapError(
+            f"teacher rows {tuple(teacher.shape)} and ids {tuple(teacher_ids.shape)}; these queries need ({p.rows},) "
+            f"rows (one more than tokens for each of {len(queries)} completions) and ({len(p.token_row)},) ids"
+        )
+    device = teacher_ids.device
+
+    on = partial(on_device, device=device)
+    size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
+    dtype = _widened((teacher.rows if isinstance(teacher, Logits) else teacher.logprobs)[:0]).dtype
+    logprobs, elements, kept, missing = (
+        torch.zeros(n, device=device, dtype=dtype) for n in (len(p.token_row), len(p.element_id), p.rows, p.rows)
+    )
+    kept_terms = np.flatnonzero(p.kept)
+    for a in range(0, p.rows, size):
+        b = min(p.rows, a + size)
+        rows = _Rows(teacher, a, b)
+        missing[a:b] = rows.missing
+        t0, t1 = np.searchsorted(p.token_row, (a, b))
+        logprobs[t0:t1] = rows.logprobs(on(p.token_row[t0:t1] - a), teacher_ids[t0:t1])
+        e0, e1 = np.searchsorted(p.element_row, (a, b))
+        elements[e0:e1] = rows.logprobs(on(p.element_row[e0:e1] - a), on(p.element_id[e0:e1]))
+        k0, k1 = np.searchsorted(p.row[kept_terms], (a, b))
+        terms = kept_terms[k0:k1]
+        owner, ids = p.holes(terms)
+        at = on(p.row[terms] - a)
+        kept[on(p.row[terms])] = rows.mass_without(on(p.row[terms][owner] - a), on(ids))[at]
+
+    before = _sums_before(logprobs, p, on)
+    # Terms: those that are one row but some tokens, and those that are elements.
+    values = torch.zeros(len(p.row), device=device, dtype=dtype)
+    values[on(kept_terms)] = kept[on(p.row[kept_terms])]
+    values[on(p.sparse)] = _logsumexp(elements, on(p.element_term), len(p.sparse))
+    phi = _logsumexp(before[on(p.row)] + values, on(p.owner), p.students)
+    previous = torch.cat([phi.new_zeros(1), phi[:-1]])
+    base = on(p.base)
+    previous = torch.where(base >= 0, before[base.clamp(min=0)], previous) if p.rows else previous
+    transferred = torch.where(on(p.known), phi - previous, torch.nan).to(dtype)
+    return Transferred(logprobs, transferred, phi, before, elements, missing)
+
+
+@torch.no_grad()
+def boundary_leak(teacher: Logits, teacher_ids: Tensor, vocab_map: VocabMap, *, size: int | None = None) -> Tensor:
+    """What a teacher token's end says about what comes next: log pi(t) - log q(t), in nats, of every token.
+
+    pi(t) is the mass of all teacher tokens that begin with the bytes of t. A credit that takes log q(t) for the
+    teacher's opinion of the text is off by this much where nothing else has ended there. (The sum that byte-level
+    sampling from tokens makes, arXiv 2410.09303.)
+
+    Args:
+        teacher: flat rows `[N]`, each the one that predicts its token.
+        teacher_ids: int64 `[N]`.
+        vocab_map: of the pair.
+        size: rows of a slice; None takes 64 MiB of float32.
+
+    Returns:
+        float32 `[N]`, at least 0; 0 for tokens without bytes.
+    """
+    device = teacher_ids.device
+    order = torch.from_numpy(vocab_map.teacher_order.astype(np.int64)).to(device)
+    ranges = vocab_map.teacher_range[teacher_ids.cpu().numpy()].astype(np.int64)
+    size = size or max(1, _SLICE // teacher.vocab_size)
+    parts = [torch.zeros(0, device=device)]
+    for a in range(0, len(ranges), size):
+        rows = _Rows(teacher, a, min(len(ranges), a + size))
+        ids = teacher_ids[a : a + size]
+        owner, at = _spread(*ranges[a : a + size].T)
+        own = on_device(owner, device)
+        masses = rows.logprobs(own, order[on_device(at, device)])
+        token = rows.logprobs(torch.arange(len(ids), device=device), ids)
+        pi = _logsumexp(masses, own, len(ids))
+        parts.append(torch.where(torch.isfinite(pi), pi - token, 0).float())
+    return torch.cat(parts)
+
+
+def _sums_before(logprobs: Tensor, p: Plan, on: Any) -> Tensor:
+    """float64 `[N + B]`: sums of a row's logprobs before each place. Long rows add up to thousands of nats."""
+    steps = torch.zeros(p.rows + 1, dtype=torch.float64, device=logprobs.device)
+    steps[on(p.token_row + 1)] = logprobs.double()
+    total = steps.cumsum(0)[:-1]
+    # The step into a batch row's first place is the last token of the row before.
+    return total - total[on(p.first_row)][on(p.row_of_batch)] if p.rows else total
+
+
+def _logsumexp(values: Tensor, owner: Tensor, n: int) -> Tensor:
+    """Of the values of every owner: `[n]`, -inf where there are none."""
+    top = values.new_full((n,), -torch.inf).scatter_reduce(0, owner, values, "amax")
+    shift = torch.where(torch.isfinite(top), top, 0)
+    return values.new_zeros(n).index_add(0, owner, torch.exp(values - shift[owner])).log() + shift
+
+
+class _Rows:
+    """A slice of teacher rows: whole, or as far as a served teacher's top-k shows them."""
+
+    def __init__(self, teacher: Logits | TopK, a: int, b: int) -> None:
+        if isinstance(teacher, Logits):
+            x = teacher.slice(a, b)
+            self._top = x.amax(-1, keepdim=True)
+            self._x = x
+            self._exp = torch.exp(x - self._top)
+            self._lse = self._exp.sum(-1).log() + self._top[:, 0]
+            self.missing: Tensor | float = 0.0
+            self._ids = None
+        else:
+            ids, logprobs = teacher.slice(a, b)
+            self._ids, order = ids.sort(-1)  # padding, -1, comes first
+            self._x = torch.where(self._ids < 0, -torch.inf, logprobs.gather(1, order))
+            self.missing = (1 - self._x.exp().sum(-1)).clamp(min=0)
+
+    def logprobs(self, row: Tensor, ids: Tensor) -> Tensor:
+        if self._ids is None:
+            return self._x[row, ids] - self._lse[row]
+        at = self._places(row, ids)
+        return torch.where(self._ids[row, at] == ids, self._x[row, at], -torch.inf)
+
+    def _places(self, row: Tensor, ids: Tensor) -> Tensor:
+        assert self._ids is not None
+        # One search for all rows: ids of row r are moved by r vocabularies.
+        stride = 2**32
+        keys = (self._ids + 1 + torch.arange(len(self._ids), device=row.device)[:, None] * stride).reshape(-1)
+        found = torch.searchsorted(keys, ids + 1 + row * stride) - row * self._ids.shape[1]
+        return found.clamp(0, self._ids.shape[1] - 1)
+
+    def mass_without(self, row: Tensor, ids: Tensor) -> Tensor:
+        """log of every row's mass without some tokens. To be asked last: it clears them."""
+        if self._ids is None:
+            self._exp[row, ids] = 0
+            return self._exp.sum(-1).clamp(min=1e-38).log() + self._top[:, 0] - self._lse
+        at = self._places(row, ids)
+        hit = self._ids[row, at] == ids
+        left_out = torch.zeros_like(self._x).index_put((row, at), hit.to(self._x.dtype), accumulate=True)
+        # What is missing may be anything: it counts as kept.
+        shown = torch.where(left_out > 0, -torch.inf, self._x).exp().sum(-1)
+        return (shown + self.missing).clamp(min=1e-38).log()

@@ -1,0 +1,193 @@
+"""`TransferTarget`: the whole q*(u | s_<i) over the student's vocabulary, a slice of positions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from xtokmap._core import XTokMapError
+from xtokmap.boundary.cover import CoverQueries
+from xtokmap.ids import Int64
+from xtokmap.losses.queries import Transferred, expand, on_device, plan, take
+from xtokmap.torch.logits import Logits
+
+
+@dataclass(frozen=True, eq=False)
+class TransferTarget:
+    """q*(u | s_<i) over the student's vocabulary at every position with a query, worked out a slice at a time.
+
+    At a boundary between two teacher tokens the row of the next one gives the mass of each token to the student token
+    with which the encoding of its bytes begins, but for tokens that would have merged with the student token before; a
+    teacher token that could have reached past the boundary gives its mass to what would be left of it. Divided by exp
+    Phi(i - 1) that adds up to 1, with `rest` for what belongs to no one student token.
+    """
+
+    teacher: Logits
+    values: Transferred
+    queries: CoverQueries
+    #: On the CPU: the positions (flat student tokens), dense row and its complement term of each (-1: none), and the
+    #: alternatives of each, as compressed rows of elements.
+    _at: Int64
+    _dense: tuple[Int64, Int64]
+    _elements: tuple[Int64, Int64]
+    #: Teacher id -> student id (V_S: rest), and whether its mass is open, `[V_T]`; on the device.
+    _to_student: Tensor
+    _open: Tensor
+    #: log probability of everything before each position, float64 `[P]`.
+    _before: Tensor
+    #: The event of every student token, and how many tokens each's has, `[V_S]`.
+    _event: Tensor
+    _members: Tensor
+    #: Batch rows of a selection, and which positions those are.
+    _rows: tuple[int, ...] | None = None
+    _chosen: Int64 | None = None
+
+    @classmethod
+    def of(cls, teacher: Logits, values: Transferred, queries: CoverQueries) -> TransferTarget:
+        """The target of rows that `transfer` has been through.
+
+        Raises:
+            XTokMapError: top-k rows, which do not show the whole distribution.
+        """
+        if not isinstance(teacher, Logits):
+            raise XTokMapError(
+                "the whole q* needs whole teacher rows (logits, or hidden states and head), not top-k; take the "
+                "credit 'cover'"
+            )
+        p = plan(queries)
+        device = values.logprobs.device
+        at = np.flatnonzero(p.known)
+        # What stands behind a position are the terms of the token before it; where a stretch begins, a whole row.
+        inside = p.base[at] < 0
+        context = at[inside] - 1
+        kept = np.flatnonzero(p.kept)
+        term_of = np.full(p.students, -1, np.int64)
+        term_of[p.owner[kept]] = kept
+        term, row = np.full(len(at), -1, np.int64), p.base[at].copy()
+        term[inside] = term_of[context]
+        row[term >= 0] = p.row[term[term >= 0]]
+        position = np.full(p.students, -1, np.int64)
+        position[context] = np.flatnonzero(inside)
+        owner = position[p.owner[p.sparse][p.element_term]]
+        order = np.argsort(owner, kind="stable")
+        order = order[np.searchsorted(owner[order], 0) :]
+        ptr = np.searchsorted(owner[order], np.arange(len(at) + 1))
+        before = values.before.new_zeros(len(at))
+        before[torch.from_numpy(np.flatnonzero(inside)).to(device)] = values.phi[torch.from_numpy(context).to(device)]
+        start = torch.from_numpy(np.flatnonzero(~inside)).to(device)
+        before[start] = values.before[torch.from_numpy(p.base[at][~inside]).to(device)]
+        to_student, opened = _dense_map(queries)
+        events = _events(queries)
+        return cls(
+            teacher,
+            values,
+            queries,
+            at,
+            (row, term),
+            (ptr, order),
+            torch.from_numpy(to_student).to(device),
+            torch.from_numpy(opened).to(device),
+            before,
+            torch.from_numpy(events).to(device),
+            torch.from_numpy(np.bincount(events, minlength=len(events))[events]).to(device),
+        )
+
+    def __len__(self) -> int:
+        return len(self._at if self._chosen is None else self._chosen)
+
+    def select(self, rows: Sequence[int]) -> TransferTarget:
+        """The target of some rows of the batch, in this order, for a micro-batch."""
+        bounds = np.searchsorted(self._at, self.queries.student_cu)
+        chosen = [np.arange(bounds[b], bounds[b + 1]) for b in rows]
+        return replace(self, _rows=tuple(rows), _chosen=np.concatenate([np.zeros(0, np.int64), *chosen]))
+
+    def places(self) -> tuple[Int64, tuple[int, int]]:
+        """Where the positions lie in `[B, Ts]`: flat, and (B, Ts); a selection in its rows, as wide as the batch."""
+        places, (rows, width) = self.queries.places()
+        if self._rows is None or self._chosen is None:
+            return places[self._at], (rows, width)
+        moved = np.full(rows, 0, np.int64)
+        moved[list(self._rows)] = np.arange(len(self._rows))
+        row, column = np.divmod(places[self._at[self._chosen]], max(width, 1))
+        return moved[row] * width + column, (len(self._rows), width)
+
+    def slice(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions a to b: target `[b-a, V_S]`, rest `[b-a]`, and undetermined mass `[b-a]` (a part of both).
+
+        Undetermined: on student tokens of which a longer one exists that the teacher would cut after them, and, inside
+        a teacher token, in `rest`.
+        """
+        p, values, device = plan(self.queries), self.values, self._before.device
+
+        on = partial(on_device, device=device)
+        which = np.arange(a, b) if self._chosen is None else self._chosen[a:b]
+        size = len(self.queries.vocab_map.student_to_teacher)
+        dtype = values.logprobs.dtype
+        target = torch.zeros(b - a, size + 1, device=device, dtype=dtype)
+        undetermined = torch.zeros(b - a, device=device, dtype=dtype)
+        before = self._before[on(which)]
+        row, term = self._dense[0][which], self._dense[1][which]
+        dense = np.flatnonzero(row >= 0)
+        if len(dense):
+            rows, at = on(row[dense]), on(dense)
+            mass = torch.softmax(self.teacher.at(rows).slice(0, len(dense)), -1)
+            with_holes = np.flatnonzero(term[dense] >= 0)
+            owner, ids = p.holes(term[dense][with_holes])
+            mass[on(with_holes[owner]), on(ids)] = 0
+            mass *= torch.exp(values.before[rows] - before[at]).to(dtype)[:, None]
+            undetermined[at] = mass @ self._open.to(dtype)
+            into = torch.zeros(len(dense), size + 1, device=device, dtype=dtype)
+            target[at] = into.scatter_add_(1, self._to_student.expand(len(dense), -1), mass)
+        owner, place = expand(self._elements[0], which)
+        element, at = take(self._elements[1], place), on(owner)
+        rows = on(p.element_row[element])
+        mass = torch.exp(values.before[rows] - before[at] + values.elements[on(element)]).to(dtype)
+        following = p.element_next[element].astype(np.int64)
+        real = self.queries.student_ids[self._at[which[owner]]].astype(np.int64)
+        following = np.where(following == -2, real, np.where(following < 0, size, following))
+        target.index_put_((at, on(following)), mass, accumulate=True)
+        # A token that ends at the boundary: its mass is known, what comes next is not.
+        opened = p.element_whole[element] & np.append(self.queries.vocab_map.open, False)[following] | (
+            following == size
+        )
+        undetermined.index_add_(0, at, mass * on(opened))
+        return target[:, :size], target[:, size], undetermined
+
+
+def _dense_map(queries: CoverQueries) -> tuple[Int64, npt.NDArray[np.bool_]]:
+    """Student id for every teacher id (V_S where there is none), and whether its mass may belong to a longer token."""
+    vm = queries.vocab_map
+    size = len(vm.student_to_teacher)
+    if queries.identical:
+        same = np.minimum(np.arange(len(vm.canonical), dtype=np.int64), size)
+        return same, np.zeros(len(same), np.bool_)
+    to_student = np.where(vm.canonical >= 0, vm.canonical, size).astype(np.int64)
+    opened = (vm.teacher_to_student == vm.canonical) & np.append(vm.open, False)[to_student]
+    if vm.student_stops:
+        to_student[list(vm.teacher_stops)] = vm.student_stops[0]
+    return to_student, opened
+
+
+def _events(queries: CoverQueries) -> Int64:
+    """The event of every student token: a token stands for itself and for those that the teacher would begin with it.
+
+    The teacher's mass on such a beginning may go on to any of them, so that it is known of them together.
+    """
+    vm = queries.vocab_map
+    events = np.arange(len(vm.student_to_teacher), dtype=np.int64)
+    if queries.identical:
+        return events
+    first = np.append(vm.canonical, -1)[vm.teacher_first]
+    split = (vm.student_to_teacher < 0) & (first >= 0)
+    events[split] = first[split]
+    if vm.student_stops:
+        events[list(vm.student_stops)] = vm.student_stops[0]
+    while (events[events] != events).any():  # each is shorter than what it stands for
+        events = events[events]
+    return events
