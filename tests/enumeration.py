@@ -155,12 +155,20 @@ class Model:
             teacher = Logits(self.teacher_table[pair.teacher_nodes])
             spelling = Spelling(pair.student_ids, pair.teacher_ids, self.teacher_logprobs)
             found = byte_kl(
-                Logits(x), teacher, pair.index, pair.maps, pair.interior, spelling=spelling, beta=beta, **options
+                Logits(x),
+                teacher,
+                pair.index,
+                pair.maps,
+                pair.interior,
+                spelling=spelling,
+                beta=beta,
+                denominator=1,
+                **options,
             )
         else:
-            found = transfer_kl(Logits(x), self.target, pair.index, beta=beta, **options)
+            found = transfer_kl(Logits(x), self.target, pair.index, beta=beta, denominator=1, **options)
         assert found.figures["nonfinite"] == 0
-        (gradient,) = torch.autograd.grad(found.terms.sum(), x)
+        (gradient,) = torch.autograd.grad(found.loss, x)
         return gradient.numpy()
 
     def sampled(self) -> dict[str, Tensor]:

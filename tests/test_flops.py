@@ -102,13 +102,7 @@ def test_a_step(method, loss, slack):
     rolled = counted(lambda: kept.update(rollouts=roller.roll(["the dog"])))
     updated = counted(lambda: update(roller, kept["rollouts"], optimizer))
     rollouts = kept["rollouts"]
-    sides = (
-        rollouts.batch.student_prompt_ids,
-        rollouts.batch.student_ids,
-        rollouts.batch.teacher_prompt_ids,
-        rollouts.batch.teacher_ids,
-    )
-    lengths = [[len(row) for row in side] for side in sides]
+    lengths = [[len(row) for row in side] for side in rollouts.batch.sides]
     flops = StepFlops(ModelFlops.of(student), ModelFlops.of(teacher))
     found = flops.step(settings.loss_rule, *lengths, on_policy=method == "opd")
     assert found["sample"] + found["teacher"] == pytest.approx(rolled, rel=0.01)

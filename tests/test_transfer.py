@@ -622,19 +622,19 @@ def test_gradcheck(beta, stops):
     _, target = evaluated(case, case.random_rows(0))
     x = case.student_logits(1)
 
-    def terms(x: torch.Tensor) -> torch.Tensor:
-        return transfer_kl(Logits(x), target, case.index, beta=beta, stops=stops).terms
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return transfer_kl(Logits(x), target, case.index, beta=beta, stops=stops).loss
 
-    assert torch.autograd.gradcheck(terms, x)
+    assert torch.autograd.gradcheck(loss, x)
 
 
 def test_the_sampled_part_is_held():
     values, target = evaluated(V9, V9_ROWS)
     x = V9.student_logits(0)
     sampled = {"student_ids": V9.student_ids(), "transferred": V9.padded(values.transferred)}
-    with_it = transfer_kl(Logits(x), target, V9.index, **sampled)
-    without = transfer_kl(Logits(x), target, V9.index)
-    (a,), (b,) = (torch.autograd.grad(loss.terms.sum(), x) for loss in (with_it, without))
+    with_it = transfer_kl(Logits(x), target, V9.index, **sampled, denominator=1)
+    without = transfer_kl(Logits(x), target, V9.index, denominator=1)
+    (a,), (b,) = (torch.autograd.grad(loss.loss, x) for loss in (with_it, without))
     # "1" and "12" are one event: which of them it is, is learned from the sampled one.
     log_p = x.detach()[0, 0].log_softmax(-1)
     one, twelve = (V9.vocabularies[0].index(t) for t in (b"1", b"12"))
@@ -644,8 +644,8 @@ def test_the_sampled_part_is_held():
     torch.testing.assert_close((a - b)[0, 0], advantage * (log_p.exp() - one_hot), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(a[0, 1], b[0, 1])
     assert with_it.figures["shared"].item() == pytest.approx(0.5)
-    held = transfer_kl(Logits(x), target, V9.index, **sampled, clamp=0.01)
-    (c,) = torch.autograd.grad(held.terms.sum(), x)
+    held = transfer_kl(Logits(x), target, V9.index, **sampled, clamp=0.01, denominator=1)
+    (c,) = torch.autograd.grad(held.loss, x)
     signed = 0.01 * advantage.sign()
     torch.testing.assert_close((c - b)[0, 0], signed * (log_p.exp() - one_hot), atol=1e-6, rtol=1e-5)
 

@@ -78,6 +78,7 @@ class LossInput:
     interior: InteriorQueries | None = None
     maps: VocabTensors | None = None
     _logprobs: Tensor | None = None
+    _plain_logprobs: Tensor | None = None
 
     def padded(self, flat: Tensor) -> Tensor:
         """Values of the N tokens as `[B, Ts]`, 0 on padding."""
@@ -102,12 +103,30 @@ class LossInput:
             self._logprobs = self.padded(flat_logprobs(self.rows, self.ids))
         return self._logprobs
 
-    @cached_property
+    @property
     def plain_logprobs(self) -> Tensor:
         """The same without a gradient."""
-        if self._logprobs is not None:
-            return self._logprobs.detach()
-        return self.padded(flat_logprobs(self.rows.detach(), self.ids))
+        if self._plain_logprobs is None:
+            if self._logprobs is not None:
+                return self._logprobs.detach()
+            self._plain_logprobs = self.padded(flat_logprobs(self.rows.detach(), self.ids))
+        return self._plain_logprobs
+
+    def came_by(self, logprobs: Tensor | None, tokens: int) -> None:
+        """Takes note of logprobs that a loss has worked out, which saves a head pass.
+
+        Args:
+            logprobs: `[B, Ts]`, NaN where there is none.
+            tokens: of how many there are some.
+        """
+        if logprobs is None or (tokens < len(self.ids) and logprobs.device.type != "cpu"):
+            return  # which ones are missing can be asked of the CPU alone
+        found = torch.where(self.mask, logprobs, 0)
+        if tokens < len(self.ids):
+            left = logprobs.view(-1)[self.places].isnan().nonzero()[:, 0]
+            others = flat_logprobs(self.rows.detach().at(left), self.ids[left])
+            found = found.view(-1).index_copy(0, self.places[left], others.to(found.dtype)).view(found.shape)
+        self._plain_logprobs = found
 
 
 class Computed(NamedTuple):

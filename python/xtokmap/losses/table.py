@@ -65,9 +65,10 @@ def _policy(credit: CreditRule, x: LossInput) -> Computed:
 
 
 def _transfer_kl(x: LossInput) -> Computed:
+    target = _there(x.target, "target")
     loss = transfer_kl(
         x.student,
-        _there(x.target, "target"),
+        target,
         x.index,
         student_ids=x.student_ids,
         transferred=x.transferred,
@@ -77,6 +78,7 @@ def _transfer_kl(x: LossInput) -> Computed:
         mask=x.mask,
         denominator=x.denominator,
     )
+    x.came_by(loss.logprobs, len(target))
     return _sums(loss, "undetermined", "rest", "shared")
 
 
@@ -140,7 +142,7 @@ def _rows(x: LossInput) -> Logits:
 
 #: By name. `imitation` is supervised fine-tuning; the credits are policy gradients, the paper's among them.
 LOSSES: dict[str, LossRule] = {
-    "transfer_kl": LossRule(_transfer_kl, teacher="rows", keep=True, queries=True, head_passes=(5, 2)),
+    "transfer_kl": LossRule(_transfer_kl, teacher="rows", keep=True, queries=True, head_passes=(3, 1)),
     "byte_kl": LossRule(_byte_kl, teacher="rows", keep=True, interior=True, head_passes=(5, 2)),
     **{
         credit: LossRule(

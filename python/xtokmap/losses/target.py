@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
+from xtokmap.boundary.vocab_map import VocabMap
 from xtokmap.ids import Int64
 from xtokmap.losses.queries import Transferred, expand, on_device, plan, take
 from xtokmap.torch.logits import Logits
@@ -36,14 +38,10 @@ class TransferTarget:
     _at: Int64
     _dense: tuple[Int64, Int64]
     _elements: tuple[Int64, Int64]
-    #: Teacher id -> student id (V_S: rest), and whether its mass is open, `[V_T]`; on the device.
-    _to_student: Tensor
-    _open: Tensor
+    #: What tokens of the two vocabularies stand for; on the device.
+    maps: EventMaps
     #: log probability of everything before each position, float64 `[P]`.
     _before: Tensor
-    #: The event of every student token, and how many tokens each's has, `[V_S]`.
-    _event: Tensor
-    _members: Tensor
     #: Batch rows of a selection, and which positions those are.
     _rows: tuple[int, ...] | None = None
     _chosen: Int64 | None = None
@@ -82,8 +80,6 @@ class TransferTarget:
         before[torch.from_numpy(np.flatnonzero(inside)).to(device)] = values.phi[torch.from_numpy(context).to(device)]
         start = torch.from_numpy(np.flatnonzero(~inside)).to(device)
         before[start] = values.before[torch.from_numpy(p.base[at][~inside]).to(device)]
-        to_student, opened = _dense_map(queries)
-        events = _events(queries)
         return cls(
             teacher,
             values,
@@ -91,11 +87,8 @@ class TransferTarget:
             at,
             (row, term),
             (ptr, order),
-            torch.from_numpy(to_student).to(device),
-            torch.from_numpy(opened).to(device),
+            EventMaps.of(queries, device),
             before,
-            torch.from_numpy(events).to(device),
-            torch.from_numpy(np.bincount(events, minlength=len(events))[events]).to(device),
         )
 
     def __len__(self) -> int:
@@ -123,27 +116,46 @@ class TransferTarget:
         Undetermined: on student tokens of which a longer one exists that the teacher would cut after them, and, inside
         a teacher token, in `rest`.
         """
+        target, undetermined = self._filled(a, b, self.maps.to_student, None)
+        return target[:, :-1], target[:, -1], undetermined
+
+    def events(self, a: int, b: int) -> tuple[Tensor, Tensor]:
+        """The same of events of student tokens (`EventMaps`): `[b-a, E + 1]`, the rest last, and undetermined mass."""
+        return self._filled(a, b, self.maps.teacher_event, self.maps.event)
+
+    def _filled(self, a: int, b: int, bins: Tensor, named: Int64 | None) -> tuple[Tensor, Tensor]:
+        """Mass by bin, the rest last, and undetermined mass.
+
+        Args:
+            a: first position.
+            b: behind the last.
+            bins: the bin of every teacher token.
+            named: the bin of every student token; None: itself.
+        """
         p, values, device = plan(self.queries), self.values, self._before.device
 
         on = partial(on_device, device=device)
         which = np.arange(a, b) if self._chosen is None else self._chosen[a:b]
         size = len(self.queries.vocab_map.student_to_teacher)
+        width = size if named is None else self.maps.count
         dtype = values.logprobs.dtype
-        target = torch.zeros(b - a, size + 1, device=device, dtype=dtype)
+        target = torch.zeros(b - a, width + 1, device=device, dtype=dtype)
         undetermined = torch.zeros(b - a, device=device, dtype=dtype)
         before = self._before[on(which)]
         row, term = self._dense[0][which], self._dense[1][which]
         dense = np.flatnonzero(row >= 0)
         if len(dense):
             rows, at = on(row[dense]), on(dense)
-            mass = torch.softmax(self.teacher.at(rows).slice(0, len(dense)), -1)
+            mass = _softmax(self.teacher.at(rows).slice(0, len(dense)))
             with_holes = np.flatnonzero(term[dense] >= 0)
             owner, ids = p.holes(term[dense][with_holes])
             mass[on(with_holes[owner]), on(ids)] = 0
-            mass *= torch.exp(values.before[rows] - before[at]).to(dtype)[:, None]
-            undetermined[at] = mass @ self._open.to(dtype)
-            into = torch.zeros(len(dense), size + 1, device=device, dtype=dtype)
-            target[at] = into.scatter_add_(1, self._to_student.expand(len(dense), -1), mass)
+            scale = torch.exp(values.before[rows] - before[at]).to(dtype)
+            undetermined[at] = (mass @ self.maps.open.to(dtype)) * scale
+            into = target if len(dense) == b - a else target.new_zeros(len(dense), width + 1)
+            into.scatter_add_(1, bins.expand(len(dense), -1), mass).mul_(scale[:, None])
+            if into is not target:
+                target[at] = into
         owner, place = expand(self._elements[0], which)
         element, at = take(self._elements[1], place), on(owner)
         rows = on(p.element_row[element])
@@ -151,13 +163,71 @@ class TransferTarget:
         following = p.element_next[element].astype(np.int64)
         real = self.queries.student_ids[self._at[which[owner]]].astype(np.int64)
         following = np.where(following == -2, real, np.where(following < 0, size, following))
-        target.index_put_((at, on(following)), mass, accumulate=True)
+        column = following if named is None else np.append(named, width)[following]
+        target.index_put_((at, on(column)), mass, accumulate=True)
         # A token that ends at the boundary: its mass is known, what comes next is not.
         opened = p.element_whole[element] & np.append(self.queries.vocab_map.open, False)[following] | (
             following == size
         )
         undetermined.index_add_(0, at, mass * on(opened))
-        return target[:, :size], target[:, size], undetermined
+        return target, undetermined
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """In the place of logits that are nobody else's."""
+    if x.is_inference() or x._is_view():
+        return torch.softmax(x, -1)
+    x.sub_(x.amax(-1, keepdim=True)).exp_()
+    return x.div_(x.sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True, eq=False)
+class EventMaps:
+    """What tokens of two vocabularies stand for, where a teacher is asked about the student's tokens.
+
+    A student token stands for itself, but for one that the teacher would begin with a shorter student token: its mass
+    on the shorter may go on to any of them, so that it is known of them together, their event.
+
+    Attributes:
+        to_student: int64 `[V_T]`; the student token that a teacher token's mass belongs to, V_S for none.
+        open: bool `[V_T]`; whether it may belong to a longer one.
+        event: int64 `[V_S]`, on the CPU; the event of every student token.
+        student_event: the same on the device.
+        members: int64 `[V_S]`; how many tokens that event has.
+        teacher_event: int64 `[V_T]`; the event that a teacher token's mass belongs to, E for none.
+        count: E, the number of events.
+    """
+
+    to_student: Tensor
+    open: Tensor
+    event: Int64
+    student_event: Tensor
+    members: Tensor
+    teacher_event: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, queries: CoverQueries, device: torch.device) -> EventMaps:
+        """Of the two vocabularies of some queries; kept as long as their map is."""
+        known = _MAPS.setdefault(queries.vocab_map, {})
+        key = (device, queries.identical)
+        if key not in known:
+            to_student, opened = _dense_map(queries)
+            names, event = np.unique(_events(queries), return_inverse=True)
+            members, teacher = np.bincount(event)[event], np.append(event, len(names))[to_student]
+            known[key] = cls(
+                torch.from_numpy(to_student).to(device),
+                torch.from_numpy(opened).to(device),
+                event,
+                torch.from_numpy(event).to(device),
+                torch.from_numpy(members).to(device),
+                torch.from_numpy(teacher).to(device),
+                len(names),
+            )
+        return known[key]
+
+
+_MAPS: WeakKeyDictionary[VocabMap, dict[tuple[torch.device, bool], EventMaps]] = WeakKeyDictionary()
 
 
 def _dense_map(queries: CoverQueries) -> tuple[Int64, npt.NDArray[np.bool_]]:

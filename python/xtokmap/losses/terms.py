@@ -46,11 +46,14 @@ class Loss(NamedTuple):
             response tokens that are scored), `tokens` (how many those are), `kinds` (int64 `[len(Kind)]`, how many in
             chunks of each kind), `nonfinite` (tokens left out because their term is NaN or infinite), and what each
             loss adds.
+        logprobs: float32 `[B, Ts]`; the student's own, without a gradient and NaN where not worked out, of a loss that
+            comes by them.
     """
 
     loss: Tensor
     terms: Tensor
     figures: dict[str, Tensor]
+    logprobs: Tensor | None = None
 
 
 def reduce_terms(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
-from xtokmap.losses.target import TransferTarget
-from xtokmap.losses.terms import STOP, Loss, check_beta, divergence, reduce_terms
+from xtokmap.losses.target import EventMaps, TransferTarget
+from xtokmap.losses.terms import STOP, Loss, check_beta, check_mask, reduce_terms
 from xtokmap.torch.index import ChunkIndex
-from xtokmap.torch.logits import _SLICE, Logits, map_rows
+from xtokmap.torch.logits import _SLICE, Logits, _widened
+from xtokmap.torch.summed import sum_rows
 
 
 def transfer_kl(
@@ -69,49 +72,113 @@ def transfer_kl(
         )
     if transferred is not None and student_ids is None:
         raise XTokMapError("transferred= needs student_ids=, the tokens that it is of")
+    check_mask(mask, index)
     device = student.rows.device
-    ids = torch.zeros(shape, dtype=torch.long, device=device) if student_ids is None else student_ids
-    sampled = torch.full(shape, torch.nan, device=device) if transferred is None else transferred.detach().float()
-    stop_ids = [] if stops else list(target.queries.vocab_map.student_stops)
-    event, members = target._event, target._members
-
-    def on_slice(x: Tensor, part: tuple[Tensor, Tensor, Tensor], ids: Tensor, sampled: Tensor) -> tuple[Tensor, ...]:
-        q, rest, undetermined = (t.to(x) for t in part)
-        if stop_ids:
-            stop = torch.tensor(stop_ids, device=x.device)
-            left = (1 - q[:, stop].sum(-1)).clamp(min=floor)
-            q, rest = q.index_fill(1, stop, 0) / left[:, None], rest / left
-            sampled = sampled - left.log()
-            x = x.index_fill(1, stop, -torch.inf)
-        log_p = x.log_softmax(-1)
-        into = event.expand(len(x), -1)
-        p = torch.zeros_like(log_p).scatter_add(1, into, log_p.exp())
-        q = torch.zeros_like(log_p).scatter_add(1, into, q)
-        there = q > 0
-        p_rest = torch.where(there, 0, p).sum(-1, keepdim=True)
-        # What the student cannot say at all is no bin: it would make a forward KL infinite, and has no gradient.
-        q_rest = torch.where(p_rest > 0, rest.clamp(min=floor)[:, None], 0)
-        p_bins, q_bins = _log(torch.cat([torch.where(there, p, 0), p_rest], 1)), _log(torch.cat([q, q_rest], 1))
-        value = divergence(p_bins, q_bins, beta)
-        own = ids[:, None]
-        bin_of = torch.where(there.gather(1, event[own]), event[own], q.shape[1])
-        several = (members[ids] > 1) | (bin_of[:, 0] == q.shape[1])
-        chosen = log_p.gather(1, own)[:, 0]
-        a = (sampled - q_bins.gather(1, bin_of)[:, 0]) - (chosen - p_bins.gather(1, bin_of)[:, 0])
-        a = torch.where(several & torch.isfinite(sampled), a, 0).detach().clamp(-clamp, clamp)
-        value = value - torch.where(a != 0, a * torch.where(a != 0, chosen, 0), 0)
-        return value, undetermined, rest, several.to(x.dtype)
-
-    scored = torch.zeros(shape, dtype=torch.bool, device=device)
     rows = torch.from_numpy(places).to(device)
+    ids = (torch.zeros(shape, dtype=torch.long, device=device) if student_ids is None else student_ids).reshape(-1)
+    sampled = ids.new_full((len(rows),), torch.nan, dtype=torch.float32)
+    if transferred is not None:
+        sampled = transferred.detach().float().reshape(-1)[rows]
+    scored = torch.zeros(shape, dtype=torch.bool, device=device)
     scored.view(-1)[rows] = True
     if not stops:
         scored &= index.kind_of_student() != STOP
+    response = index.student_chunk >= 0 if mask is None else mask.bool()
+    weights = (scored & response).view(-1)[rows].to(_widened(student.rows[:0]).dtype)
+    if denominator is not None:
+        weights = weights / denominator
+    row_loss = partial(
+        _row_loss,
+        maps=target.maps,
+        beta=beta,
+        clamp=clamp,
+        floor=floor,
+        stops=[] if stops else list(target.queries.vocab_map.student_stops),
+    )
     size = size or max(1, _SLICE // max(student.vocab_size, target.teacher.vocab_size))
-    terms, undetermined, rest, several = map_rows(on_slice, student, target, ids, sampled, size=size, rows=rows)
-    return reduce_terms(terms, scored, index, mask, denominator, undetermined=undetermined, rest=rest, shared=several)
+    total, *found = sum_rows(row_loss, student.at(rows), weights, target.events, ids[rows], sampled, size=size)
+    terms, undetermined, rest, shared, logprobs = (
+        torch.full(shape, fill, dtype=x.dtype, device=device).view(-1).index_copy(0, rows, x).view(shape)
+        for x, fill in zip(found, (0, 0, 0, 0, torch.nan), strict=True)
+    )
+    loss = reduce_terms(terms, scored, index, mask, denominator, undetermined=undetermined, rest=rest, shared=shared)
+    if denominator is None:
+        total = total / loss.figures["tokens"].clamp(min=1)
+    return loss._replace(loss=total, logprobs=None if student_ids is None else logprobs)
 
 
-def _log(x: Tensor) -> Tensor:
-    """log x, -inf at 0 without a NaN in the gradient."""
-    return torch.where(x > 0, torch.where(x > 0, x, 1).log(), -torch.inf)
+def _row_loss(
+    x: Tensor,
+    part: tuple[Tensor, Tensor],
+    ids: Tensor,
+    sampled: Tensor,
+    *,
+    maps: EventMaps,
+    beta: float,
+    clamp: float,
+    floor: float,
+    stops: list[int],
+) -> tuple[Tensor, ...]:
+    """Rows of `transfer_kl`: value, undetermined, rest, whether the token's event has several, and its own logprob.
+
+    `x` becomes the gradient. With p = softmax(x) and G(e) = dD / dp(e) that is p(u) (G(e(u)) - sum of p G), so that
+    each row of the vocabulary is gone over a few times, and everything else is worked out by event.
+    """
+    q, undetermined = (y.to(x.dtype) for y in part)
+    rest = q[:, -1]
+    own, every = ids[:, None], maps.student_event
+    x.sub_(x.amax(-1, keepdim=True))
+    of_own = x.gather(1, own)[:, 0]
+    x.exp_()
+    total = x.sum(-1)
+    logprobs = of_own - total.log()
+    if stops:
+        ends, bins = (torch.tensor(at, device=x.device) for at in (stops, sorted(set(maps.event[stops].tolist()))))
+        left = (1 - q.index_select(1, bins).sum(-1)).clamp(min=floor)
+        q.index_fill_(1, bins, 0).div_(left[:, None])
+        sampled = sampled - left.log()
+        x.index_fill_(1, ends, 0)
+        total = x.sum(-1)
+    known = x[:, : len(every)]  # more logits than tokens: padding
+    p = torch.zeros_like(q).scatter_add_(1, every.expand(len(x), -1), known).div_(total[:, None])
+    there = q > 0
+    there[:, -1] = True
+    # What the teacher gives no mass is the rest.
+    p[:, -1] += torch.where(there, 0, p).sum(-1)
+    p.mul_(there)
+    # What the student cannot say at all is no bin: it would make a forward KL infinite, and has no gradient.
+    q[:, -1] = torch.where(p[:, -1] > 0, q[:, -1].clamp(min=floor), 0)
+    value, slope = _divergence(p, q, beta)
+    event = every[own]
+    bin_of = torch.where(there.gather(1, event), event, q.shape[1] - 1)
+    several = (maps.members[ids] > 1) | (bin_of[:, 0] == q.shape[1] - 1)
+    tiny = torch.finfo(x.dtype).tiny
+    chosen = of_own - total.log()
+    a = (sampled - q.gather(1, bin_of)[:, 0].log()) - (chosen - p.gather(1, bin_of)[:, 0].clamp(min=tiny).log())
+    a = torch.where(several & torch.isfinite(sampled) & torch.isfinite(a), a, 0).clamp(-clamp, clamp)
+    value = value - a * chosen
+    # The gradient, in the place of the probabilities.
+    mean = (p * slope).sum(-1, keepdim=True)
+    slope = torch.where(there, slope, slope[:, -1:]).sub_(mean).add_(a[:, None]).div_(total[:, None])
+    known.mul_(slope.index_select(1, every))
+    x[:, len(every) :] = 0
+    x.scatter_add_(1, own, -a[:, None])
+    return value, undetermined, rest.clone(), several.to(x.dtype), logprobs
+
+
+def _divergence(p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The generalized Jensen-Shannon divergence of bins, and its derivative by each p, up to a constant.
+
+    A bin with p = 0 has no gradient, one with neither is none.
+    """
+    tiny = torch.finfo(p.dtype).tiny
+    log_p, log_q = p.clamp(min=tiny).log(), q.clamp(min=tiny).log()
+    if beta == 1:
+        slope = log_p.sub_(log_q).mul_(p > 0)
+        return (p * slope).sum(-1), slope
+    if beta == 0:
+        value = (q * (log_q - log_p)).sum(-1)
+        return value, torch.where(p > 0, -q / p.clamp(min=tiny), 0)
+    m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=tiny).log_()
+    slope = (1 - beta) * (log_p - m).mul_(p > 0)
+    return (p * slope).sum(-1) + beta * (q * (log_q - m)).sum(-1), slope
