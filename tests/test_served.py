@@ -926,7 +926,7 @@ def test_overlapped_samples_are_one_update_old_and_corrected(prompts):
         batch, following = following, sampled() if step < 3 else None
         shift = max(shift, float((roller.all_logprobs(batch.batch) - batch.old_logprobs).abs().max()))
         found = update(roller, roller.score(batch), run.optimizer)
-        run.warmup.step()
+        run.schedule.step()
         want.append((float(found.loss), float(found.grad_norm), batch.lengths))
     assert shift > 0.1  # the policy has moved in between
 

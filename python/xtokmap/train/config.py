@@ -18,6 +18,8 @@ from xtokmap.train.support.track import TRACKERS
 #: Whose samples, and what becomes of them; see `Config.method`.
 METHODS = ("opd", "kd", "sft")
 
+#: How the learning rate ends; see `Config.decay`.
+DECAYS = ("none", "linear", "cosine")
 
 #: Losses that learn from a teacher's logprobs; what needs none is `method="sft"`.
 _TAUGHT = tuple(name for name, rule in LOSSES.items() if rule.teacher != "nothing")
@@ -69,8 +71,16 @@ class Config:
     micro_batch: int = _doc(8, "samples in one forward pass; changes memory and speed, not the result")
     learning_rate: float = _doc(1e-6, "AdamW's (the paper: 1e-6)")
     warmup_steps: int = _doc(10, "steps over which the learning rate rises to its value (the paper: 10)")
+    decay: str = _doc(
+        "none", "of the learning rate after the warm-up, down to nothing at the last step: none, linear or cosine"
+    )
     weight_decay: float = _doc(0.01, "AdamW's (the paper: 0.01)")
     grad_clip: float = _doc(1.0, "largest gradient norm (the paper: 1)")
+    anchor: float = _doc(
+        0.0,
+        "weight of the student's KL to what it was before the run, which keeps it from drifting; 0: none. It costs a "
+        "pass of that model over the samples and the heads' share of an update",
+    )
     lora_rank: int = _doc(
         0, "train an adapter of this rank (needs peft) and leave the student as it is; 0: train it all"
     )
@@ -125,7 +135,15 @@ class Config:
         for name in ("temperature", "learning_rate", "grad_clip", "clamp", "teacher_timeout", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
-        amounts = ("warmup_steps", "weight_decay", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high")
+        amounts = (
+            "warmup_steps",
+            "weight_decay",
+            "anchor",
+            "max_chunk_tokens",
+            "eval_samples",
+            "clip_low",
+            "clip_high",
+        )
         more = ("save_every", "report_every", "lora_rank", "teacher_topk", "teacher_retries", "teacher_failures")
         for name in (*amounts, *more):
             if not 0 <= getattr(self, name) < math.inf:
@@ -168,6 +186,10 @@ class Config:
             )
         if self.track not in ("", *TRACKERS):
             raise XTokMapError(f"track={self.track!r}: use one of {', '.join(TRACKERS)}, or nothing")
+        if self.decay not in DECAYS:
+            raise XTokMapError(f"decay={self.decay!r}: use one of {', '.join(DECAYS)}")
+        if self.anchor and self.shard:
+            raise XTokMapError("anchor with shard: what the student was is not sharded; leave one of them out")
         if not 0 <= self.beta <= 1:
             raise XTokMapError(f"beta={self.beta}: must lie between 0 and 1")
         if self.aggregate not in ("response", "scored"):
@@ -186,6 +208,13 @@ class Config:
             raise XTokMapError(f"{name}={value!r}: must be of type {kind.__name__}, not {type(value).__name__}")
         if isinstance(value, str):
             check_name(value, f"{name}={value!r}")
+
+    def rate(self, step: int) -> float:
+        """The share of `learning_rate` with which a step is made, counted from 0."""
+        if step < self.warmup_steps or self.decay == "none":
+            return min(1.0, (step + 1) / max(1, self.warmup_steps))
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        return 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
 
     @property
     def rule(self) -> str:

@@ -100,9 +100,7 @@ class Run:
             betas=(0.9, 0.95),
         )
         self.optimizer.register_step_post_hook(write_back)
-        self.warmup = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda k: min(1.0, (k + 1) / max(1, config.warmup_steps))
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.rate)
         self.done, self.saved, self.lost = 0, -1, 0
         self.ahead: Scoring | None = None
         self.history: list[dict[str, Any]] = []
@@ -178,7 +176,7 @@ class Run:
         entropy = Entropy(sum(rollouts.lengths))
         with Clock(self.roller.device, rollouts.seconds)("update"):
             result = update(self.roller, rollouts, self.optimizer, entropy if self.watch else None)
-            self.warmup.step()
+            self.schedule.step()
         self.done += 1
         seen = self._watched(result, entropy) if self.watch else {}
         metrics = _metrics(self.done, result, time.perf_counter() - start, self.processes)

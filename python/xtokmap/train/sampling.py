@@ -19,6 +19,7 @@ from xtokmap.torch.logits import Logits
 from xtokmap.torch.pair import Pair, PairBatch
 from xtokmap.train.config import Config
 from xtokmap.train.generation import sample
+from xtokmap.train.support.anchor import Anchor
 from xtokmap.train.support.clock import Clock
 from xtokmap.train.support.distributed import Processes, gathered
 
@@ -64,6 +65,7 @@ class Roller:
         self.aligner = self.pair.aligner
         self.device = next(student.parameters()).device
         self.stop_id = stop_id(tokenizer)
+        self.anchor = Anchor(student, config.anchor, config.temperature) if config.anchor else None
         if config.method != "opd" and not isinstance(teacher, LocalTeacher):
             raise XTokMapError(f"method={config.method!r}: a served teacher does not sample; use method='opd'")
         for side, stops in (("student", self.aligner.student.stop_ids), ("teacher", self.aligner.teacher.stop_ids)):

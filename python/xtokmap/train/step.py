@@ -96,8 +96,12 @@ def update(
             flat = roller.rows(some)
             old = None if old_logprobs is None else old_logprobs[at]
             found = pair.loss(flat, rollouts.teacher, some, old_logprobs=old, denominator=denominator)
-            found.loss.backward()  # type: ignore[no-untyped-call]
-            total = total + found.loss.detach()
+            value = found.loss
+            if roller.anchor is not None:
+                held, found.sums["anchor"] = roller.anchor.loss(flat, some, denominator)
+                value = value + held
+            value.backward()  # type: ignore[no-untyped-call]
+            total = total + value.detach()
             if turn == 0:  # of the policy before the update
                 logprobs[at] = found.logprobs
                 gap, bytes_ = (found.sums.pop(name, None) for name in ("nats", "bytes"))

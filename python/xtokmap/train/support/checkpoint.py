@@ -153,7 +153,7 @@ def _write(run: Run, path: Path, tensors: Mapping[str, Tensor], untrained: _Dige
                 "processes": run.processes.count,
                 "prompts": _digest_of_prompts(run),
                 "untrained": untrained,
-                "schedule": {"last_epoch": run.warmup.last_epoch, "rates": run.warmup.get_last_lr()},
+                "schedule": {"last_epoch": run.schedule.last_epoch, "rates": run.schedule.get_last_lr()},
                 "config": asdict(run.config),
                 "before": run.before and asdict(run.before),
             }
@@ -374,8 +374,8 @@ def restore(run: Run, folder: Path) -> bool:
     if ahead:
         rows = torch.split(ahead["ids"], ahead["lengths"].tolist())
         run.take_up([row.tolist() for row in rows], ahead["completed"].tolist(), ahead["logprobs"])
-    run.warmup.last_epoch = state["schedule"]["last_epoch"]
-    run.warmup._last_lr = state["schedule"]["rates"]
+    run.schedule.last_epoch = state["schedule"]["last_epoch"]
+    run.schedule._last_lr = state["schedule"]["rates"]
     for group, rate in zip(run.optimizer.param_groups, state["schedule"]["rates"], strict=True):
         group["lr"] = rate
     lines = (chosen / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
