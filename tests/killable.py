@@ -126,7 +126,7 @@ def finish(values: dict[str, Any], **kwargs: Any) -> list[int]:
     process.join()
     log = Path(values["output"]).with_suffix(".log").read_text()
     assert process.exitcode == 0, log
-    return [int(n) for n in re.findall(r"going on from step (\d+)", log)]
+    return [int(n) for n in re.findall(r"resuming at step (\d+)", log)]
 
 
 def left(output: Path) -> tuple[list[dict[str, Any]], bytes, dict[str, bytes]]:

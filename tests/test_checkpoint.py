@@ -75,7 +75,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch, dtype,
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     torch.manual_seed(99)  # whatever state there is
     result = train(Config(**values, resume=True), models=killable.models(dtype))
-    assert "going on from step 3 of 5" in capsys.readouterr().out
+    assert "resuming at step 3 of 5" in capsys.readouterr().out
     assert not result.interrupted
     assert killable.left(result.output) == killable.left(tmp_path / "whole")
 
