@@ -15,18 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from xtokmap._core import XTokMapError
+from xtokmap.columns import Column
 from xtokmap.files import replacing
 
 #: Points of a curve; longer runs are shown by means of neighboring steps.
 _POINTS = 300
 #: Kinds of chunks in the order in which they are stacked.
 _KINDS = ("ONE_TO_ONE", "ONE_TO_MANY", "MANY_TO_ONE", "MANY_TO_MANY", "STOP", "REWRITTEN", "UNALIGNED")
-
-
-def visible(text: str) -> str:
-    """One line of text in which spaces and line ends can be seen."""
-    shown = {" ": "·", "\n": "⏎", "\t": "→"}
-    return "".join(shown.get(c, c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
 
 
 def write(folder: str | Path, path: str | Path | None = None) -> Path:
@@ -217,52 +212,24 @@ def _worst(gaps: list[dict[str, Any]], changed: list[dict[str, Any]]) -> str:
 
 
 def _sample(row: dict[str, Any], *, opened: bool) -> str:
-    columns = row.get("columns") or []
+    columns = [Column.of(record) for record in row.get("columns") or []]
     marked = row["why"] != "sample"
     what = ""
     if marked and columns:
         chunk = columns[row["at"]]
-        texts = ["|".join(visible(text) for text, _ in chunk[side]) or "∅" for side in ("student", "teacher")]
-        gap = (
-            f" · L<sub>S</sub> − L<sub>T</sub> = {_figure(chunk['gap'], '+.1f')} nats"
-            if chunk["gap"] is not None
-            else ""
-        )
-        what = f" · <code>{escape(' / '.join(texts))}</code> {escape(chunk['kind'])}{gap}"
+        texts = " / ".join(text or "∅" for text in chunk.texts)
+        gap = f" · L<sub>S</sub> − L<sub>T</sub> = {_figure(chunk.gap, '+.1f')} nats" if chunk.gap is not None else ""
+        what = f" · <code>{escape(texts)}</code> {escape(chunk.kind)}{gap}"
     ends = "completed" if row["completed"] else "cut off"
     cut = row.get("cut") or [False, False]
     dots = "<span class=dots>…</span>"
-    view = "".join(_column(c, marked and k == row["at"]) for k, c in enumerate(columns))
+    view = "".join(column.html(marked=marked and k == row["at"]) for k, column in enumerate(columns))
     return (
         f"<details{' open' if opened else ''}><summary>step {int(row['step'])}{what} "
         f"<span class=dim>{escape(_short(row['prompt']))} · {ends}</span></summary>"
         f"<p class=prompt>{escape(row['prompt'])}</p><p class=response>{escape(row['response'])}</p>"
         f"<div class=alignment>{dots if cut[0] else ''}{view}{dots if cut[1] else ''}</div></details>"
     )
-
-
-def _column(chunk: dict[str, Any], marked: bool) -> str:
-    gap, kind = chunk["gap"], str(chunk["kind"])
-    style = ""
-    if gap is not None:
-        style = f" style='--g:{min(1.0, abs(gap) / 8):.2f};--h:var(--{'red' if gap > 0 else 'blue'})'"
-    names = " ".join(
-        [
-            "chunk",
-            *([kind.lower()] if kind in ("REWRITTEN", "UNALIGNED", "STOP") else []),
-            *(["marked"] if marked else []),
-        ]
-    )
-    about = f"{kind}, gap {_figure(gap, '+.2f')} nats"
-    sides = "".join(
-        f"<span class=side>{''.join(map(_token, chunk[side])) or '<i>∅</i>'}</span>" for side in ("student", "teacher")
-    )
-    return f"<span class='{names}'{style} title='{escape(about)}'>{sides}</span>"
-
-
-def _token(token: Sequence[Any]) -> str:
-    text, logprob = token
-    return f"<span class=token>{escape(visible(text))}<small>{_figure(logprob, '.1f')}</small></span>"
 
 
 def _short(text: str, n: int = 70) -> str:
