@@ -48,6 +48,18 @@ def test_two_processes_make_the_step_of_one(tmp_path, dtype, empty, changes):
     assert one["weights"] < (1e-4 if dtype == "float32" else 4e-3)
 
 
+@pytest.mark.parametrize("form", several.FORMS)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_plain_loop_in_pytorchs_wrappers_makes_the_step_of_one(tmp_path, how, form):
+    """Five rows, three and two, with answers of other lengths: the denominator is what all processes have."""
+    for differences in several.launch(several.own_loop, tmp_path, how, form):
+        assert differences["sampled"]
+        assert differences["gradient"] > 0.05
+        assert differences["first"] < 1e-6
+        assert differences["second"] < 1e-6
+        assert differences["weights"] < 1e-6
+
+
 @pytest.fixture(scope="module")
 def url():
     with faults.serving(tiny.teacher_model(), tiny.teacher_tokenizer()) as server:
