@@ -121,7 +121,7 @@ def _quietly(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
 
 
 def finish(values: dict[str, Any], **kwargs: Any) -> list[int]:
-    """Lets a run go on to its end; returns the steps from which it went on."""
+    """Resumes a run to its end; returns the steps at which it resumed."""
     process = start({**values, "resume": True}, **kwargs)
     process.join()
     log = Path(values["output"]).with_suffix(".log").read_text()

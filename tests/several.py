@@ -28,7 +28,7 @@ from xtokmap.train import sampling as rolling
 from xtokmap.train.config import Config
 from xtokmap.train.loop import Run, train
 from xtokmap.train.sampling import Roller
-from xtokmap.train.support.distributed import Processes, is_part, launched, shard
+from xtokmap.train.support.distributed import Processes, is_shard, launched, shard
 
 PROMPTS = ["the sky", "the dog", "a fox?", "1 + 2", "hello"]
 
@@ -103,7 +103,7 @@ def compare(rank: int, values: dict[str, Any], empty: int, dtype: str) -> dict[s
     alone, gradients, weights = steps(Processes())
     with launched("cpu") as (processes, _):
         together, their_gradients, their_weights = steps(processes)
-    parts = sum(is_part(p) for group in together.optimizer.param_groups for p in group["params"])
+    shards = sum(is_shard(p) for group in together.optimizer.param_groups for p in group["params"])
     lines = [run.history for run in (alone, together)]
     assert [line.pop("flops") for line in lines[0]] == [line.pop("flops") for line in lines[1]]
     for line in (*lines[0], *lines[1]):
@@ -115,7 +115,7 @@ def compare(rank: int, values: dict[str, Any], empty: int, dtype: str) -> dict[s
         "weights": _difference(weights, their_weights),
         "metrics": max(abs(a[k] - b[k]) for a, b in zip(*lines, strict=True) for k in a if a[k] == a[k]),
         "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(*lines, strict=True)),
-        "parts": parts,
+        "shards": shards,
         "scored": alone.history[0]["scored"],
         "digest": [float(w.double().sum()) for w in their_weights],
     }
@@ -194,7 +194,7 @@ FORMS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:
-    return (value.full_tensor() if is_part(value) else value).clone()
+    return (value.full_tensor() if is_shard(value) else value).clone()
 
 
 def loop_of(rank: int, values: dict[str, Any], stop_at: int | None, dtype: str) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints: a run goes on to the bit, whatever happened to it and to them."""
+"""Checkpoints: a run resumes to the bit, whatever happened to it and to them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_evaluations_and_more_steps(tmp_path):
     again = train(Config(**values, resume=True), models=tiny.pair())
     assert again.after == want.after
     assert killable.left(again.output) == killable.left(want.output)
-    with pytest.raises(CheckpointError, match="is 6 steps on already, and steps=3"):
+    with pytest.raises(CheckpointError, match="is at step 6 already, and steps=3"):
         train(Config(**{**values, "steps": 3}, resume=True), models=tiny.pair())
 
 

@@ -288,12 +288,17 @@ def _add_serve(commands: Any) -> None:
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or a torch device ['auto']")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 ['auto']")
     p.add_argument("--max-batch", type=int, default=8, help="rows in one forward pass [8]")
-    p.add_argument("--max-queue", type=int, default=1024, help="rows that may wait; more are refused, 429 [1024]")
+    p.add_argument("--max-queue", type=int, default=1024, help="rows that may wait; more are refused (429) [1024]")
     p.add_argument("--max-length", type=int, default=0, help="longest row in tokens, 0: the model's own [0]")
-    p.add_argument("--max-logprobs", type=int, default=0, help="most likeliest tokens of a row, 0: no limit [0]")
-    p.add_argument("--max-body", type=int, default=0, help="bytes of a request, 0: of all its rows, 4 MiB at most [0]")
-    p.add_argument("--max-seconds", type=float, default=60.0, help="for a request to come, for its answer to go [60]")
-    p.add_argument("--max-connections", type=int, default=256, help="at a time [256]")
+    p.add_argument("--max-logprobs", type=int, default=0, help="limit on the likeliest tokens of a row, 0: none [0]")
+    p.add_argument(
+        "--max-body",
+        type=int,
+        default=0,
+        help="limit on the bytes of a request, 0: what its rows need, 4 MiB at most [0]",
+    )
+    p.add_argument("--max-seconds", type=float, default=60.0, help="to receive a request, and to send its answer [60]")
+    p.add_argument("--max-connections", type=int, default=256, help="limit on connections at a time [256]")
     p.set_defaults(run=_serve)
 
 

@@ -281,7 +281,7 @@ def _curves(metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     ]
     kinds = [k for k in _KINDS if any(m.get("coverage", {}).get(k, 0) > 1e-6 for m in metrics)]
     shares: list[Series] = [
-        (k, [_number(m.get("coverage", {}).get(k, 0.0)) for m in metrics], _KIND_COLOUR[k]) for k in kinds
+        (k, [_number(m.get("coverage", {}).get(k, 0.0)) for m in metrics], _KIND_COLOR[k]) for k in kinds
     ]
     charts.append(_stack_chart("Response tokens by kind of chunk", steps, shares, high=1, percent=True))
     charts.append(_lines_chart("Gradient norm", steps, [("before clipping", of("grad_norm"), "c5")], low=0))
@@ -290,7 +290,7 @@ def _curves(metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
         ("Boundary leak of the teacher, nats a token", [("leak", of("boundary_leak"), "c4")], False),
         (
             "Mass that the target leaves open",
-            [(name, of(name), colour) for name, colour in (("undetermined", "c0"), ("shared", "c1"), ("rest", "c3"))],
+            [(name, of(name), color) for name, color in (("undetermined", "c0"), ("shared", "c1"), ("rest", "c3"))],
             True,
         ),
     ]
@@ -307,7 +307,7 @@ def _curves(metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     return f"<section><h2>Curves</h2><div class=charts>{''.join(charts)}</div></section>"
 
 
-_KIND_COLOUR = dict(zip(_KINDS, ("c2", "c4", "c0", "c5", "c6", "c1", "c3"), strict=True))
+_KIND_COLOR = dict(zip(_KINDS, ("c2", "c4", "c0", "c5", "c6", "c1", "c3"), strict=True))
 
 
 def _number(x: Any) -> float:
@@ -394,7 +394,7 @@ def _lines_chart(
                 (frame.x(x), frame.y(a)) for x, a, _ in reversed(around)
             ]
             out.append(f"<path class=band d='{_path(outline)}Z' fill='var(--{series[0][2]})' />")
-    for (name, _, colour), values in zip(series, thin, strict=False):
+    for (name, _, color), values in zip(series, thin, strict=False):
         run: list[tuple[float, float]] = []
         dots = []
         for x, v in [*zip(at, values, strict=True), (0.0, math.nan)]:
@@ -402,11 +402,11 @@ def _lines_chart(
                 run.append((frame.x(x), frame.y(v)))
                 radius = 2.5 if len(at) <= 40 else 1.2
                 dots.append(
-                    f"<circle cx={run[-1][0]:.1f} cy={run[-1][1]:.1f} r={radius} fill='var(--{colour})'>"
+                    f"<circle cx={run[-1][0]:.1f} cy={run[-1][1]:.1f} r={radius} fill='var(--{color})'>"
                     f"<title>step {x:g}: {escape(name)} {v:.4g}</title></circle>"
                 )
             elif run:
-                out.append(f"<path class=curve d='{_path(run)}' stroke='var(--{colour})' />")
+                out.append(f"<path class=curve d='{_path(run)}' stroke='var(--{color})' />")
                 run = []
         out += dots
     for x, v, e in points:
@@ -417,9 +417,7 @@ def _lines_chart(
                 f"<circle class=held cx={frame.x(x):.1f} cy={frame.y(v):.1f} r=4>"
                 f"<title>held-out: {v:.4g} ± {e:.2g}</title></circle>"
             )
-    legend = [(name, f"var(--{colour})") for name, _, colour in series] + (
-        [("held-out", "var(--red)")] if points else []
-    )
+    legend = [(name, f"var(--{color})") for name, _, color in series] + ([("held-out", "var(--red)")] if points else [])
     return _figure_of(title, "".join(out), legend)
 
 
@@ -432,22 +430,22 @@ def _stack_chart(
     top = [sum(column) for column in zip(*thin, strict=True)] or [0.0]
     frame = _Frame(at, 0.0, high if high is not None else max(top) * 1.05, percent)
     out, below = [frame.axes()], [0.0] * len(at)
-    for (name, _, colour), values in zip(series, thin, strict=True):
+    for (name, _, color), values in zip(series, thin, strict=True):
         above = [a + b for a, b in zip(below, values, strict=True)]
         outline = [(frame.x(x), frame.y(v)) for x, v in zip(at, above, strict=True)]
         outline += [(frame.x(x), frame.y(v)) for x, v in reversed(list(zip(at, below, strict=True)))]
         mean = sum(values) / len(values)
         text = f"{mean:.1%}" if percent else f"{mean:.3g}"
         out.append(
-            f"<path class=area d='{_path(outline)}Z' fill='var(--{colour})'>"
+            f"<path class=area d='{_path(outline)}Z' fill='var(--{color})'>"
             f"<title>{escape(name)}, mean {text}</title></path>"
         )
         below = above
-    return _figure_of(title, "".join(out), [(name, f"var(--{colour})") for name, _, colour in series])
+    return _figure_of(title, "".join(out), [(name, f"var(--{color})") for name, _, color in series])
 
 
 def _figure_of(title: str, inside: str, legend: list[tuple[str, str]]) -> str:
-    keys = "".join(f"<span><i style='background:{colour}'></i>{escape(name)}</span>" for name, colour in legend)
+    keys = "".join(f"<span><i style='background:{color}'></i>{escape(name)}</span>" for name, color in legend)
     keys = f"<div class=legend>{keys}</div>" if len(legend) > 1 else ""
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>{keys}"

@@ -172,8 +172,7 @@ def _alone(output: Path, processes: Processes, *, new: bool) -> Iterator[None]:
     def check() -> None:
         if new and (there := found(checkpoints)):
             raise CheckpointError(
-                f"{there[-1]} is of an earlier run: pass resume to go on with it, another output, or delete "
-                f"{checkpoints}"
+                f"{there[-1]} is of an earlier run: pass resume to continue it, another output, or delete {checkpoints}"
             )
 
     with ExitStack() as stack:

@@ -98,7 +98,7 @@ class Samples:
             part.write_text("".join(lines), encoding="utf-8")
 
     def read(self, path: Path) -> None:
-        """Goes on from a file that `write` left; of a damaged one from what is good in it, and a warning says where."""
+        """Resumes from what `write` left. Damaged lines are left out, and a warning says which."""
         try:
             if (problem := obstacle(path)) is None:
                 lines = path.read_bytes().split(b"\n")
