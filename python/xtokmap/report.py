@@ -42,7 +42,7 @@ def render(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise XTokMapError(f"{folder}: no run in it (no config.json); give the folder that `xtokmap train` wrote")
     config, environment = _object(folder / "config.json"), _object(folder / "environment.json")
-    metrics, samples = _lines(folder / "metrics.jsonl"), _lines(folder / "samples.jsonl")
+    metrics, samples = _lines(folder / "metrics.jsonl"), _sampled(folder / "samples.jsonl")
     evaluation = _object(folder / "evaluation.json")
     parts = [
         _header(folder, config, environment, metrics),
@@ -85,6 +85,17 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise XTokMapError(f"{path}, line {number}: not JSON, or no object; is the file damaged?")
         rows.append(row)
+    return rows
+
+
+def _sampled(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's samples, their columns as `Column`s."""
+    rows = _lines(path)
+    try:
+        for row in rows:
+            row["columns"] = [Column.of(record) for record in row.get("columns") or []]
+    except XTokMapError as error:
+        raise XTokMapError(f"{path}: {error}; is the file damaged?") from None
     return rows
 
 
@@ -212,7 +223,7 @@ def _worst(gaps: list[dict[str, Any]], changed: list[dict[str, Any]]) -> str:
 
 
 def _sample(row: dict[str, Any], *, opened: bool) -> str:
-    columns = [Column.of(record) for record in row.get("columns") or []]
+    columns = row["columns"]
     marked = row["why"] != "sample"
     what = ""
     if marked and columns:

@@ -166,7 +166,7 @@ def _write(run: Run, path: Path, tensors: Mapping[str, Tensor], untrained: _Dige
             manifest = {"format": _FORMAT, "files": files}
             _write_text(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
             _flush_folder(temporary)
-            if path.exists():  # one that could not be used, or the run would have gone on from it
+            if path.exists():  # one that could not be used, or the run would have resumed from it
                 shutil.rmtree(path)
             os.rename(temporary, path)
             _flush_folder(folder)
