@@ -1,4 +1,4 @@
-"""Kills a run at random moments, lets it go on, and compares what it leaves with a run that nothing happened to.
+"""Kills a run at random moments, resumes it, and compares what it leaves with a run that nothing happened to.
 
     python benches/kills.py --kills 40
 

@@ -121,12 +121,12 @@ def _quietly(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
 
 
 def finish(values: dict[str, Any], **kwargs: Any) -> list[int]:
-    """Lets a run go on to its end; returns the steps from which it went on."""
+    """Resumes a run to its end; returns the steps at which it resumed."""
     process = start({**values, "resume": True}, **kwargs)
     process.join()
     log = Path(values["output"]).with_suffix(".log").read_text()
     assert process.exitcode == 0, log
-    return [int(n) for n in re.findall(r"going on from step (\d+)", log)]
+    return [int(n) for n in re.findall(r"resuming at step (\d+)", log)]
 
 
 def left(output: Path) -> tuple[list[dict[str, Any]], bytes, dict[str, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -13,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import killable
 import tiny
 from xtokmap.chat import render
 from xtokmap.teachers.local import LocalTeacher
+from xtokmap.torch import Logits, Pair
 from xtokmap.train import run as running
 from xtokmap.train import sampling as rolling
 from xtokmap.train.config import Config
 from xtokmap.train.loop import Run, train
 from xtokmap.train.sampling import Roller
-from xtokmap.train.support.distributed import Processes, is_part, launched, shard
+from xtokmap.train.support.distributed import Processes, is_shard, launched, shard
 
 PROMPTS = ["the sky", "the dog", "a fox?", "1 + 2", "hello"]
 
@@ -98,7 +103,7 @@ def compare(rank: int, values: dict[str, Any], empty: int, dtype: str) -> dict[s
     alone, gradients, weights = steps(Processes())
     with launched("cpu") as (processes, _):
         together, their_gradients, their_weights = steps(processes)
-    parts = sum(is_part(p) for group in together.optimizer.param_groups for p in group["params"])
+    shards = sum(is_shard(p) for group in together.optimizer.param_groups for p in group["params"])
     lines = [run.history for run in (alone, together)]
     assert [line.pop("flops") for line in lines[0]] == [line.pop("flops") for line in lines[1]]
     for line in (*lines[0], *lines[1]):
@@ -110,7 +115,7 @@ def compare(rank: int, values: dict[str, Any], empty: int, dtype: str) -> dict[s
         "weights": _difference(weights, their_weights),
         "metrics": max(abs(a[k] - b[k]) for a, b in zip(*lines, strict=True) for k in a if a[k] == a[k]),
         "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(*lines, strict=True)),
-        "parts": parts,
+        "shards": shards,
         "scored": alone.history[0]["scored"],
         "digest": [float(w.double().sum()) for w in their_weights],
     }
@@ -121,13 +126,75 @@ def _by_name(run: Run, of: Callable[[Any], Any]) -> list[torch.Tensor]:
 
     found = []
     for _, p in sorted(_parameters(run), key=lambda pair: pair[0]):
-        value = of(p)
-        found.append((value.full_tensor() if is_part(value) else value).clone())
+        found.append(_whole(of(p)))
     return found
 
 
 def _difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
+
+
+def own_loop(rank: int, how: str, form: str) -> dict[str, Any]:
+    """Two steps of a plain loop, alone on all rows and in a wrapper of PyTorch's on some: the largest differences.
+
+    And whether the student samples the same: one process more tokens than the other.
+    """
+    student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
+    pair = Pair(tokenizer, teacher_tokenizer)
+    rows = list(zip(PROMPTS, answers(9).values(), strict=True))
+    texts: dict[int, list[Any]] = {1: [], 2: []}
+
+    def steps(model: Any, rows: list[Any], count: int) -> list[list[torch.Tensor]]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        found = []
+        for _ in range(2):
+            asked = pair.prompt_inputs(PROMPTS[:2])
+            inner, options = getattr(model, "module", model), {"do_sample": False, "max_new_tokens": 2 + 3 * rank}
+            texts[count].append(inner.generate(**asked, **options, synced_gpus=how == "fsdp" and count > 1).tolist())
+            batch = pair.prepare(*(list(column) for column in zip(*rows, strict=True)))
+            tokens = batch.completion_mask.sum()
+            if count > 1:
+                dist.all_reduce(tokens)
+            with torch.no_grad():
+                scored = teacher(**batch.teacher_inputs)
+            out = pair.loss(FORMS[form](model, batch), scored, batch, denominator=tokens / count)
+            out.loss.backward()
+            found.append([_whole(p.grad) for p in model.parameters()])
+            optimizer.step()
+            optimizer.zero_grad()
+        return [*found, [_whole(p.detach()) for p in model.parameters()]]
+
+    alone = steps(copy.deepcopy(student), rows, 1)
+    dist.init_process_group("gloo")
+    if how == "ddp":
+        model: Any = DistributedDataParallel(student)
+    else:
+        for layer in student.model.layers:
+            fully_shard(layer)
+        model = fully_shard(student)
+    together = steps(model, rows[rank::2], 2)
+    dist.destroy_process_group()
+    names = ("first", "second", "weights")
+    found = {name: _difference(a, b) for name, a, b in zip(names, alone, together, strict=True)}
+    return {**found, "sampled": texts[1] == texts[2], "gradient": float(max(g.abs().max() for g in alone[0]))}
+
+
+def _hidden(model: Any, batch: Any) -> Logits:
+    """The pass goes through the wrapper, which has to learn of it; the loss applies the head, a slice at a time."""
+    out = model(**batch.student_inputs, output_hidden_states=True, logits_to_keep=1)
+    head = getattr(model, "module", model).lm_head
+    return Logits(out.hidden_states[-1], head.weight)
+
+
+#: What the student gives to the loss.
+FORMS: dict[str, Callable[[Any, Any], Any]] = {
+    "output": lambda model, batch: model(**batch.student_inputs),
+    "hidden": _hidden,
+}
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return (value.full_tensor() if is_shard(value) else value).clone()
 
 
 def loop_of(rank: int, values: dict[str, Any], stop_at: int | None, dtype: str) -> Any:

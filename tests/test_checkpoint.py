@@ -1,4 +1,4 @@
-"""Checkpoints: a run goes on to the bit, whatever happened to it and to them."""
+"""Checkpoints: a run resumes to the bit, whatever happened to it and to them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch, dtype,
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     torch.manual_seed(99)  # whatever state there is
     result = train(Config(**values, resume=True), models=killable.models(dtype))
-    assert "going on from step 3 of 5" in capsys.readouterr().out
+    assert "resuming at step 3 of 5" in capsys.readouterr().out
     assert not result.interrupted
     assert killable.left(result.output) == killable.left(tmp_path / "whole")
 
@@ -95,7 +95,7 @@ def test_evaluations_and_more_steps(tmp_path):
     again = train(Config(**values, resume=True), models=tiny.pair())
     assert again.after == want.after
     assert killable.left(again.output) == killable.left(want.output)
-    with pytest.raises(CheckpointError, match="is 6 steps on already, and steps=3"):
+    with pytest.raises(CheckpointError, match="is at step 6 already, and steps=3"):
         train(Config(**{**values, "steps": 3}, resume=True), models=tiny.pair())
 
 

@@ -161,8 +161,8 @@ def test_a_student_token_that_spans_teacher_tokens():
     case = Case([b"abc", b"a", b"d", b"x"], [b"a", b"b", b"cd", b"ce", b"x"], [[b"abc", b"d"]], [[b"a", b"b", b"cd"]])
     q = [[0.5, 0.1, 0.05, 0.05, 0.3], [0.02, 0.9, 0.03, 0.03, 0.02], [0.1, 0.05, 0.5, 0.3, 0.05]]
     p = [[0.25, 0.35, 0.2, 0.2], [0.1, 0.1, 0.7, 0.1]]
-    realised = torch.tensor([[math.log(0.5), math.log(0.9), math.log(0.5)]])
-    spelling = Spelling(case.student_ids, case.teacher_ids, realised)
+    realized = torch.tensor([[math.log(0.5), math.log(0.9), math.log(0.5)]])
+    spelling = Spelling(case.student_ids, case.teacher_ids, realized)
     x = log(*p).requires_grad_()
     loss = byte_kl(Logits(x), Logits(log(*q)), case.index, case.vm, case.queries, spelling=spelling)
     # .5 x .9 x .8 of "a" belong to "abc"; 0.2 is spelled by no student token.
@@ -293,7 +293,7 @@ def random_logits(case: Case, seed: int, scale: float = 2.0) -> tuple[torch.Tens
     return x.requires_grad_(), z
 
 
-def realised(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def realized(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
 
 
@@ -476,7 +476,7 @@ def test_strict_kl_is_its_plain_form(seed, beta, k, size):
 def test_byte_kl_is_its_plain_form(seed, beta, spans, residual, size):
     case = random_case(seed)
     x, z = random_logits(case, seed)
-    spelling = Spelling(case.student_ids, case.teacher_ids, realised(z, case.teacher_ids)) if spans else None
+    spelling = Spelling(case.student_ids, case.teacher_ids, realized(z, case.teacher_ids)) if spans else None
     got = byte_kl(
         Logits(x),
         Logits(z),
@@ -508,8 +508,8 @@ def test_uld_is_its_plain_form(seed, beta, hybrid, size):
     case = random_case(seed)
     x, z = random_logits(case, seed)
     given_ = {
-        "student_logprobs": realised(x, case.student_ids),
-        "teacher_logprobs": realised(z, case.teacher_ids),
+        "student_logprobs": realized(x, case.student_ids),
+        "teacher_logprobs": realized(z, case.teacher_ids),
     }
     got = uld_hybrid(Logits(x), Logits(z), case.index, case.vm, hybrid=hybrid, beta=beta, size=size, **given_)
     check(got, plain_uld(case, x, z, beta, hybrid), x, 1e-8)
@@ -519,7 +519,7 @@ def test_uld_is_its_plain_form(seed, beta, hybrid, size):
 
 
 def spelling_of(case: Case, z: torch.Tensor) -> Spelling:
-    return Spelling(case.student_ids, case.teacher_ids, realised(z, case.teacher_ids))
+    return Spelling(case.student_ids, case.teacher_ids, realized(z, case.teacher_ids))
 
 
 def sampled(student: Logits, ids: torch.Tensor) -> torch.Tensor:
@@ -554,7 +554,7 @@ LOSSES = {
         c.vm,
         hybrid=False,
         student_logprobs=sampled(s, c.student_ids),
-        teacher_logprobs=realised(z, c.teacher_ids),
+        teacher_logprobs=realized(z, c.teacher_ids),
         **o,
     ),
     "hybrid": lambda c, s, z, **o: uld_hybrid(
@@ -563,16 +563,16 @@ LOSSES = {
         c.index,
         c.vm,
         student_logprobs=sampled(s, c.student_ids),
-        teacher_logprobs=realised(z, c.teacher_ids),
+        teacher_logprobs=realized(z, c.teacher_ids),
         **o,
     ),
 }
 ALM = {
     "alm": lambda c, s, z, size=None, rows=None, **o: alm(
-        sampled(s, c.student_ids), realised(z, c.teacher_ids), c.index, **o
+        sampled(s, c.student_ids), realized(z, c.teacher_ids), c.index, **o
     ),
     "alm, tau": lambda c, s, z, size=None, rows=None, **o: alm(
-        sampled(s, c.student_ids), realised(z, c.teacher_ids), c.index, tau=3.0, **o
+        sampled(s, c.student_ids), realized(z, c.teacher_ids), c.index, tau=3.0, **o
     ),
 }
 every_loss = pytest.mark.parametrize("name", [*LOSSES, *ALM])
@@ -789,7 +789,7 @@ def test_the_teachers_head_inside_is_the_head_outside(dtype):
         Logits(torch.nn.functional.linear(hidden, weight, bias), None, None, 1.5, 4.0),
     ]
     own = {
-        "student_logprobs": realised(x, case.student_ids),
+        "student_logprobs": realized(x, case.student_ids),
         "teacher_logprobs": torch.zeros(case.teacher_ids.shape, dtype=x.dtype),
     }
     for loss in (
@@ -840,7 +840,7 @@ def test_identical_tokenizers_are_the_same_tokenizers_losses(seed, beta):
     got = byte_kl(student, teacher, case.index, case.vm, case.queries, beta=beta, spelling=spelling_of(case, z))
     check(got, whole_kl(case, x, z, beta), x, 1e-6)
     assert got.figures["residual"] == 0
-    given_ = {"student_logprobs": realised(x, case.student_ids), "teacher_logprobs": realised(z, case.teacher_ids)}
+    given_ = {"student_logprobs": realized(x, case.student_ids), "teacher_logprobs": realized(z, case.teacher_ids)}
     hybrid = uld_hybrid(student, teacher, case.index, case.vm, beta=beta, **given_)
     torch.testing.assert_close(hybrid.terms, whole_kl(case, x, z, beta), atol=1e-5, rtol=1e-5)
     assert completion(student, teacher, case.index, case.vm, case.completions).loss == 0
@@ -1133,8 +1133,8 @@ def test_trls_loss_where_it_is_right(beta, hybrid):
         case = Case(case.vm.student, case.vm.teacher, *([row] for row in rows[0]))
         x, z = random_logits(case, seed)
         logprobs = {
-            "student_logprobs": realised(x, case.student_ids),
-            "teacher_logprobs": realised(z, case.teacher_ids),
+            "student_logprobs": realized(x, case.student_ids),
+            "teacher_logprobs": realized(z, case.teacher_ids),
         }
         ours = uld_hybrid(Logits(x), Logits(z), case.index, case.vm, beta=beta, hybrid=hybrid, **logprobs)
         theirs = trl_loss(case, x, z, strategy="bayesian", beta=beta, hybrid=hybrid)
@@ -1147,7 +1147,7 @@ def test_trls_default_merge_makes_a_perfect_student_pay():
     """One chunk "ab", split by the student, which gives every text what the teacher gives it."""
     case = Case([b"a", b"b", b"x"], [b"ab", b"x"], [[b"a", b"b"]], [[b"ab"]])
     x, z = log([0.7, 0.0, 0.3], [0.0, 1.0, 0.0]), log([0.7, 0.3])
-    own, others = realised(x, case.student_ids), realised(z, case.teacher_ids)
+    own, others = realized(x, case.student_ids), realized(z, case.teacher_ids)
     logprobs = {"student_logprobs": own, "teacher_logprobs": others}
     assert byte_kl(Logits(x), Logits(z), case.index, case.vm, case.queries).loss.abs() < 1e-9
     ours = uld_hybrid(Logits(x), Logits(z), case.index, case.vm, hybrid=False, **logprobs)

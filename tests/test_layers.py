@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import xtokmap
@@ -14,7 +15,7 @@ ROOT = Path(xtokmap.__file__).parent
 #: as long as there is no circle.
 LAYERS = [
     ["_core"],
-    ["files", "ids"],
+    ["files", "ids", "columns"],
     ["alignment", "tokenizers"],
     ["boundary"],
     ["aligner"],
@@ -123,3 +124,37 @@ def test_no_file_of_the_core_knows_what_is_above_it() -> None:
         assert [one for one in files if one not in RUST] == []
         assert "crate::{" not in code
         assert [one for one in files if RUST.index(one) > RUST.index(name)] == [], name
+
+
+#: Functions that may be longer than `LONGEST` lines without their docstring, by file and name, and why.
+LONG: dict[str, str] = {}
+LONGEST = 80
+
+
+def python_functions(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            lines = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(node) else 0
+            yield node.name, (node.end_lineno or 0) - node.lineno + 1 - lines
+
+
+def rust_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """As rustfmt leaves them: a function ends at the first brace that stands where it began."""
+    code = path.read_text(encoding="utf-8").partition("#[cfg(test)]")[0].splitlines()
+    for start, line in enumerate(code):
+        if (match := re.match(r"( *)(?:[a-z()]+ )*fn (\w+)", line)) and not line.endswith(";"):
+            indent, name = match.groups()
+            ends = (k for k in range(start, len(code)) if re.match(rf"{indent}(}}|\).*;$)", code[k]))
+            yield name, next(ends) - start + 1
+
+
+def test_a_function_fits_on_a_page() -> None:
+    root = Path(__file__).parent.parent
+    found = {
+        f"{path.relative_to(root)}: {name}": lines
+        for folder, ending, functions in (("python", "py", python_functions), ("rust", "rs", rust_functions))
+        for path in root.joinpath(folder).rglob(f"*.{ending}")
+        for name, lines in sorted(functions(path), key=lambda one: one[1])
+    }
+    assert sorted(name for name, lines in found.items() if lines > LONGEST) == sorted(LONG)

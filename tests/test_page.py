@@ -193,6 +193,10 @@ def test_the_command_writes_the_page_of_any_run(folder, tmp_path, capsys):
     (old / "metrics.jsonl").write_text(lines[0] + "\n{")
     with pytest.raises(xtokmap.XTokMapError, match=r"metrics\.jsonl, line 2: not JSON"):
         page.write(old)
+    (old / "metrics.jsonl").unlink()
+    (old / "samples.jsonl").write_text('{"why": "sample", "columns": [{"kind": "STOP"}]}')
+    with pytest.raises(xtokmap.XTokMapError, match=r"samples\.jsonl: not a column of tokens"):
+        page.write(old)
 
 
 def test_curves_of_long_runs_and_of_odd_figures_can_be_drawn(tmp_path):

@@ -37,7 +37,7 @@ def test_two_processes_make_the_step_of_one(tmp_path, dtype, empty, changes):
     print({name: value for name, value in one.items() if name != "digest"})
     assert one["digest"] == two["digest"]  # the same weights in both, to the bit
     assert one["scored"] > 0.1
-    assert bool(one["parts"]) == ("shard" in changes)
+    assert bool(one["shards"]) == ("shard" in changes)
     # bfloat16 passes round each micro-batch's gradient, and other rows share one.
     tolerance = 1e-6 if dtype == "float32" else 2e-2
     assert one["gradient"] > 0.05
@@ -48,6 +48,18 @@ def test_two_processes_make_the_step_of_one(tmp_path, dtype, empty, changes):
     assert one["weights"] < (1e-4 if dtype == "float32" else 4e-3)
 
 
+@pytest.mark.parametrize("form", several.FORMS)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_plain_loop_in_pytorchs_wrappers_makes_the_step_of_one(tmp_path, how, form):
+    """Five rows, three and two, with answers of other lengths: the denominator is what all processes have."""
+    for differences in several.launch(several.own_loop, tmp_path, how, form):
+        assert differences["sampled"]
+        assert differences["gradient"] > 0.05
+        assert differences["first"] < 1e-6
+        assert differences["second"] < 1e-6
+        assert differences["weights"] < 1e-6
+
+
 @pytest.fixture(scope="module")
 def url():
     with faults.serving(tiny.teacher_model(), tiny.teacher_tokenizer()) as server:
@@ -55,7 +67,7 @@ def url():
 
 
 @pytest.mark.parametrize("how", ["plain", "sharded", "overlap"])
-def test_two_processes_stop_together_and_go_on_to_the_bit(tmp_path, how, url):
+def test_two_processes_stop_together_and_resume_to_the_bit(tmp_path, how, url):
     sharded = how == "sharded"
     prompts = tmp_path / "p.jsonl"
     rows = [{"prompt": t, "split": s} for s in ("train", "heldout") for t in ("the sky", "a fox?", "1 + 2")]
@@ -76,7 +88,7 @@ def test_two_processes_stop_together_and_go_on_to_the_bit(tmp_path, how, url):
     assert not all(
         torch.equal(a, b) for a, b in zip(saved.parameters(), tiny.student_model().parameters(), strict=True)
     )
-    # One process cannot go on where two were.
+    # One process cannot resume what two began.
     alone = Config(**{**values, "resume": True, "steps": 5, "shard": False})
     with pytest.raises(xtokmap.XTokMapError, match="shard=True, not False" if sharded else "2 processes, not 1"):
         train(alone, models=tiny.pair())
@@ -90,7 +102,7 @@ def test_what_several_processes_cannot_do(tmp_path, monkeypatch):
         shard(tiny.student_model(), Processes(), torch.device("cpu"))
     with monkeypatch.context() as old:
         old.delattr("torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms")
-        with pytest.raises(xtokmap.XTokMapError, match=r"shard=True: torch .* parts no layers as it is needed here"):
+        with pytest.raises(xtokmap.XTokMapError, match=r"shard=True: torch .* cannot shard layers as needed here"):
             shard(tiny.student_model(), Processes(0, 2), torch.device("cpu"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "")

@@ -1,7 +1,7 @@
 """The comparison of arXiv 2606.09456, small enough for two cores: fine-tuning against distillation across tokenizers.
 
 Models of two families are trained from scratch, the student learns from the teacher by every method of the loop, and
-right answers are held against the FLOPs and the processor time that they took. `reproduce` runs it and goes on where it
+right answers are held against the FLOPs and the processor time that they took. `reproduce` runs it and resumes where it
 was; `tables` turns its runs into tables and plots.
 """
 
@@ -281,7 +281,7 @@ def reproduce(
 ) -> Path:
     """Runs the comparison and writes its tables and plots.
 
-    What is finished is kept in `output` and not done again, so that an interrupted run goes on where it was.
+    What is finished is kept in `output` and not done again, so that an interrupted run resumes where it was.
 
     Args:
         output: folder for models, runs and tables.

@@ -126,11 +126,11 @@ def encode(
     ):
         wrong = chain.wrong
         rows.append([*p, *ids, stop])
-        learnt = [
+        learned = [
             -100 if any(a < end and start < b for start, end in wrong) else i
             for i, (a, b) in zip(ids, offsets, strict=True)
         ]
-        labels.append([-100] * len(p) + learnt + [stop])
+        labels.append([-100] * len(p) + learned + [stop])
     width = max(map(len, rows))
     ids = torch.tensor([row + [stop] * (width - len(row)) for row in rows])
     return ids, torch.tensor([row + [-100] * (width - len(row)) for row in labels])

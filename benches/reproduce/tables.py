@@ -193,7 +193,7 @@ def sweep_table(rows: Iterable[Run]) -> list[str]:
     return lines
 
 
-_COLOURS = {
+_COLORS = {
     "sft": "black", "kd transfer_kl forward": "0.45", "kd byte_kl forward": "0.65", "opd strict": "C1",
     "opd prior": "C3", "opd full": "C8", "opd cover": "C2", "opd byte_kl": "C4", "opd transfer_kl": "C0",
     "opd transfer_kl forward": "C5", "opd transfer_kl jsd": "C9",
@@ -218,11 +218,11 @@ def plot_cells(cells: dict[tuple[str, str, int], dict[str, list[Run]]], path: Pa
                 bands = [interval([p[measure] for p in points]) for points in at]
                 y = [mean for mean, _ in bands]
                 # The start is at no cost at all, which a logarithmic axis does not have.
-                colour = _COLOURS[method]
-                axis.plot(x[1:], y[1:], color=colour, label=method, marker="o", markersize=3)
+                color = _COLORS[method]
+                axis.plot(x[1:], y[1:], color=color, label=method, marker="o", markersize=3)
                 low = [max(0.0, m - h) for m, h in bands[1:]]
                 high = [min(1.0, m + h) for m, h in bands[1:]]
-                axis.fill_between(x[1:], low, high, color=colour, alpha=0.12, linewidth=0)
+                axis.fill_between(x[1:], low, high, color=color, alpha=0.12, linewidth=0)
             axis.axhline(start_of(cell, measure), color="0.5", linestyle=":", label="start")
             how = "greedy" if measure == "greedy" else "T = 1"
             task, arrangement, ways = name

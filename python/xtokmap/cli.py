@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import xtokmap
-from xtokmap import Aligner, Alignment, Kind, UnsupportedTokenizerError, XTokMapError
+from xtokmap import Aligner, Alignment, UnsupportedTokenizerError, XTokMapError
+from xtokmap.columns import SIDES, UNALIGNED, Column, columns
 from xtokmap.files import check_name, check_text, obstacle, read_text
-from xtokmap.report import visible, write
+from xtokmap.report import write
 from xtokmap.tokenizers import text_codec
 
 
@@ -93,14 +94,10 @@ def _align(args: argparse.Namespace) -> int:
     aligner = Aligner(student, teacher)
     student_ids, teacher_ids = (text_codec(t).encode_batch([text])[0] for t in (student, teacher))
     alignment = aligner.align(student_ids, teacher_ids)
-    sides = {
-        "student": [(int(i), aligner.student[int(i)] or b"") for i in student_ids],
-        "teacher": [(int(i), aligner.teacher[int(i)] or b"") for i in teacher_ids],
-    }
     if args.json:
-        print(json.dumps(_as_json(alignment, sides), ensure_ascii=False, indent=1))
+        print(json.dumps(_as_json(alignment), ensure_ascii=False, indent=1))
     else:
-        _show(alignment, sides, args.width or shutil.get_terminal_size((100, 20)).columns)
+        _show(alignment, args.width or shutil.get_terminal_size((100, 20)).columns)
     return 0
 
 
@@ -166,17 +163,17 @@ def _tokenizer(source: str) -> Any:
         raise UnsupportedTokenizerError(f"{source}: transformers cannot load a tokenizer from it: {first}") from None
 
 
-def _as_json(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]]) -> dict[str, Any]:
+def _as_json(alignment: Alignment) -> dict[str, Any]:
+    found = columns(alignment)
     tokens = {
-        side: [{"id": i, "text": spelled.decode(errors="replace"), "bytes": spelled.hex()} for i, spelled in rows]
-        for side, rows in sides.items()
+        side: [_spelled(token.spelled, id=token.id) for column in found for token in column.sides[k]]
+        for k, side in enumerate(SIDES)
     }
     chunks = [
         {
             "student": [chunk.student.start, chunk.student.stop],
             "teacher": [chunk.teacher.start, chunk.teacher.stop],
-            "text": (chunk.text or b"").decode(errors="replace"),
-            "bytes": (chunk.text or b"").hex(),
+            **_spelled(chunk.text),
             "kind": chunk.kind.name,
         }
         for chunk in alignment
@@ -185,31 +182,18 @@ def _as_json(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]]) ->
     return {**tokens, "chunks": chunks, "coverage": alignment.coverage, "coverage_by_kind": shares}
 
 
-def _visible(spelled: bytes) -> str:
-    """Token bytes as one line of text; what is not UTF-8 is hexadecimal."""
-    return visible(spelled.decode(errors="backslashreplace"))
+def _spelled(spelled: bytes | None, **about: Any) -> dict[str, Any]:
+    return {**about, "text": (spelled or b"").decode(errors="replace"), "bytes": (spelled or b"").hex()}
 
 
-def _show(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]], width: int) -> None:
-    """Student over teacher, a column for each chunk; tokens inside a chunk are parted by `|`."""
-    columns: list[tuple[str, str, Kind | None]] = []
-    at = {"student": 0, "teacher": 0}
-
-    def cell(side: str, stop: int) -> str:
-        text = "|".join(_visible(spelled) for _, spelled in sides[side][at[side] : stop])
-        at[side] = stop
-        return text
-
-    columns.extend((cell("student", c.student.stop), cell("teacher", c.teacher.stop), c.kind) for c in alignment)
-    rest = cell("student", len(sides["student"])), cell("teacher", len(sides["teacher"]))
-    if any(rest):
-        columns.append((*rest, None))
-
+def _show(alignment: Alignment, width: int) -> None:
+    """Student over teacher, a column for each chunk; `|` stands between the tokens of a chunk."""
+    found = columns(alignment)
     out = _Painter()
-    lines: list[list[tuple[str, str, Kind | None]]] = [[]]
+    lines: list[list[Column]] = [[]]
     used = 9
-    for column in columns:
-        need = max(map(_cells, column[:2])) + 3
+    for column in found:
+        need = max(map(_cells, column.texts)) + 3
         if lines[-1] and used + need > width:
             lines.append([])
             used = 9
@@ -218,37 +202,39 @@ def _show(alignment: Alignment, sides: dict[str, list[tuple[int, bytes]]], width
     for k, line in enumerate(lines):
         if k:
             out.line([])
-        for row, side in enumerate(("student", "teacher")):
+        for row, side in enumerate(SIDES):
             parts: list[tuple[str, str]] = [(f"{side}  ", "dim")]
             for n, column in enumerate(line):
-                pad = max(map(_cells, column[:2])) - _cells(column[row])
-                parts.append((str(column[row]) + " " * pad, _STYLE[column[2]][n % 2]))
+                texts = column.texts
+                pad = max(map(_cells, texts)) - _cells(texts[row])
+                parts.append((texts[row] + " " * pad, _STYLE[column.kind][n % 2]))
                 parts.append((" ┆ ", "dim"))
             out.line(parts[:-1])
+    student, teacher = alignment.student_chunk, alignment.teacher_chunk
     kinds = ", ".join(f"{kind.name} {share:.1%}" for kind, share in alignment.coverage_by_kind().items() if share)
-    counts = f"{len(sides['student'])} student and {len(sides['teacher'])} teacher tokens, {len(alignment)} chunks"
+    counts = f"{len(student)} student and {len(teacher)} teacher tokens, {len(alignment)} chunks"
     out.line([])
     out.line([(f"{counts}; student tokens by kind: {kinds or 'none'}; coverage {alignment.coverage:.1%}", "")])
 
 
-_STYLE: dict[Kind | None, tuple[str, str]] = {
-    Kind.ONE_TO_ONE: ("green", "green"),
-    Kind.ONE_TO_MANY: ("cyan", "bright_cyan"),
-    Kind.MANY_TO_ONE: ("blue", "bright_blue"),
-    Kind.MANY_TO_MANY: ("magenta", "bright_magenta"),
-    Kind.REWRITTEN: ("bold yellow", "bold yellow"),
-    Kind.STOP: ("bold", "bold"),
-    None: ("bold red", "bold red"),
+_STYLE = {
+    "ONE_TO_ONE": ("green", "green"),
+    "ONE_TO_MANY": ("cyan", "bright_cyan"),
+    "MANY_TO_ONE": ("blue", "bright_blue"),
+    "MANY_TO_MANY": ("magenta", "bright_magenta"),
+    "REWRITTEN": ("bold yellow", "bold yellow"),
+    "STOP": ("bold", "bold"),
+    UNALIGNED: ("bold red", "bold red"),
 }
 
 
-def _cells(text: str | Kind | None) -> int:
+def _cells(text: str) -> int:
     """Columns that a text takes on a terminal."""
     try:
         from rich.cells import cell_len
     except ImportError:
-        return len(str(text))
-    return cell_len(str(text))
+        return len(text)
+    return cell_len(text)
 
 
 class _Painter:
@@ -302,12 +288,17 @@ def _add_serve(commands: Any) -> None:
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or a torch device ['auto']")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 ['auto']")
     p.add_argument("--max-batch", type=int, default=8, help="rows in one forward pass [8]")
-    p.add_argument("--max-queue", type=int, default=1024, help="rows that may wait; more are refused, 429 [1024]")
+    p.add_argument("--max-queue", type=int, default=1024, help="rows that may wait; more are refused (429) [1024]")
     p.add_argument("--max-length", type=int, default=0, help="longest row in tokens, 0: the model's own [0]")
-    p.add_argument("--max-logprobs", type=int, default=0, help="most likeliest tokens of a row, 0: no limit [0]")
-    p.add_argument("--max-body", type=int, default=0, help="bytes of a request, 0: of all its rows, 4 MiB at most [0]")
-    p.add_argument("--max-seconds", type=float, default=60.0, help="for a request to come, for its answer to go [60]")
-    p.add_argument("--max-connections", type=int, default=256, help="at a time [256]")
+    p.add_argument("--max-logprobs", type=int, default=0, help="limit on the likeliest tokens of a row, 0: none [0]")
+    p.add_argument(
+        "--max-body",
+        type=int,
+        default=0,
+        help="limit on the bytes of a request, 0: what its rows need, 4 MiB at most [0]",
+    )
+    p.add_argument("--max-seconds", type=float, default=60.0, help="to receive a request, and to send its answer [60]")
+    p.add_argument("--max-connections", type=int, default=256, help="limit on connections at a time [256]")
     p.set_defaults(run=_serve)
 
 

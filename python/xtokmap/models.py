@@ -108,7 +108,7 @@ def check_finite(model: Any, whose: str) -> None:
         (name, n), more = bad[0], f" (and {len(bad) - 1} more parameters)" if len(bad) > 1 else ""
         raise XTokMapError(
             f"the {whose}: {n} values of {name}{more} are not finite (NaN or infinite); the file is damaged, or "
-            "training had come apart before it was saved: take other weights"
+            "training had diverged before it was saved: take other weights"
         )
 
 
@@ -119,7 +119,7 @@ def with_adapter(model: Any, rank: int, alpha: float = 32.0, targets: str = "all
         model: a transformers causal language model; its own weights are frozen, in place.
         rank: of the adapter.
         alpha: its product is scaled by alpha / rank.
-        targets: names of modules, parted by commas, or "all-linear": every linear layer but the output head.
+        targets: names of modules, separated by commas, or "all-linear": every linear layer but the output head.
 
     Raises:
         XTokMapError: peft is not installed, or the model has no such modules.

@@ -15,18 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from xtokmap._core import XTokMapError
+from xtokmap.columns import Column
 from xtokmap.files import replacing
 
 #: Points of a curve; longer runs are shown by means of neighboring steps.
 _POINTS = 300
 #: Kinds of chunks in the order in which they are stacked.
 _KINDS = ("ONE_TO_ONE", "ONE_TO_MANY", "MANY_TO_ONE", "MANY_TO_MANY", "STOP", "REWRITTEN", "UNALIGNED")
-
-
-def visible(text: str) -> str:
-    """One line of text in which spaces and line ends can be seen."""
-    shown = {" ": "·", "\n": "⏎", "\t": "→"}
-    return "".join(shown.get(c, c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
 
 
 def write(folder: str | Path, path: str | Path | None = None) -> Path:
@@ -47,7 +42,7 @@ def render(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise XTokMapError(f"{folder}: no run in it (no config.json); give the folder that `xtokmap train` wrote")
     config, environment = _object(folder / "config.json"), _object(folder / "environment.json")
-    metrics, samples = _lines(folder / "metrics.jsonl"), _lines(folder / "samples.jsonl")
+    metrics, samples = _lines(folder / "metrics.jsonl"), _sampled(folder / "samples.jsonl")
     evaluation = _object(folder / "evaluation.json")
     parts = [
         _header(folder, config, environment, metrics),
@@ -90,6 +85,17 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise XTokMapError(f"{path}, line {number}: not JSON, or no object; is the file damaged?")
         rows.append(row)
+    return rows
+
+
+def _sampled(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's samples, their columns as `Column`s."""
+    rows = _lines(path)
+    try:
+        for row in rows:
+            row["columns"] = [Column.of(record) for record in row.get("columns") or []]
+    except XTokMapError as error:
+        raise XTokMapError(f"{path}: {error}; is the file damaged?") from None
     return rows
 
 
@@ -217,52 +223,24 @@ def _worst(gaps: list[dict[str, Any]], changed: list[dict[str, Any]]) -> str:
 
 
 def _sample(row: dict[str, Any], *, opened: bool) -> str:
-    columns = row.get("columns") or []
+    columns = row["columns"]
     marked = row["why"] != "sample"
     what = ""
     if marked and columns:
         chunk = columns[row["at"]]
-        texts = ["|".join(visible(text) for text, _ in chunk[side]) or "∅" for side in ("student", "teacher")]
-        gap = (
-            f" · L<sub>S</sub> − L<sub>T</sub> = {_figure(chunk['gap'], '+.1f')} nats"
-            if chunk["gap"] is not None
-            else ""
-        )
-        what = f" · <code>{escape(' / '.join(texts))}</code> {escape(chunk['kind'])}{gap}"
+        texts = " / ".join(text or "∅" for text in chunk.texts)
+        gap = f" · L<sub>S</sub> − L<sub>T</sub> = {_figure(chunk.gap, '+.1f')} nats" if chunk.gap is not None else ""
+        what = f" · <code>{escape(texts)}</code> {escape(chunk.kind)}{gap}"
     ends = "completed" if row["completed"] else "cut off"
     cut = row.get("cut") or [False, False]
     dots = "<span class=dots>…</span>"
-    view = "".join(_column(c, marked and k == row["at"]) for k, c in enumerate(columns))
+    view = "".join(column.html(marked=marked and k == row["at"]) for k, column in enumerate(columns))
     return (
         f"<details{' open' if opened else ''}><summary>step {int(row['step'])}{what} "
         f"<span class=dim>{escape(_short(row['prompt']))} · {ends}</span></summary>"
         f"<p class=prompt>{escape(row['prompt'])}</p><p class=response>{escape(row['response'])}</p>"
         f"<div class=alignment>{dots if cut[0] else ''}{view}{dots if cut[1] else ''}</div></details>"
     )
-
-
-def _column(chunk: dict[str, Any], marked: bool) -> str:
-    gap, kind = chunk["gap"], str(chunk["kind"])
-    style = ""
-    if gap is not None:
-        style = f" style='--g:{min(1.0, abs(gap) / 8):.2f};--h:var(--{'red' if gap > 0 else 'blue'})'"
-    names = " ".join(
-        [
-            "chunk",
-            *([kind.lower()] if kind in ("REWRITTEN", "UNALIGNED", "STOP") else []),
-            *(["marked"] if marked else []),
-        ]
-    )
-    about = f"{kind}, gap {_figure(gap, '+.2f')} nats"
-    sides = "".join(
-        f"<span class=side>{''.join(map(_token, chunk[side])) or '<i>∅</i>'}</span>" for side in ("student", "teacher")
-    )
-    return f"<span class='{names}'{style} title='{escape(about)}'>{sides}</span>"
-
-
-def _token(token: Sequence[Any]) -> str:
-    text, logprob = token
-    return f"<span class=token>{escape(visible(text))}<small>{_figure(logprob, '.1f')}</small></span>"
 
 
 def _short(text: str, n: int = 70) -> str:
@@ -314,7 +292,7 @@ def _curves(metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     ]
     kinds = [k for k in _KINDS if any(m.get("coverage", {}).get(k, 0) > 1e-6 for m in metrics)]
     shares: list[Series] = [
-        (k, [_number(m.get("coverage", {}).get(k, 0.0)) for m in metrics], _KIND_COLOUR[k]) for k in kinds
+        (k, [_number(m.get("coverage", {}).get(k, 0.0)) for m in metrics], _KIND_COLOR[k]) for k in kinds
     ]
     charts.append(_stack_chart("Response tokens by kind of chunk", steps, shares, high=1, percent=True))
     charts.append(_lines_chart("Gradient norm", steps, [("before clipping", of("grad_norm"), "c5")], low=0))
@@ -323,7 +301,7 @@ def _curves(metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
         ("Boundary leak of the teacher, nats a token", [("leak", of("boundary_leak"), "c4")], False),
         (
             "Mass that the target leaves open",
-            [(name, of(name), colour) for name, colour in (("undetermined", "c0"), ("shared", "c1"), ("rest", "c3"))],
+            [(name, of(name), color) for name, color in (("undetermined", "c0"), ("shared", "c1"), ("rest", "c3"))],
             True,
         ),
     ]
@@ -340,7 +318,7 @@ def _curves(metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     return f"<section><h2>Curves</h2><div class=charts>{''.join(charts)}</div></section>"
 
 
-_KIND_COLOUR = dict(zip(_KINDS, ("c2", "c4", "c0", "c5", "c6", "c1", "c3"), strict=True))
+_KIND_COLOR = dict(zip(_KINDS, ("c2", "c4", "c0", "c5", "c6", "c1", "c3"), strict=True))
 
 
 def _number(x: Any) -> float:
@@ -427,7 +405,7 @@ def _lines_chart(
                 (frame.x(x), frame.y(a)) for x, a, _ in reversed(around)
             ]
             out.append(f"<path class=band d='{_path(outline)}Z' fill='var(--{series[0][2]})' />")
-    for (name, _, colour), values in zip(series, thin, strict=False):
+    for (name, _, color), values in zip(series, thin, strict=False):
         run: list[tuple[float, float]] = []
         dots = []
         for x, v in [*zip(at, values, strict=True), (0.0, math.nan)]:
@@ -435,11 +413,11 @@ def _lines_chart(
                 run.append((frame.x(x), frame.y(v)))
                 radius = 2.5 if len(at) <= 40 else 1.2
                 dots.append(
-                    f"<circle cx={run[-1][0]:.1f} cy={run[-1][1]:.1f} r={radius} fill='var(--{colour})'>"
+                    f"<circle cx={run[-1][0]:.1f} cy={run[-1][1]:.1f} r={radius} fill='var(--{color})'>"
                     f"<title>step {x:g}: {escape(name)} {v:.4g}</title></circle>"
                 )
             elif run:
-                out.append(f"<path class=curve d='{_path(run)}' stroke='var(--{colour})' />")
+                out.append(f"<path class=curve d='{_path(run)}' stroke='var(--{color})' />")
                 run = []
         out += dots
     for x, v, e in points:
@@ -450,9 +428,7 @@ def _lines_chart(
                 f"<circle class=held cx={frame.x(x):.1f} cy={frame.y(v):.1f} r=4>"
                 f"<title>held-out: {v:.4g} ± {e:.2g}</title></circle>"
             )
-    legend = [(name, f"var(--{colour})") for name, _, colour in series] + (
-        [("held-out", "var(--red)")] if points else []
-    )
+    legend = [(name, f"var(--{color})") for name, _, color in series] + ([("held-out", "var(--red)")] if points else [])
     return _figure_of(title, "".join(out), legend)
 
 
@@ -465,22 +441,22 @@ def _stack_chart(
     top = [sum(column) for column in zip(*thin, strict=True)] or [0.0]
     frame = _Frame(at, 0.0, high if high is not None else max(top) * 1.05, percent)
     out, below = [frame.axes()], [0.0] * len(at)
-    for (name, _, colour), values in zip(series, thin, strict=True):
+    for (name, _, color), values in zip(series, thin, strict=True):
         above = [a + b for a, b in zip(below, values, strict=True)]
         outline = [(frame.x(x), frame.y(v)) for x, v in zip(at, above, strict=True)]
         outline += [(frame.x(x), frame.y(v)) for x, v in reversed(list(zip(at, below, strict=True)))]
         mean = sum(values) / len(values)
         text = f"{mean:.1%}" if percent else f"{mean:.3g}"
         out.append(
-            f"<path class=area d='{_path(outline)}Z' fill='var(--{colour})'>"
+            f"<path class=area d='{_path(outline)}Z' fill='var(--{color})'>"
             f"<title>{escape(name)}, mean {text}</title></path>"
         )
         below = above
-    return _figure_of(title, "".join(out), [(name, f"var(--{colour})") for name, _, colour in series])
+    return _figure_of(title, "".join(out), [(name, f"var(--{color})") for name, _, color in series])
 
 
 def _figure_of(title: str, inside: str, legend: list[tuple[str, str]]) -> str:
-    keys = "".join(f"<span><i style='background:{colour}'></i>{escape(name)}</span>" for name, colour in legend)
+    keys = "".join(f"<span><i style='background:{color}'></i>{escape(name)}</span>" for name, color in legend)
     keys = f"<div class=legend>{keys}</div>" if len(legend) > 1 else ""
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>{keys}"

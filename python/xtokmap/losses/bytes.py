@@ -124,21 +124,12 @@ def byte_kl(
     maps = check_rows(vocab_map, student, teacher, index, mask)
     if whitespace is not None:
         check_shape("whitespace", whitespace, index.student_chunk)
-    device, width = index.student_chunk.device, student.vocab_size
-    with_stops = bool(len(maps.student_stops) and len(maps.teacher_stops))
-    nowhere, stop_slot = width, width + 1
-    slot = _padded(maps.prefix if phi == "longest" else maps.canonical, teacher.vocab_size)
-    slot = torch.where(slot >= 0, slot, nowhere).index_fill(0, maps.teacher_stops, stop_slot if with_stops else nowhere)
-    given = torch.zeros(width + 2, dtype=torch.bool, device=device).index_fill(0, slot, True)
-    is_stop = given.new_zeros(width).index_fill(0, maps.student_stops, with_stops)
-    no_bytes = given.new_ones(width).index_fill(0, maps.student_order, False) & ~is_stop
-    if residual == "column" and width == len(maps.student_order) + with_stops * len(maps.student_stops):
+    slots = _Slots.of(maps, phi, student.vocab_size, teacher.vocab_size)
+    with_bytes_or_stop = len(maps.student_order) + slots.with_stops * len(maps.student_stops)
+    if residual == "column" and student.vocab_size == with_bytes_or_stop:
         raise XTokMapError("residual='column' needs student ids without bytes to stand for it; use 'compact'")
 
-    flat = index.student_chunk.numel()
-    position = torch.from_numpy(np.ascontiguousarray(queries.position)).to(device)
-    inside = torch.zeros(flat, dtype=torch.bool, device=device).index_fill(0, position, True)
-    inside = inside.view(index.student_chunk.shape)
+    inside = _inside(index, queries)
     kind = index.kind_of_student()
     scored = (index.teacher_pos >= 0) & (kind != REWRITTEN) & ((index.teacher_off == 0) | inside)
     left_out = torch.zeros_like(scored) if whitespace is None else scored & whitespace
@@ -149,77 +140,19 @@ def byte_kl(
     worked = wanted_rows(scored, rows)
     # Where the rows are known on the CPU they are asked there.
     host = worked if rows is None else rows
+    device = index.student_chunk.device
     entries = _Ragged(queries.position, queries.indptr, host, device, queries.teacher_ids, queries.student_ids)
     if spelling is None:
         none = torch.full_like(index.student_chunk, -1)
-        log_span, span_to, realised = none.float(), none, none
+        spans = _Spans(none.float(), none, none)
     else:
-        log_span, span_to, realised = _spans(teacher, index, maps, queries, spelling, scored, size)
-    spanning = span_to >= 0
+        spans = _spans(teacher, index, maps, queries, spelling, scored, size)
 
-    def target(
-        z: Tensor, inside: Tensor, log_span: Tensor, span_to: Tensor, realised: Tensor, entries: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Mass of every student token, of nowhere and of the end of a turn `[n, V + 2]`, and which are explicit."""
-        q = torch.softmax(z, -1)
-        t = q.new_zeros(len(q), width + 2).index_add_(1, slot, q)
-        t = torch.where(inside[:, None], 0, t)
-        explicit = given & ~inside[:, None]
-        row, ids, to = entries[0], entries[1], torch.where(entries[2] >= 0, entries[2], nowhere)
-        mass = q[row, ids]
-        pi = q.new_zeros(len(q)).index_add_(0, row, mass)
-        t.view(-1).index_add_(0, row * (width + 2) + to, mass / pi[row])
-        explicit.view(-1).index_fill_(0, row * (width + 2) + to, True)
-        # What spans is moved from where the first of its teacher tokens went.
-        source = slot[realised.clamp(min=0)]
-        found = torch.where(ids == realised[row], to, 0)
-        source = torch.where(inside, source.new_zeros(len(q)).index_add_(0, row, found), source)[:, None]
-        moved = torch.where(span_to >= 0, log_span.to(q.dtype).exp() / torch.where(inside, pi, 1), 0)[:, None]
-        moved = torch.minimum(moved, t.gather(1, source))
-        goal = torch.where(span_to >= 0, span_to, nowhere)[:, None]
-        t.scatter_add_(1, source, -moved).scatter_add_(1, goal, moved)
-        return t, explicit.scatter_(1, goal, True)
-
-    def at_least(mass: Tensor) -> Tensor:
-        return mass.clamp(min=floor) if beta > 0 else mass
-
-    def fn(x: Tensor, z: Tensor, inside: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        t, explicit = target(z.to(x.dtype), inside, *rest)
-        explicit = explicit[:, :width] & ~(is_stop & ~inside[:, None])
-        tokens, nowhere_mass, stop_mass = t[:, :width], t[:, nowhere], t[:, stop_slot]
-        lse = x.logsumexp(-1)
-        log_t = tokens.log()
-        if beta > 0:
-            log_t = log_t.clamp(min=math.log(torch.finfo(torch.float32).tiny))
-        log_p = torch.where(explicit, x - lse[:, None], -math.inf)
-        terms = divergence(log_p, torch.where(explicit, log_t, -math.inf), beta)
-        used = explicit | (is_stop & ~inside[:, None])
-        bins = []
-        if residual == "column":
-            bins.append((log_left(x, lse, ~no_bytes.expand_as(x)), at_least(nowhere_mass)))
-            used = used | no_bytes
-            nowhere_mass = torch.zeros_like(nowhere_mass)
-        bins.append((log_left(x, lse, used), at_least(nowhere_mass)))
-        if with_stops:
-            ends = x[:, maps.student_stops].logsumexp(-1) - lse
-            bins.append((torch.where(inside, -math.inf, ends), torch.where(inside, 0, stop_mass)))
-        terms = terms + divergence(
-            torch.stack([b for b, _ in bins], 1), torch.stack([mass for _, mass in bins], 1).log(), beta
-        )
-        if with_stops and stop_bridge:
-            goes_on = torch.log1p(-ends.exp().clamp(max=1 - 1e-7))
-            both = torch.stack([stop_mass, 1 - stop_mass], 1).clamp(min=0).log()
-            bridge = divergence(torch.stack([ends, goes_on], 1), both, 0)
-            terms = terms + stop_bridge * torch.where(inside, 0, bridge)
-        return terms, t[:, nowhere]
-
+    fn = _ByteTerm(slots, beta, residual == "column", stop_bridge, floor)
     at = index.teacher_rows(index.teacher_pos)
-    terms, lost = map_rows(
-        fn, student, teacher.at(at), inside, log_span, span_to, realised, entries, size=size, rows=worked
-    )
-    loss = reduce_terms(
-        terms, scored, index, mask, denominator, residual=lost, inside=inside.float(), spanning=spanning.float()
-    )
+    terms, lost = map_rows(fn, student, teacher.at(at), inside, *spans, entries, size=size, rows=worked)
+    shares = {"inside": inside.float(), "spanning": (spans.to >= 0).float()}
+    loss = reduce_terms(terms, scored, index, mask, denominator, residual=lost, **shares)
     loss.figures["whitespace"] = left_out.sum()
     return loss
 
@@ -227,6 +160,149 @@ def byte_kl(
 def whitespace_tokens(table: ByteTable) -> Tensor:
     """Which tokens are white space only: bool `[V]` on the CPU; `whitespace_tokens(table)[ids]` is for `byte_kl`."""
     return torch.tensor([(table[i] or b"").isspace() for i in range(len(table))], dtype=torch.bool)
+
+
+class _Spans(NamedTuple):
+    """Student tokens that reach beyond the teacher token in which they start.
+
+    Attributes:
+        log_mass: `[B, Ts]`; log of the mass known of them, not yet given that the text goes on behind c.
+        to: int64 `[B, Ts]`; their ids, -1 elsewhere.
+        realized: int64 `[B, Ts]`; the teacher token in which each starts.
+    """
+
+    log_mass: Tensor
+    to: Tensor
+    realized: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """Where a row's mass goes: a slot for each of V student tokens, one for nowhere, and one for the end of a turn.
+
+    Attributes:
+        slot: int64 `[V_T]`; of every teacher token.
+        given: bool `[V + 2]`; slots that some teacher token goes to.
+        stops: the student's stop ids.
+        is_stop: bool `[V]`; the same, empty unless `with_stops`.
+        no_bytes: bool `[V]`; student ids without bytes that are no stops.
+        with_stops: whether both sides can end a turn.
+    """
+
+    slot: Tensor
+    given: Tensor
+    stops: Tensor
+    is_stop: Tensor
+    no_bytes: Tensor
+    with_stops: bool
+
+    @classmethod
+    def of(cls, maps: VocabTensors, phi: Phi, width: int, teacher_width: int) -> _Slots:
+        with_stops = bool(len(maps.student_stops) and len(maps.teacher_stops))
+        nowhere, stop = width, width + 1
+        slot = _padded(maps.prefix if phi == "longest" else maps.canonical, teacher_width)
+        slot = torch.where(slot >= 0, slot, nowhere).index_fill(0, maps.teacher_stops, stop if with_stops else nowhere)
+        given = torch.zeros(width + 2, dtype=torch.bool, device=slot.device).index_fill(0, slot, True)
+        is_stop = given.new_zeros(width).index_fill(0, maps.student_stops, with_stops)
+        no_bytes = given.new_ones(width).index_fill(0, maps.student_order, False) & ~is_stop
+        return cls(slot, given, maps.student_stops, is_stop, no_bytes, with_stops)
+
+    @property
+    def nowhere(self) -> int:
+        """The slot of mass that goes to no token."""
+        return len(self.is_stop)
+
+    def target(self, z: Tensor, inside: Tensor, spans: _Spans, entries: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The mass of every slot `[n, V + 2]`, and which are explicit."""
+        nowhere, slots = self.nowhere, len(self.given)
+        q = torch.softmax(z, -1)
+        t = q.new_zeros(len(q), slots).index_add_(1, self.slot, q)
+        t = torch.where(inside[:, None], 0, t)
+        explicit = self.given & ~inside[:, None]
+        row, ids, to = entries[0], entries[1], torch.where(entries[2] >= 0, entries[2], nowhere)
+        mass = q[row, ids]
+        pi = q.new_zeros(len(q)).index_add_(0, row, mass)
+        t.view(-1).index_add_(0, row * slots + to, mass / pi[row])
+        explicit.view(-1).index_fill_(0, row * slots + to, True)
+        # What spans is moved from where the first of its teacher tokens went.
+        source = self.slot[spans.realized.clamp(min=0)]
+        found = torch.where(ids == spans.realized[row], to, 0)
+        source = torch.where(inside, source.new_zeros(len(q)).index_add_(0, row, found), source)[:, None]
+        moved = torch.where(spans.to >= 0, spans.log_mass.to(q.dtype).exp() / torch.where(inside, pi, 1), 0)[:, None]
+        moved = torch.minimum(moved, t.gather(1, source))
+        goal = torch.where(spans.to >= 0, spans.to, nowhere)[:, None]
+        t.scatter_add_(1, source, -moved).scatter_add_(1, goal, moved)
+        return t, explicit.scatter_(1, goal, True)
+
+
+@dataclass(frozen=True, eq=False)
+class _ByteTerm:
+    """What `map_rows` works out of a slice of rows: the divergence from the target, and the target's mass of nowhere.
+
+    Attributes:
+        slots: of the two vocabularies.
+        beta: see `byte_kl`.
+        column: whether the student's ids without bytes stand for the mass of nowhere.
+        stop_bridge: see `byte_kl`.
+        floor: likewise.
+    """
+
+    slots: _Slots
+    beta: float
+    column: bool
+    stop_bridge: float
+    floor: float
+
+    def __call__(
+        self, x: Tensor, z: Tensor, inside: Tensor, log_mass: Tensor, to: Tensor, realized: Tensor, entries: Any
+    ) -> tuple[Tensor, Tensor]:
+        slots = self.slots
+        t, explicit = slots.target(z.to(x.dtype), inside, _Spans(log_mass, to, realized), entries)
+        tokens, lost, stop = t[:, : slots.nowhere], t[:, slots.nowhere], t[:, slots.nowhere + 1]
+        ends_turn = slots.is_stop & ~inside[:, None]
+        explicit = explicit[:, : slots.nowhere] & ~ends_turn
+        lse = x.logsumexp(-1)
+        log_t = tokens.log()
+        if self.beta > 0:
+            log_t = log_t.clamp(min=math.log(torch.finfo(torch.float32).tiny))
+        log_p = torch.where(explicit, x - lse[:, None], -math.inf)
+        terms = divergence(log_p, torch.where(explicit, log_t, -math.inf), self.beta)
+        # Beside the explicit tokens: what goes nowhere, all that phi never gives, and the end of a turn, a bin each.
+        bins = self._left(x, lse, explicit | ends_turn, lost)
+        if slots.with_stops:
+            ends = x[:, slots.stops].logsumexp(-1) - lse
+            bins.append((torch.where(inside, -math.inf, ends), torch.where(inside, 0, stop)))
+        log_p, mass = (torch.stack(side, 1) for side in zip(*bins, strict=True))
+        terms = terms + divergence(log_p, mass.log(), self.beta)
+        if slots.with_stops and self.stop_bridge:
+            terms = terms + self.stop_bridge * torch.where(inside, 0, _stop_or_not(ends, stop))
+        return terms, lost
+
+    def _left(self, x: Tensor, lse: Tensor, used: Tensor, lost: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Bins of the tokens that are not used: log of the student's mass, and the target's."""
+        bins = []
+        if self.column:
+            no_bytes = self.slots.no_bytes
+            bins.append((log_left(x, lse, ~no_bytes.expand_as(x)), self._at_least(lost)))
+            used, lost = used | no_bytes, torch.zeros_like(lost)
+        return [*bins, (log_left(x, lse, used), self._at_least(lost))]
+
+    def _at_least(self, mass: Tensor) -> Tensor:
+        return mass.clamp(min=self.floor) if self.beta > 0 else mass
+
+
+def _stop_or_not(ends: Tensor, stop: Tensor) -> Tensor:
+    """KL(q || p) of the event {stop, no stop}, from log p and q of a stop."""
+    goes_on = torch.log1p(-ends.exp().clamp(max=1 - 1e-7))
+    both = torch.stack([stop, 1 - stop], 1).clamp(min=0).log()
+    return divergence(torch.stack([ends, goes_on], 1), both, 0)
+
+
+def _inside(index: ChunkIndex, queries: InteriorQueries) -> Tensor:
+    """bool `[B, Ts]`; which student tokens start inside a teacher token, so that there is a query."""
+    position = torch.from_numpy(np.ascontiguousarray(queries.position)).to(index.student_chunk.device)
+    flat = torch.zeros(index.student_chunk.numel(), dtype=torch.bool, device=position.device)
+    return flat.index_fill(0, position, True).view(index.student_chunk.shape)
 
 
 def _spans(
@@ -237,13 +313,8 @@ def _spans(
     spelling: Spelling,
     scored: Tensor,
     size: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Student tokens that reach beyond the teacher token in which they start.
-
-    Returns:
-        The log of the mass known of them `[B, Ts]` (not yet given that the text goes on behind c), their ids (-1
-        elsewhere), and the realized teacher token in which each starts.
-    """
+) -> _Spans:
+    """The student tokens that reach beyond the teacher token in which they start."""
     if queries.prefix_range is None:
         raise XTokMapError("spelling needs queries with prefix_range: where the teacher's tokens lie that begin with c")
     for name, x, like in zip(
@@ -253,7 +324,8 @@ def _spans(
     chunk, pos, off = index.student_chunk, index.teacher_pos, index.teacher_off
     device = chunk.device
     if not index.teacher_chunk.shape[1]:
-        return torch.full_like(pos, -math.inf, dtype=torch.float32), torch.full_like(pos, -1), torch.full_like(pos, -1)
+        nothing = torch.full_like(pos, -1)
+        return _Spans(torch.full_like(pos, -math.inf, dtype=torch.float32), nothing, nothing)
     # The next student token of the same chunk starts where this one ends.
     place = torch.arange(chunk.shape[1], device=device)
     aligned = torch.where(chunk >= 0, place, chunk.shape[1])
@@ -272,7 +344,7 @@ def _spans(
     spans = scored & (kind != STOP) & (last > pos)
 
     ids = spelling.teacher_ids
-    realised = torch.where(pos >= 0, ids.gather(1, pos.clamp(min=0)), -1)
+    realized = torch.where(pos >= 0, ids.gather(1, pos.clamp(min=0)), -1)
     flat = torch.zeros(chunk.numel(), 2, dtype=torch.int64, device=device)
     position, found = (
         torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (queries.position, queries.prefix_range)
@@ -300,7 +372,7 @@ def _spans(
     )
     product = torch.where(in_the_way > 0, math.nan, product)
     log_span = torch.where(spans, product + tails.double().log(), -math.inf).to(tails.dtype)
-    return log_span, torch.where(spans, spelling.student_ids, -1), realised
+    return _Spans(log_span, torch.where(spans, spelling.student_ids, -1), realized)
 
 
 # ---- completion --------------------------------------------------------------------------------------------------

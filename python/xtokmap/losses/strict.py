@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,10 +23,8 @@ from xtokmap.losses.terms import (
     reduce_terms,
     wanted_rows,
 )
-from xtokmap.torch.index import ChunkIndex
+from xtokmap.torch.index import ChunkIndex, VocabTensors
 from xtokmap.torch.logits import Logits, TopK, map_rows
-
-# ---- strict_kl ---------------------------------------------------------------------------------------------------
 
 
 def strict_kl(
@@ -83,62 +82,99 @@ def strict_kl(
     if mask is not None:
         scored &= mask.bool()
 
-    width = student.vocab_size
-    stops, others = maps.student_stops, maps.teacher_stops
-    with_stops = bool(len(stops) and len(others))
-    to_teacher = _scattered(width, maps.shared[:, 0], maps.shared[:, 1])
-    to_student = _scattered(len(maps.teacher_to_student), maps.shared[:, 1], maps.shared[:, 0])
-
-    def student_bins(x: Tensor, ids: Tensor, valid: Tensor, stop: Tensor | bool) -> tuple[Tensor, Tensor]:
-        """Logprobs of U and the end of a turn, and of what is left."""
-        lse = x.logsumexp(-1)
-        bins = torch.where(valid, x.gather(1, ids) - lse[:, None], -math.inf)
-        used = _flags(x, torch.where(valid, ids, width))
-        if with_stops:
-            ends = torch.where(_column(stop, x), x[:, stops].logsumexp(-1) - lse, -math.inf)
-            bins = torch.cat([bins, ends[:, None]], 1)
-            used |= _flags(x, stops.expand(len(x), -1)) & _column(stop, x)[:, None]
-        return bins, log_left(x, lse, used)
-
-    def on_logits(x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        z = z.to(x.dtype)
-        ids = x.detach().topk(min(k, width), -1).indices if k else maps.shared[:, 0].expand(len(x), -1)
-        at = to_teacher[ids]
-        valid = at >= 0
-        p, p_rest = student_bins(x, ids, valid, True)
-        lse = z.logsumexp(-1)
-        q = torch.where(valid, z.gather(1, at.clamp(min=0)) - lse[:, None], -math.inf)
-        used = _flags(z, torch.where(valid, at, z.shape[1]))
-        if with_stops:
-            q = torch.cat([q, (z[:, others].logsumexp(-1) - lse)[:, None]], 1)
-            used |= _flags(z, others.expand(len(z), -1))
-        return finish(p, q, p_rest, log_left(z, lse, used))
-
-    def on_top_k(x: Tensor, listed: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        ids, q = listed[0], listed[1].to(x.dtype)
-        there = (ids >= 0) & (ids < len(to_student))
-        at = torch.where(there, to_student[torch.where(there, ids, 0)], -1)
-        ends = (ids[..., None] == others).any(-1) & with_stops
-        # The end of a turn is compared where the teacher says anything about it.
-        stop = ends.any(-1)
-        valid = at >= 0
-        p, p_rest = student_bins(x, at.clamp(min=0), valid, stop)
-        q_ends = torch.where(ends, q, -math.inf).logsumexp(-1)
-        q = torch.where(valid, q, -math.inf)
-        if with_stops:
-            q = torch.cat([q, q_ends[:, None]], 1)
-        # Logprobs from a server are rounded; their sum may be 1 or more.
-        rest = (1 - q.double().exp().sum(-1)).clamp(min=1e-7).log().to(q.dtype)
-        return finish(p, q, p_rest, rest)
-
-    def finish(p: Tensor, q: Tensor, p_rest: Tensor, q_rest: Tensor) -> tuple[Tensor, ...]:
-        if support == "renorm":
-            p, q = (torch.where(y == -math.inf, y, y - y.logsumexp(-1, keepdim=True)) for y in (p, q))
-        else:
-            p, q = torch.cat([p, p_rest[:, None]], 1), torch.cat([q, q_rest[:, None]], 1)
-        return divergence(p, q, beta), p_rest.detach().exp(), q_rest.exp()
-
-    fn = on_logits if isinstance(teacher, Logits) else on_top_k
+    compared = _Compared.of(maps, student.vocab_size, k, beta, support)
+    fn = compared.with_logits if isinstance(teacher, Logits) else compared.with_top_k
     rows = wanted_rows(scored, rows)
     terms, p_rest, q_rest = map_rows(fn, student, teacher.at(index.teacher_rows(pos)), size=size, rows=rows)
     return reduce_terms(terms, scored, index, mask, denominator, student_rest=p_rest, teacher_rest=q_rest)
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """What a row compares: the bins of U and of the end of a turn on both sides, and what is left beside them.
+
+    Attributes:
+        width: V, of the student's rows.
+        shared: int64 `[S]`; the student's ids that the teacher has as well.
+        to_teacher: int64 `[V]`; the teacher's id of a student token, -1 for none.
+        to_student: int64 `[V_T]`; the other way round.
+        stops: the student's stop ids.
+        teacher_stops: the teacher's.
+        k: see `strict_kl`.
+        beta: likewise.
+        renorm: whether U is all there is.
+    """
+
+    width: int
+    shared: Tensor
+    to_teacher: Tensor
+    to_student: Tensor
+    stops: Tensor
+    teacher_stops: Tensor
+    k: int | None
+    beta: float
+    renorm: bool
+
+    @classmethod
+    def of(cls, maps: VocabTensors, width: int, k: int | None, beta: float, support: str) -> _Compared:
+        own, theirs = maps.shared[:, 0], maps.shared[:, 1]
+        to_teacher = _scattered(width, own, theirs)
+        to_student = _scattered(len(maps.teacher_to_student), theirs, own)
+        stops = maps.student_stops, maps.teacher_stops
+        return cls(width, own, to_teacher, to_student, *stops, k, beta, support == "renorm")
+
+    @property
+    def with_stops(self) -> bool:
+        """Whether both sides can end a turn."""
+        return bool(len(self.stops) and len(self.teacher_stops))
+
+    def with_logits(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        """U is the student's top k. Returns the divergence `[n]` and what is left on both sides."""
+        z = z.to(x.dtype)
+        ids = x.detach().topk(min(self.k, self.width), -1).indices if self.k else self.shared.expand(len(x), -1)
+        at = self.to_teacher[ids]
+        valid = at >= 0
+        p, p_rest = self._student(x, ids, valid, True)
+        lse = z.logsumexp(-1)
+        q = torch.where(valid, z.gather(1, at.clamp(min=0)) - lse[:, None], -math.inf)
+        used = _flags(z, torch.where(valid, at, z.shape[1]))
+        if self.with_stops:
+            q = torch.cat([q, (z[:, self.teacher_stops].logsumexp(-1) - lse)[:, None]], 1)
+            used |= _flags(z, self.teacher_stops.expand(len(z), -1))
+        return self._divergence(p, q, p_rest, log_left(z, lse, used))
+
+    def with_top_k(self, x: Tensor, listed: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """U is what the teacher lists."""
+        ids, q = listed[0], listed[1].to(x.dtype)
+        there = (ids >= 0) & (ids < len(self.to_student))
+        at = torch.where(there, self.to_student[torch.where(there, ids, 0)], -1)
+        ends = (ids[..., None] == self.teacher_stops).any(-1) & self.with_stops
+        # The end of a turn is compared where the teacher says anything about it.
+        stop = ends.any(-1)
+        valid = at >= 0
+        p, p_rest = self._student(x, at.clamp(min=0), valid, stop)
+        q_ends = torch.where(ends, q, -math.inf).logsumexp(-1)
+        q = torch.where(valid, q, -math.inf)
+        if self.with_stops:
+            q = torch.cat([q, q_ends[:, None]], 1)
+        # Logprobs from a server are rounded; their sum may be 1 or more.
+        rest = (1 - q.double().exp().sum(-1)).clamp(min=1e-7).log().to(q.dtype)
+        return self._divergence(p, q, p_rest, rest)
+
+    def _student(self, x: Tensor, ids: Tensor, valid: Tensor, stop: Tensor | bool) -> tuple[Tensor, Tensor]:
+        """The student's logprobs of U and the end of a turn, and of what is left."""
+        lse = x.logsumexp(-1)
+        bins = torch.where(valid, x.gather(1, ids) - lse[:, None], -math.inf)
+        used = _flags(x, torch.where(valid, ids, self.width))
+        if self.with_stops:
+            ends = torch.where(_column(stop, x), x[:, self.stops].logsumexp(-1) - lse, -math.inf)
+            bins = torch.cat([bins, ends[:, None]], 1)
+            used |= _flags(x, self.stops.expand(len(x), -1)) & _column(stop, x)[:, None]
+        return bins, log_left(x, lse, used)
+
+    def _divergence(self, p: Tensor, q: Tensor, p_rest: Tensor, q_rest: Tensor) -> tuple[Tensor, ...]:
+        if self.renorm:
+            p, q = (torch.where(y == -math.inf, y, y - y.logsumexp(-1, keepdim=True)) for y in (p, q))
+        else:
+            p, q = torch.cat([p, p_rest[:, None]], 1), torch.cat([q, q_rest[:, None]], 1)
+        return divergence(p, q, self.beta), p_rest.detach().exp(), q_rest.exp()

@@ -8,8 +8,8 @@ of logits as `xtokmap.torch.Logits`, go through them a slice at a time, and retu
 | `strict_kl` | logits or top-k | tokens that are the same on both sides | arXiv 2610.08448, with the rest as a bin |
 | `alm` | sampled logprobs | every chunk | arXiv 2503.20083 |
 | `uld_hybrid` | logits | every chunk | arXiv 2402.12030, TRL's GOLD |
-| `prefixes.byte_kl` | logits | every token of an aligned text | arXiv 2607.22334 |
-| `prefixes.completion` | logits | the token after one that begins a teacher token | arXiv 2609.34738 |
+| `byte_kl` | logits | every token of an aligned text | arXiv 2607.22334 |
+| `completion` | logits | the token after one that begins a teacher token | arXiv 2609.34738 |
 
 `beta` is that of the generalized Jensen-Shannon divergence (arXiv 2306.13649): 0 is KL(q || p), forward; 1 is
 KL(p || q), reverse; between them beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p.

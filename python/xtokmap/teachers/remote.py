@@ -34,7 +34,7 @@ class ServerTeacher(Prompted):
         topk: likeliest tokens of every row to ask for where queries are to be answered; 0: none.
         plain_template: the prompt format where the tokenizer has no chat template; must contain `{prompt}`.
         device: of the scores.
-        options: of `served.Client`: concurrency, timeout, retries, key, pause.
+        options: of `xtokmap.teachers.client.Client`: concurrency, timeout, retries, key, pause.
 
     Raises:
         XTokMapError: a URL or protocol that cannot be.
@@ -66,7 +66,7 @@ class ServerTeacher(Prompted):
         return self._table[token] if token < len(self._table) else None
 
     def self_test(self) -> str | None:
-        """Whether the server can be believed, from a known text; see `served.self_test`.
+        """Whether the server can be believed, from a known text; see `xtokmap.teachers.client.self_test`.
 
         Returns:
             None, or what could not be told, and why.

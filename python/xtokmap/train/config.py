@@ -41,16 +41,18 @@ class Config:
     teacher: str = _doc("", "the model to learn from, of any family: a directory, a .gguf file, or a hub id")
     teacher_url: str = _doc(
         "",
-        "http://host:port of a server that has the teacher, which is not loaded then: of `teacher` only the tokenizer "
-        f"is read. Its key, where it wants one, is taken from the environment ({KEY_VARIABLE})",
+        "http://host:port of a server that has the teacher; then only the tokenizer of `teacher` is loaded. A key, if "
+        f"the server needs one, comes from the environment ({KEY_VARIABLE})",
     )
-    teacher_protocol: str = _doc("auto", f"of the server: auto (whichever answers), {', '.join(PROTOCOLS)}")
+    teacher_protocol: str = _doc("auto", f"of the server: auto (the one that answers), {', '.join(PROTOCOLS)}")
     teacher_model: str = _doc("", "the name under which the server has the teacher; empty: the only one that it has")
     teacher_topk: int = _doc(20, "likeliest tokens of every row to ask a server for; 0: none (vLLM: --max-logprobs)")
     teacher_concurrency: int = _doc(16, "most requests to the server at a time")
     teacher_timeout: float = _doc(60.0, "seconds for one request to the server")
-    teacher_retries: int = _doc(5, "further attempts where a request fails and that may change, with growing pauses")
-    teacher_failures: int = _doc(3, "batches in a row that the server may fail for good, before the run is ended")
+    teacher_retries: int = _doc(
+        5, "further attempts after a failed request that may still succeed, with growing pauses"
+    )
+    teacher_failures: int = _doc(3, "batches in a row that the server may fail on before the run ends")
     overlap: bool = _doc(
         False,
         "with teacher_url: sample the next batch while the server scores this one, update while it scores the next; "
@@ -62,7 +64,7 @@ class Config:
         "`chat_template_kwargs`, `split`: train, heldout), or .txt, one a line",
     )
     output: str = _doc("runs/opd", "folder for the student, metrics.jsonl, report.html and config.json")
-    steps: int = _doc(100, "updates of the student's samples")
+    steps: int = _doc(100, "of the run; each samples a batch and learns from it")
     batch_size: int = _doc(32, "prompts a step, one sample each (the paper: 128)")
     max_prompt_tokens: int = _doc(1024, "longer prompts are left out, with a warning (the paper: 1024)")
     max_new_tokens: int = _doc(256, "longest response, in student tokens (the paper: 16384)")
@@ -82,11 +84,11 @@ class Config:
         "pass of that model over the samples and the heads' share of an update",
     )
     lora_rank: int = _doc(
-        0, "train an adapter of this rank (needs peft) and leave the student as it is; 0: train it all"
+        0, "train an adapter of this rank (needs peft) and leave the student's weights as they are; 0: train them all"
     )
     lora_alpha: float = _doc(32.0, "the adapter's product is scaled by lora_alpha / lora_rank")
     lora_targets: str = _doc(
-        "all-linear", "modules that get an adapter, parted by commas; all-linear: all but the head"
+        "all-linear", "modules that get an adapter, separated by commas; all-linear: all but the head"
     )
     method: str = _doc(
         "opd",
@@ -110,11 +112,11 @@ class Config:
     plain_template: str = _doc(PLAIN_TEMPLATE, "prompt format for a model without a chat template")
     eval_samples: int = _doc(1, "samples for each held-out prompt, before and after; 0: no evaluation")
     shard: bool = _doc(
-        False, "with several processes: part the student's layers and their optimizer among them (FSDP2), float32"
+        False, "with several processes: shard the student's layers and their optimizer over them (FSDP2), float32"
     )
     save_every: int = _doc(50, "steps between checkpoints, one more at the end; 0: none at all")
     keep_checkpoints: int = _doc(2, "how many of the last checkpoints to keep, each 12 bytes a weight")
-    resume: bool = _doc(False, "go on from the last whole checkpoint in the output folder, if there is one")
+    resume: bool = _doc(False, "resume from the last whole checkpoint in the output folder, if there is one")
     report_every: int = _doc(
         10, "steps after which report.html and samples.jsonl are written again; 0: at the end only"
     )

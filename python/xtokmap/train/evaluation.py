@@ -83,7 +83,7 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
     Every process of the run has to call it, and samples its share of the answers.
 
     Raises:
-        TeacherError: some process' samples have no scores; in every process, so that none waits for another.
+        TeacherError: some rank's samples have no scores; raised on every rank, so that none waits for another.
     """
     # Whatever the run learns from: the student's samples, and the logprobs of their text.
     config, n = replace(roller.config, method="opd", loss="full"), len(prompts)
@@ -105,7 +105,7 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
                 roller.score(rollouts, config)
             except TeacherError as error:
                 failure = failure or str(error)
-            own = roller.all_logprobs(rollouts.batch)  # which takes all processes, where the student is parted
+            own = roller.all_logprobs(rollouts.batch)  # which needs every rank where the student is sharded
             if failure is not None:
                 continue
             assert rollouts.teacher is not None

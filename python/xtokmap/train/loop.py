@@ -87,17 +87,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         prompts, heldout = read_prompts(config.prompts)
         device = pick_device(where)
         torch.manual_seed(config.seed)
-        if models is None:
-            # Layers that are to be parted go to the device one by one.
-            half = config.dtype == "auto" and device.type == "cuda"
-            at = (torch.device("cpu"), "bfloat16" if half else config.dtype) if config.shard else (device, config.dtype)
-            student, tokenizer = load(config.student, *at)
-            if config.teacher_url:
-                teacher_model, teacher_tokenizer = None, load_tokenizer(config.teacher)
-            else:
-                teacher_model, teacher_tokenizer = load(config.teacher, device, config.dtype)
-        else:
-            student, tokenizer, teacher_model, teacher_tokenizer = models
+        student, tokenizer, teacher_model, teacher_tokenizer = models or _models(config, device)
         check_finite(student, f"student {config.student}")
         if teacher_model is not None and not config.teacher_url:
             check_finite(teacher_model, f"teacher {config.teacher}")
@@ -122,7 +112,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         try:
             with _progress(run) as (say, show), _asked_to_stop() as asked:
                 if resumed:
-                    say(f"going on from step {run.done} of {config.steps}")
+                    say(f"resuming at step {run.done} of {config.steps}")
                 elif heldout and config.eval_samples:
                     say(f"evaluating on {len(heldout)} held-out prompts")
                     run.before = _evaluated("before", roller, heldout, say)
@@ -163,6 +153,17 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         return Result(output, run.history, run.before, after, interrupted)
 
 
+def _models(config: Config, device: torch.device) -> tuple[Any, Any, Any, Any]:
+    """The models and tokenizers that `config` names; no teacher's model where a server has it."""
+    # Layers that are to be sharded go to the device one by one.
+    half = config.dtype == "auto" and device.type == "cuda"
+    at = (torch.device("cpu"), "bfloat16" if half else config.dtype) if config.shard else (device, config.dtype)
+    student = load(config.student, *at)
+    if config.teacher_url:
+        return *student, None, load_tokenizer(config.teacher)
+    return *student, *load(config.teacher, device, config.dtype)
+
+
 @contextmanager
 def _alone(output: Path, processes: Processes, *, new: bool) -> Iterator[None]:
     """No other run in the folder, and none before a new one; the first process looks, and all of them learn of it."""
@@ -171,8 +172,7 @@ def _alone(output: Path, processes: Processes, *, new: bool) -> Iterator[None]:
     def check() -> None:
         if new and (there := found(checkpoints)):
             raise CheckpointError(
-                f"{there[-1]} is of an earlier run: pass resume to go on with it, another output, or delete "
-                f"{checkpoints}"
+                f"{there[-1]} is of an earlier run: pass resume to continue it, another output, or delete {checkpoints}"
             )
 
     with ExitStack() as stack:

@@ -25,7 +25,7 @@ from xtokmap.train.evaluation import Evaluation, coverage_shares, ratio_with_err
 from xtokmap.train.sampling import Roller, Rollouts
 from xtokmap.train.step import StepResult, update
 from xtokmap.train.support.clock import Clock
-from xtokmap.train.support.distributed import Processes, is_part
+from xtokmap.train.support.distributed import Processes, is_shard
 from xtokmap.train.support.flops import ModelFlops, StepFlops
 from xtokmap.train.support.health import Entropy, Monitor, measure, together
 from xtokmap.train.support.overlap import Scoring
@@ -65,8 +65,8 @@ class Run:
 
     Args:
         roller: student, teacher and config.
-        prompts: to draw from, each once in random order and then again.
-        watch: whether to look after the run's health and to keep samples, a tenth of a step's time and less.
+        prompts: to draw from, each once in random order, then all again.
+        watch: whether to watch the run's health and keep samples; at most a tenth of a step's time.
 
     Attributes:
         done: steps made.
@@ -91,8 +91,8 @@ class Run:
                 f"batch_size={config.batch_size}: each of the {self.processes.count} processes needs a prompt"
             )
         parameters = float32_parameters(roller.student)
-        # Parted parameters and whole ones, where there are both: the optimizer works on a group at once.
-        groups = [[p for p in parameters if is_part(p) == parted] for parted in (False, True)]
+        # Sharded parameters and whole ones, where there are both: the optimizer works on a group at once.
+        groups = [[p for p in parameters if is_shard(p) == sharded] for sharded in (False, True)]
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in groups if group],
             lr=config.learning_rate,
@@ -114,7 +114,7 @@ class Run:
                 self.flops = StepFlops(ModelFlops.of(roller.student), ModelFlops.of(roller.teacher.model))
 
     def draw(self) -> Sequence[Prompt]:
-        """This process' share of the next prompts."""
+        """This rank's share of the next prompts."""
         return self.processes.share([self.prompts[next(self.order)] for _ in range(self.config.batch_size)])
 
     def rollouts(self) -> Rollouts:
@@ -146,7 +146,7 @@ class Run:
             rollouts = waiting.wait() if waiting else self.roller.roll(self.draw())
         except TeacherError as error:
             failure = str(error)
-        # What one process has no scores for, none learns from.
+        # A batch that one rank has no scores for is left out on every rank.
         failures = [text for text in self.processes.gather(failure) if text is not None]
         if not failures:
             return rollouts
@@ -157,20 +157,20 @@ class Run:
         return None
 
     def take_up(self, answers: list[list[int]], completed: list[bool], old_logprobs: torch.Tensor) -> None:
-        """The next batch, that an earlier run had sampled: this process' rows, and the logprobs of who sampled them."""
+        """The next batch, that an earlier run had sampled: this rank's rows, and the logprobs of who sampled them."""
         rollouts = self.roller.take(self.draw(), answers, completed)
         rollouts.seconds.update({"sample": 0.0, "logprobs": 0.0})
         rollouts.old_logprobs = old_logprobs.to(self.roller.device)
         self.ahead = Scoring(self.roller, rollouts)
 
     def close(self) -> None:
-        """Gives up what a server is still asked for; a checkpoint has the batch that comes next sampled."""
+        """Cancels open requests to a server; the checkpoint has the next batch, which is sampled already."""
         if isinstance(self.roller.teacher, ServerTeacher):
             self.roller.teacher.client.give_up()
         self.ahead = None
 
     def step(self) -> dict[str, Any]:
-        """Samples, scores and updates once; returns the step's line of `metrics.jsonl`, the same in every process."""
+        """Samples, scores and updates once; returns the step's line of `metrics.jsonl`, the same on every rank."""
         start = time.perf_counter()
         rollouts = self.rollouts()
         entropy = Entropy(sum(rollouts.lengths))
@@ -205,7 +205,7 @@ class Run:
             self.samples.read(samples)
 
     def _account(self, rollouts: Rollouts) -> dict[str, Any]:
-        """What the step took, and what a served teacher did not show; over the rows of all processes."""
+        """What the step took, and what a served teacher did not show; over the rows of all ranks."""
         config, teacher = self.config, rollouts.teacher
         own: dict[str, Any] = {}
         if self.flops is not None:
@@ -236,7 +236,7 @@ def _fitting(prompts: list[Prompt], roller: Roller) -> list[Prompt]:
 
 
 def _metrics(step: int, result: StepResult, seconds: float, processes: Processes) -> dict[str, Any]:
-    """A step's line, over the rows of all processes; times are those of the slowest."""
+    """A step's line, over the rows of all ranks; times are those of the slowest."""
     rollouts = result.rollouts
     own = {
         "nats": result.nats.tolist(),

@@ -25,17 +25,17 @@ Watch = Callable[[Logits], None]
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What a step did; tensors of this process' rows, and sums over those of all processes where it says so.
+    """What a step did; tensors of this rank's rows; sums over all ranks where it says so.
 
     Attributes:
         rollouts: what was sampled and scored.
-        loss: float32 scalar, of the whole batch, over all processes.
+        loss: float32 scalar, of the whole batch, over all ranks.
         grad_norm: likewise, before it was clipped.
         skipped: updates that were not made, as loss or gradient were not finite.
         nats: float32 `[B]`; the gap to the teacher (reverse KL on the student's samples, forward KL on the teacher's).
         nbytes: int64 `[B]`; the bytes that it is of.
         logprobs: float32 `[B, Ts]`; the student's own, before the update.
-        sums: by name, over tokens of all processes: `scored`, `nonfinite`, and what the loss adds.
+        sums: by name, over tokens of all ranks: `scored`, `nonfinite`, and what the loss adds.
     """
 
     rollouts: Rollouts
@@ -51,7 +51,7 @@ class StepResult:
 def step(
     roller: Roller, prompts: Sequence[PromptLike], optimizer: torch.optim.Optimizer, watch: Watch | None = None
 ) -> StepResult:
-    """One step on some prompts: this process' share of them.
+    """One step on some prompts: this rank's share of them.
 
     Args:
         roller: student, teacher, their `Pair`, and the config.
@@ -69,7 +69,7 @@ def update(
 ) -> StepResult:
     """The second half of `step`: one or more optimizer steps on a batch that the teacher has scored.
 
-    Gradients of micro-batches add up to the whole batch's, and so do those of several processes, each of which has at
+    Gradients of micro-batches add up to the whole batch's, and so do those of several ranks, each of which has at
     least one row.
     """
     config, pair, batch = roller.config, roller.pair, rollouts.batch

@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00000050` of four files:
 
 - `state.safetensors`: the weights as the optimizer has them (float32, also where the model computes in less), buffers,
-  the optimizer's moments, every process' random generators, and its part of the batch that is sampled already
+  the optimizer's moments, every rank's random generators, and its share of the batch that is sampled already
   (`Config.overlap`);
 - `state.json`: the step, the position in the prompts, the learning rate's schedule, the config, the evaluation before,
   and digests of a sample of the weights that are not trained;
@@ -36,12 +36,12 @@ from xtokmap.models import one_line, own_parameter, write_back
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.train.config import Config
 from xtokmap.train.evaluation import Evaluation
-from xtokmap.train.support.distributed import is_part
+from xtokmap.train.support.distributed import is_shard
 
 if TYPE_CHECKING:
     from xtokmap.train.run import Run
 
-#: Fields of `Config` that a run may change when it goes on. Of `prompts` the content counts, not the file's name.
+#: Fields of `Config` that a run may change when it resumes. Of `prompts` the content counts, not the file's name.
 FREE = (
     *("steps", "output", "prompts", "micro_batch", "device", "save_every", "keep_checkpoints", "resume"),
     *("report_every", "track", "teacher_timeout", "teacher_concurrency", "teacher_retries", "teacher_failures"),
@@ -98,7 +98,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def save(run: Run, folder: Path, *, keep: int = 2) -> Path:
-    """Writes where a run is, and deletes all but the last `keep` checkpoints. Every process of the run has to call it.
+    """Writes where a run is, and deletes all but the last `keep` checkpoints. Every rank has to call it.
 
     Args:
         run: between two steps.
@@ -166,7 +166,7 @@ def _write(run: Run, path: Path, tensors: Mapping[str, Tensor], untrained: _Dige
             manifest = {"format": _FORMAT, "files": files}
             _write_text(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
             _flush_folder(temporary)
-            if path.exists():  # one that could not be used, or the run would have gone on from it
+            if path.exists():  # one that could not be used, or the run would have resumed from it
                 shutil.rmtree(path)
             os.rename(temporary, path)
             _flush_folder(folder)
@@ -176,7 +176,7 @@ def _write(run: Run, path: Path, tensors: Mapping[str, Tensor], untrained: _Dige
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         older = [other for other in found(folder) if other.name < path.name]
-        newer = [other for other in found(folder) if other.name > path.name]  # passed over when this run went on
+        newer = [other for other in found(folder) if other.name > path.name]  # passed over when this run resumed
         for other in [*older[: max(0, len(older) + 1 - keep)], *newer]:
             # Away from its name first, so that half of it is never taken for a damaged checkpoint.
             gone = folder / f"{_TEMPORARY}{other.name}"
@@ -232,9 +232,9 @@ def _ahead(run: Run) -> dict[str, Tensor]:
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Each tensor on the CPU, one at a time, its parts gathered where processes have a part each."""
+    """Each tensor on the CPU, one at a time, its shards gathered where it is sharded."""
     for tensor in tensors.values():
-        whole = tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+        whole = tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
         yield whole.detach().cpu().contiguous()
 
 
@@ -309,7 +309,7 @@ _LOOKED_AT = 1024
 
 
 def _digests(run: Run) -> _Digests:
-    """Of a sample of the weights that are not trained: a path may have others by the time that a run goes on.
+    """Of a sample of the weights that are not trained: a path may have others by the time that a run resumes.
 
     Every process has to call it.
     """
@@ -328,7 +328,7 @@ def _digest_of_sample(parameters: Mapping[str, Any]) -> dict[str, str]:
     own, rounded = hashlib.sha256(), hashlib.sha256()
     kinds = sorted({str(p.dtype) for p in parameters.values()})
     for name, p in sorted(parameters.items()):
-        flat = (p.full_tensor() if is_part(p) else p).detach().reshape(-1)
+        flat = (p.full_tensor() if is_shard(p) else p).detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // _LOOKED_AT)].cpu().contiguous()
         for digest, part in ((own, values), (rounded, values.to(torch.bfloat16))):
             digest.update(f"{name} {list(p.shape)}\n".encode())
@@ -340,7 +340,7 @@ def _digest_of_sample(parameters: Mapping[str, Any]) -> dict[str, str]:
 
 
 def restore(run: Run, folder: Path) -> bool:
-    """Puts a run where the newest whole checkpoint of a folder was written; every process of the run has to call it.
+    """Puts a run where the newest whole checkpoint of a folder was written; every rank has to call it.
 
     A checkpoint that is damaged or was never finished is named in a warning, and the one before it is taken.
 
@@ -439,7 +439,7 @@ def _check_same(path: Path, state: dict[str, Any], run: Run) -> None:
         moved = name == "teacher_url" and bool(here) == bool(there)  # a server may be somewhere else by now
         if name not in FREE and not moved and here != there:
             raise CheckpointError(
-                f"{path} is of a run with {name}={there!r}, not {here!r}: go on with that, or use another output"
+                f"{path} is of a run with {name}={there!r}, not {here!r}: resume with that, or use another output"
             )
     if state["prompts"] != _digest_of_prompts(run):
         raise CheckpointError(f"{path} is of a run with other prompts than those of {run.config.prompts}")
@@ -457,12 +457,12 @@ def _check_same(path: Path, state: dict[str, Any], run: Run) -> None:
             f"{path} is of a run with {state['processes']} processes, not {run.processes.count}: start as many"
         )
     if state["step"] > run.config.steps:
-        raise CheckpointError(f"{path} is {state['step']} steps on already, and steps={run.config.steps}")
+        raise CheckpointError(f"{path} is at step {state['step']} already, and steps={run.config.steps}")
 
 
 @torch.no_grad()
 def _load_tensors(run: Run, path: Path) -> dict[str, Tensor]:
-    """Puts everything where it belongs, but what this process had sampled of the next batch, which is returned."""
+    """Puts everything where it belongs, but what this rank had sampled of the next batch, which is returned."""
     from safetensors import safe_open
 
     ahead = {}
@@ -497,9 +497,9 @@ def _load_tensors(run: Run, path: Path) -> dict[str, Tensor]:
 
 
 def _like(tensor: Any, value: Tensor) -> Tensor:
-    """A whole tensor on another's device, and in parts where the other is."""
+    """A whole tensor on another's device, sharded where the other is."""
     value = value.to(tensor.device)
-    if not is_part(tensor):
+    if not is_shard(tensor):
         return value
     from torch.distributed.tensor import distribute_tensor
 

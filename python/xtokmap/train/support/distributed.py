@@ -23,8 +23,8 @@ class Processes:
     """One of `count` processes with the same weights. Every method but `share` has to be called by all of them.
 
     Attributes:
-        rank: this one's number, from 0; the first writes what a run leaves.
-        count: how many there are.
+        rank: this one's number, from 0; rank 0 writes what a run leaves.
+        count: the world size.
     """
 
     rank: int = 0
@@ -36,7 +36,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, rows: Sequence[T]) -> Sequence[T]:
-        """This process' part of a batch: neighbors, as even as they go, the first ones take one more."""
+        """This rank's share of a batch: consecutive rows, as even as possible; the first ranks take one more."""
         size, more = divmod(len(rows), self.count)
         start = self.rank * size + min(self.rank, more)
         return rows[start : start + size + (self.rank < more)]
@@ -48,7 +48,7 @@ class Processes:
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """What each process has, everywhere, by rank."""
+        """What each rank has, everywhere, by rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -56,11 +56,11 @@ class Processes:
         return values
 
     def any(self, value: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether it is so on any rank."""
         return any(self.gather(value))
 
     def seed(self, seed: int) -> int:
-        """A seed for each process, the first one's as it is; 64 bits."""
+        """A seed for each rank, rank 0's as it is; 64 bits."""
         mixed = (seed + self.rank * 0x9E3779B97F4A7C15) % 2**64
         return mixed - 2**64 if mixed >= 2**63 else mixed
 
@@ -70,7 +70,7 @@ def launched(device: str = "auto") -> Iterator[tuple[Processes, str]]:
     """This process among those that a launcher started, by its environment (`WORLD_SIZE`, `RANK`), and its device.
 
     Raises:
-        XTokMapError: variables that contradict each other, or processes that do not find each other.
+        XTokMapError: variables that contradict each other, or processes that cannot connect to each other.
     """
     values = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     count = values["WORLD_SIZE"] or "1"
@@ -88,7 +88,7 @@ def launched(device: str = "auto") -> Iterator[tuple[Processes, str]]:
     if gpu:
         if local >= torch.cuda.device_count():
             gpus = torch.cuda.device_count()
-            raise XTokMapError(f"process {local} of this machine has no GPU of its own: there are {gpus}")
+            raise XTokMapError(f"local rank {local} has no GPU of its own: this machine has {gpus}")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     started = not dist.is_initialized()
@@ -96,7 +96,7 @@ def launched(device: str = "auto") -> Iterator[tuple[Processes, str]]:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         except (RuntimeError, ValueError) as error:
-            raise XTokMapError(f"the {count} processes do not find each other: {one_line(error)}") from error
+            raise XTokMapError(f"the {count} processes cannot connect to each other: {one_line(error)}") from error
     try:
         yield processes, device if gpu else ("cpu" if device == "auto" else device)
     finally:
@@ -105,7 +105,7 @@ def launched(device: str = "auto") -> Iterator[tuple[Processes, str]]:
 
 
 def shard(student: Any, processes: Processes, device: torch.device) -> None:
-    """Parts the layers of a transformers model among the processes (FSDP2), in place.
+    """Shards the layers of a transformers model over the processes (FSDP2), in place.
 
     Each process has 1/count of every layer and of its gradients and optimizer state in float32; a layer is put together
     while it computes, in the model's own dtype. What is not a layer (embedding, last norm, output head) is whole in
@@ -128,7 +128,7 @@ def shard(student: Any, processes: Processes, device: torch.device) -> None:
         FSDPModule.set_force_sum_reduction_for_comms  # noqa: B018
     except (ImportError, AttributeError):
         raise XTokMapError(
-            f"shard=True: torch {torch.__version__} parts no layers as it is needed here (FSDP2 with sums); take a "
+            f"shard=True: torch {torch.__version__} cannot shard layers as needed here (FSDP2 with sums); install a "
             "newer one, or leave shard out"
         ) from None
     layers = _layers(student)
@@ -136,14 +136,14 @@ def shard(student: Any, processes: Processes, device: torch.device) -> None:
     policy = MixedPrecisionPolicy(param_dtype=student.dtype, reduce_dtype=torch.float32)
     for layer in layers:
         layer.float()
-        part = fully_shard(layer, mesh=mesh, mp_policy=policy)
+        module = fully_shard(layer, mesh=mesh, mp_policy=policy)
         # Sums, as the losses are divided by the tokens of all processes.
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     student.to(device)
     # Over all layers one whose own parameters are left alone, so that a layer is fetched while the one before computes.
     body = student.base_model
-    fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not is_part(p)})
+    fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not is_shard(p)})
 
 
 def _layers(student: Any) -> list[torch.nn.Module]:
@@ -151,7 +151,7 @@ def _layers(student: Any) -> list[torch.nn.Module]:
     lists = [module for module in student.modules() if isinstance(module, torch.nn.ModuleList)]
     longest = max(lists, key=len, default=None)
     if longest is None or len(longest) == 0:
-        raise XTokMapError(f"shard=True: {type(student).__name__} has no list of layers to part among the processes")
+        raise XTokMapError(f"shard=True: {type(student).__name__} has no list of layers to shard")
     return list(longest)
 
 
@@ -159,32 +159,32 @@ def _sharded_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "set_gradient_divide_factor")]
 
 
-def is_part(parameter: Tensor) -> bool:
-    """Whether this process has but a part of it."""
+def is_shard(parameter: Tensor) -> bool:
+    """Whether this process holds only a shard of it."""
     return hasattr(parameter, "placements")
 
 
 def whole_weights(model: Any) -> dict[str, Tensor] | None:
-    """A parted model's weights as it was loaded, whole, on the CPU of the first process; None for another model."""
+    """A sharded model's weights as it was loaded, whole, on the CPU of the first process; None for another model."""
     if not is_sharded(model):
         return None
     dtype, first = model.get_input_embeddings().weight.dtype, dist.get_rank() == 0
     weights = {}
     for name, value in model.state_dict().items():
-        whole = value.full_tensor().to(dtype) if is_part(value) else value
+        whole = value.full_tensor().to(dtype) if is_shard(value) else value
         if first:
             weights[name] = whole.cpu()
     return weights
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether `shard` has parted it."""
+    """Whether `shard` was applied to it."""
     return bool(_sharded_layers(model))
 
 
 @contextmanager
 def gathered(model: Any) -> Iterator[None]:
-    """Every layer whole, for as many forward passes as each process likes; nothing to do where no layer is parted."""
+    """Every layer whole, for as many forward passes as each process likes; nothing to do where no layer is sharded."""
     layers = _sharded_layers(model)
     for layer in layers:
         layer.set_reshard_after_forward(False)
@@ -201,15 +201,15 @@ def gathered(model: Any) -> Iterator[None]:
 def add_up_and_clip(parameters: Iterable[torch.nn.Parameter], largest: float, processes: Processes) -> Tensor:
     """Sums gradients over the processes and shortens the whole where it is longer than `largest`; returns its norm.
 
-    Gradients of parted layers are summed already, by their backward pass.
+    Gradients of sharded layers are summed already, by their backward pass.
     """
     parameters = list(parameters)
     if processes.count == 1:
         return torch.nn.utils.clip_grad_norm_(parameters, largest)
-    whole, parts = [], []
+    whole, shards = [], []
     for p in parameters:
-        if is_part(p):
-            parts += [] if p.grad is None else [p.grad.to_local()]  # type: ignore[attr-defined]
+        if is_shard(p):
+            shards += [] if p.grad is None else [p.grad.to_local()]  # type: ignore[attr-defined]
             continue
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -217,12 +217,12 @@ def add_up_and_clip(parameters: Iterable[torch.nn.Parameter], largest: float, pr
         whole.append(p.grad)
     device = parameters[0].device
     squares = [torch.zeros((), device=device)] * 2
-    for k, gradients in enumerate((whole, parts)):
+    for k, gradients in enumerate((whole, shards)):
         if gradients:
             squares[k] = torch.nn.utils.get_total_norm(gradients).to(device) ** 2
     norm = (squares[0] + processes.sum(squares[1].clone())).sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in (*whole, *parts):
+    for gradient in (*whole, *shards):
         gradient.mul_(factor)
     return norm
 

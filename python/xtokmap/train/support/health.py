@@ -114,7 +114,7 @@ def together(parts: Sequence[Figures]) -> dict[str, Any]:
     """Figures of all rows of a step from those of its parts, for its line of `metrics.jsonl`.
 
     Args:
-        parts: what `measure` gave for each process' rows.
+        parts: what `measure` gave for each rank's rows.
 
     Returns:
         None where there is nothing to measure. `entropy`: of the student where it sampled, nats, mean over
@@ -236,7 +236,7 @@ def _prompt_gain(roller: Roller, rollouts: Rollouts) -> Figures:
 class Monitor:
     """Watches a run by its lines of `metrics.jsonl`, and says once what is wrong until it is well again.
 
-    A run that is gone on with is watched on from its lines: `check` each of them again.
+    After a resume, `check` the lines of the earlier steps again.
 
     Args:
         config: of the run.
@@ -318,7 +318,7 @@ def _entropy(m: Monitor) -> str | None:
         return None
     return (
         f"the student's entropy collapses: {pair[0]:.3f} -> {pair[1]:.3f} nats a token, its samples repeat themselves; "
-        "lower learning_rate, or beta (towards the forward KL, which keeps all that the teacher says)"
+        "lower learning_rate, or beta (toward the forward KL, which keeps all that the teacher says)"
     )
 
 

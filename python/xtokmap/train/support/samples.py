@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtokmap.alignment import Alignment, Kind
+from xtokmap.alignment import Kind
+from xtokmap.columns import UNALIGNED, Column, columns
 from xtokmap.files import obstacle, replacing
 from xtokmap.train.evaluation import Evaluation
 from xtokmap.train.sampling import Roller, Rollouts
@@ -97,7 +98,7 @@ class Samples:
             part.write_text("".join(lines), encoding="utf-8")
 
     def read(self, path: Path) -> None:
-        """Goes on from a file that `write` left; of a damaged one from what is good in it, and a warning says where."""
+        """Resumes from what `write` left. Damaged lines are left out, and a warning says which."""
         try:
             if (problem := obstacle(path)) is None:
                 lines = path.read_bytes().split(b"\n")
@@ -129,13 +130,12 @@ class Samples:
 
 
 _NUMBER = (int, float, type(None))
-#: What a record is made of; one of a held-out prompt, and a column of the others.
+#: What a record is made of, and one of a held-out prompt.
 _PARTS: dict[str, Any] = {
     **{"step": int, "prompt": str, "response": str, "completed": bool, "columns": list, "cut": list, "at": int},
     "gap": _NUMBER,
 }
 _HELDOUT = {"prompt": str, "before": (str, type(None)), "after": (str, type(None))}
-_COLUMN = {"kind": str, "student": list, "teacher": list, "gap": _NUMBER}
 
 
 def _whole_record(line: bytes) -> dict[str, Any] | None:
@@ -148,14 +148,11 @@ def _whole_record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
         if record["why"] == "heldout":
             return record if made_of(record, _HELDOUT) else None
-        columns = record["columns"]
         whole = record["why"] in KEEP and made_of(record, _PARTS) and len(record["cut"]) == 2
-        whole = whole and 0 <= record["at"] < max(1, len(columns))
+        whole = whole and 0 <= record["at"] < max(1, len(record["columns"]))
         whole = whole and not (record["why"] == "gap" and record["gap"] is None)
-        for column in columns:
-            whole = whole and made_of(column, _COLUMN)
-            for text, logprob in (*column["student"], *column["teacher"]):
-                whole = whole and isinstance(text, str) and isinstance(logprob, _NUMBER)
+        for column in record["columns"]:
+            Column.of(column)  # raises where it is none
     except (ValueError, TypeError, LookupError, RecursionError):
         return None
     return record if whole else None
@@ -170,62 +167,22 @@ def _record(
     theirs = [math.nan] * len(teacher_ids)
     if rollouts.teacher is not None:
         theirs = rollouts.teacher.logprobs[b, : len(teacher_ids)].tolist()
-    sides = [
-        [(_text(tokenizer, table[i], i), x) for i, x in zip(ids, values, strict=True)]
-        for tokenizer, table, ids, values in (
-            (roller.tokenizer, roller.aligner.student, student_ids, own),
-            (roller.teacher.tokenizer, roller.aligner.teacher, teacher_ids, theirs),
-        )
-    ]
-    columns, at = _columns(alignment, sides[0], sides[1], chunk)
+    names = tuple(side.tokenizer.convert_ids_to_tokens for side in (roller, roller.teacher))
+    found = columns(alignment, names, (own, theirs))
+    if chunk < 0:
+        at = next((i for i, c in enumerate(found) if c.kind == UNALIGNED and c.student), 0)
+    else:
+        at = next((i for i, c in enumerate(found) if c.chunk == chunk), 0)
     first = max(0, at - AROUND)
+    shown = [column.record() for column in found[first : at + AROUND + 1]]
     return {
         "why": why,
         "step": step,
         "prompt": rollouts.prompts[b].title,
         "response": roller.tokenizer.decode(student_ids, skip_special_tokens=True),
         "completed": rollouts.completed[b],
-        "columns": columns[first : at + AROUND + 1],
-        "cut": [first > 0, at + AROUND + 1 < len(columns)],
+        "columns": shown,
+        "cut": [first > 0, at + AROUND + 1 < len(found)],
         "at": at - first,
-        "gap": columns[at]["gap"] if columns else None,
+        "gap": shown[at - first]["gap"] if shown else None,
     }
-
-
-def _text(tokenizer: Any, spelled: bytes | None, token: int) -> str:
-    r"""Bytes that are not UTF-8 as \\xNN; a token without bytes by its name."""
-    if spelled is None:
-        return str(tokenizer.convert_ids_to_tokens(token))
-    return spelled.decode(errors="backslashreplace")
-
-
-def _columns(
-    alignment: Alignment, student: list[tuple[str, float]], teacher: list[tuple[str, float]], chunk: int
-) -> tuple[list[dict[str, Any]], int]:
-    """Every chunk with its tokens, and what is unaligned between them; and which column is chunk `chunk`."""
-    columns: list[dict[str, Any]] = []
-    at, done = 0, [0, 0]
-
-    def add(kind: str, s: range, t: range) -> None:
-        if not (len(s) or len(t)):
-            return
-        own, theirs = (side[r.start : r.stop] for side, r in ((student, s), (teacher, t)))
-        gap = sum(x for _, x in own) - sum(x for _, x in theirs) if own and theirs else math.nan
-        rows = [[[text, _finite(x)] for text, x in side] for side in (own, theirs)]
-        columns.append({"kind": kind, "student": rows[0], "teacher": rows[1], "gap": _finite(gap)})
-
-    for g, c in enumerate(alignment):
-        spans = [c.student or range(done[0], done[0]), c.teacher or range(done[1], done[1])]
-        add("UNALIGNED", range(done[0], spans[0].start), range(done[1], spans[1].start))
-        if g == chunk:
-            at = len(columns)
-        add(c.kind.name, spans[0], spans[1])
-        done = [spans[0].stop, spans[1].stop]
-    add("UNALIGNED", range(done[0], len(student)), range(done[1], len(teacher)))
-    if chunk < 0:
-        at = next((i for i, c in enumerate(columns) if c["kind"] == "UNALIGNED" and c["student"]), 0)
-    return columns, min(at, max(0, len(columns) - 1))
-
-
-def _finite(x: float) -> float | None:
-    return round(x, 4) if math.isfinite(x) else None
