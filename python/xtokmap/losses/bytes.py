@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xtokmap._core import ByteTable, XTokMapError
 from xtokmap.alignment import InteriorQueries
+from xtokmap.losses.rule import Computed, LossInput, but_stops, sums_of, there, whole_rows
 from xtokmap.losses.terms import (
     REWRITTEN,
     STOP,
@@ -596,3 +597,11 @@ def _padded(ids: Tensor, size: int) -> Tensor:
 
 def _fitted(ranges: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(ranges, (0, 0, 0, size - len(ranges)))
+
+
+def computed(x: LossInput) -> Computed:
+    """The table's `byte_kl`."""
+    mask = but_stops(x.mask, x.index, x.settings)
+    queries = there(x.interior, "interior")
+    common: Any = {"beta": x.settings.beta, "mask": mask, "denominator": x.denominator}
+    return sums_of(byte_kl(x.student, whole_rows(x), x.index, there(x.maps, "maps"), queries, **common), "residual")

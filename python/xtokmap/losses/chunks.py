@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
+from xtokmap.losses.rule import Computed, LossInput, but_stops, sums_of, there, whole_rows
 from xtokmap.losses.terms import (
     REWRITTEN,
     STOP,
@@ -188,3 +189,26 @@ def _sorted_l1(p: Tensor, q: Tensor) -> Tensor:
     short = min(p.shape[1], q.shape[1])
     both = (p[:, :short] - q[:, :short]).abs().sum(-1)
     return both + p[:, short:].sum(-1) + q[:, short:].sum(-1)
+
+
+def computed_alm(x: LossInput) -> Computed:
+    """The table's `alm`."""
+    mask = but_stops(x.mask, x.index, x.settings)
+    teacher = there(x.teacher_logprobs, "teacher_logprobs")
+    return sums_of(alm(x.logprobs, teacher, x.index, mask=mask, denominator=x.denominator))
+
+
+def computed_uld_hybrid(x: LossInput) -> Computed:
+    """The table's `uld_hybrid`."""
+    loss = uld_hybrid(
+        x.student,
+        whole_rows(x),
+        x.index,
+        there(x.maps, "maps"),
+        student_logprobs=x.logprobs,
+        teacher_logprobs=there(x.teacher_logprobs, "teacher_logprobs"),
+        stops=x.settings.score_stop,
+        mask=x.mask,
+        denominator=x.denominator,
+    )
+    return sums_of(loss)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.alignment import Kind
+from xtokmap.losses.rule import Computed, LossInput, but_stops, there
 from xtokmap.losses.terms import check_shape
 from xtokmap.torch.index import ChunkIndex
 
@@ -270,3 +271,32 @@ def chunk_gap(
 
 def _hand_down(index: ChunkIndex, flags: Tensor) -> Tensor:
     return index.to_student(flags.long()) > 0
+
+
+def computed_policy(credit: CreditRule, x: LossInput) -> Computed:
+    """The policy gradient: the teacher's logprobs of sampled tokens as advantages."""
+    settings, teacher = x.settings, there(x.teacher_logprobs, "teacher_logprobs")
+    old = x.logprobs.detach() if x.old_logprobs is None else x.old_logprobs
+    limit = settings.max_chunk_tokens or None
+    given = chunk_credit(old, teacher, x.index, credit, x.transferred, settings.clamp, max_chunk_tokens=limit)
+    scored = but_stops(given.scored & x.mask, x.index, settings)
+    loss = policy_loss(
+        x.logprobs,
+        old,
+        given.advantages,
+        x.mask,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        clip_dual=settings.clip_dual,
+        scored=scored,
+        denominator=x.denominator,
+    )
+    flags = {"clamped": given.clamped, "fallback": given.fallback, "nonfinite": given.nonfinite}
+    return Computed(loss, {"scored": scored.sum(), **{name: (flag & x.mask).sum() for name, flag in flags.items()}})
+
+
+def computed_imitation(x: LossInput) -> Computed:
+    """The negative logprobs of the answers: supervised fine-tuning."""
+    finite = torch.isfinite(x.logprobs.detach())
+    loss = -torch.where(x.mask & finite, x.logprobs, 0).sum() / x.denominator
+    return Computed(loss, {"scored": (x.mask & finite).sum(), "nonfinite": (x.mask & ~finite).sum()})

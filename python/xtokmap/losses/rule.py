@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from xtokmap._core import XTokMapError
 from xtokmap.alignment import InteriorQueries, Kind
 from xtokmap.losses.target import TransferTarget
+from xtokmap.losses.terms import Loss
 from xtokmap.torch.completions import flat_logprobs
 from xtokmap.torch.index import ChunkIndex, VocabTensors
 from xtokmap.torch.logits import Logits, TopK
@@ -186,3 +188,27 @@ class LossRule:
     on_policy: bool = False
     scored: Scored = met
     head_passes: tuple[int, int] = (4, 0)
+
+
+# ---- what losses say of themselves with --------------------------------------------------------------------------
+
+
+def sums_of(loss: Loss, *means: str) -> Computed:
+    """The figures of a `Loss` as sums over its tokens."""
+    tokens = loss.figures["tokens"]
+    sums = {name: loss.figures[name] * tokens for name in means}
+    return Computed(loss.loss, {"scored": tokens, "nonfinite": loss.figures["nonfinite"], **sums})
+
+
+def there(value: Any, name: str) -> Any:
+    """What a loss cannot do without."""
+    if value is None:
+        raise XTokMapError(f"this loss needs {name}, which the teacher or the alignment was not asked for")
+    return value
+
+
+def whole_rows(x: LossInput) -> Logits:
+    """The teacher's rows, of a loss that needs them whole."""
+    if not isinstance(x.teacher_rows, Logits):
+        raise XTokMapError("this loss needs whole teacher rows: logits, or hidden states and their head")
+    return x.teacher_rows

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
+from xtokmap.losses.rule import Computed, LossInput, met_alone, sums_of, there
 from xtokmap.losses.terms import (
     Loss,
     _column,
@@ -178,3 +179,15 @@ class _Compared:
         else:
             p, q = torch.cat([p, p_rest[:, None]], 1), torch.cat([q, q_rest[:, None]], 1)
         return divergence(p, q, self.beta), p_rest.detach().exp(), q_rest.exp()
+
+
+def computed(x: LossInput) -> Computed:
+    """The table's `strict_kl`."""
+    common: Any = {
+        "beta": x.settings.beta,
+        "mask": met_alone(x.index, x.mask, x.settings),
+        "denominator": x.denominator,
+    }
+    teacher = there(x.teacher_rows, "teacher_rows")
+    k = None if isinstance(teacher, TopK) else 16
+    return sums_of(strict_kl(x.student, teacher, x.index, there(x.maps, "maps"), k=k, **common))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
+from xtokmap.losses.rule import Computed, LossInput, sums_of, there
 from xtokmap.losses.target import EventMaps, TransferTarget
 from xtokmap.losses.terms import STOP, Loss, check_beta, check_mask, reduce_terms
 from xtokmap.torch.index import ChunkIndex
@@ -182,3 +183,22 @@ def _divergence(p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=tiny).log_()
     slope = (1 - beta) * (log_p - m).mul_(p > 0)
     return (p * slope).sum(-1) + beta * (q * (log_q - m)).sum(-1), slope
+
+
+def computed(x: LossInput) -> Computed:
+    """The table's `transfer_kl`."""
+    target = there(x.target, "target")
+    loss = transfer_kl(
+        x.student,
+        target,
+        x.index,
+        student_ids=x.student_ids,
+        transferred=x.transferred,
+        beta=x.settings.beta,
+        clamp=x.settings.clamp,
+        stops=x.settings.score_stop,
+        mask=x.mask,
+        denominator=x.denominator,
+    )
+    x.came_by(loss.logprobs, len(target))
+    return sums_of(loss, "undetermined", "rest", "shared")
