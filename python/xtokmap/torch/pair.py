@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from xtokmap._core import XTokMapError
 from xtokmap.aligner import Aligner
@@ -27,7 +28,8 @@ from xtokmap.boundary.vocab_map import once
 from xtokmap.chat import PLAIN_TEMPLATE, render, stop_id
 from xtokmap.losses.credit import chunk_gap
 from xtokmap.losses.table import LossInput, LossRule, LossSettings, rule_of
-from xtokmap.teachers.scores import Scores, scores_of
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.teachers.scores import Prompted, Scores, scores_of
 from xtokmap.torch.completions import padded_inputs, padded_places
 from xtokmap.torch.index import ChunkIndex, VocabTensors, coverage_counts
 from xtokmap.torch.logits import Logits, TopK
@@ -80,7 +82,7 @@ class PairBatch:
 
     def select(self, rows: Sequence[int]) -> PairBatch:
         """Some rows, as wide as the batch, for a micro-batch; `Scores` of the whole batch go with them."""
-        at = torch.tensor(rows, device=self.completion_mask.device)
+        at = torch.tensor(rows, dtype=torch.long, device=self.completion_mask.device)
         sides = (self.student_prompt_ids, self.student_ids, self.teacher_prompt_ids, self.teacher_ids)
         chosen = rows if self.chosen is None else [self.chosen[b] for b in rows]
         return replace(
@@ -239,8 +241,9 @@ class Pair:
             student: what `student(**batch.student_inputs)` returns, its logits `[B, L, V]`, or `Logits` of hidden
                 states `[B, L, H]` and the output head (then no `[L, V]` is ever made); also `Logits` of just the N rows
                 that score the completions' tokens, flat.
-            teacher: the same of `teacher(**batch.teacher_inputs)`, which needs no gradient; or a teacher's `Scores`;
-                None where the loss asks for nothing.
+            teacher: the same of `teacher(**batch.teacher_inputs)`, which needs no gradient; or a teacher's `Scores`,
+                of this batch or of the one that it was selected from; or whatever else `scores` takes; None where the
+                loss asks for nothing.
             batch: from `prepare`.
             old_logprobs: `[B, Ts]`, of the policy that sampled, where another one is updated by now.
             denominator: what to divide by, so that micro-batches add up; None: the batch's own tokens, as the setting
@@ -250,10 +253,12 @@ class Pair:
             XTokMapError: rows that are not of this batch; a teacher that does not give what the loss needs.
         """
         device, rule = batch.completion_mask.device, self.rule
+        if batch.chosen is not None and teacher is not None and not isinstance(teacher, Scores):
+            return self._alone(student, teacher, batch, old_logprobs, denominator)
         rows = _rows_of(student, batch.student_prompt_ids, batch.student_ids, after=False)
         scores = self.scores(teacher, batch)
         # Whose rows these are among those that were scored: of a micro-batch, some.
-        at = None if batch.chosen is None else torch.tensor(batch.chosen, device=device)
+        at = None if batch.chosen is None else torch.tensor(batch.chosen, dtype=torch.long, device=device)
         some = _selected(scores, batch, at)
         places = padded_places(batch.student_ids, batch.completion_mask.shape[1]).to(device)
         ids = torch.tensor([i for row in batch.student_ids for i in row], dtype=torch.long).to(device)
@@ -278,14 +283,37 @@ class Pair:
         computed = rule.compute(found)
         return self._reported(found, computed.loss, dict(computed.sums))
 
+    def _alone(
+        self, student: Any, teacher: Any, batch: PairBatch, old: Tensor | None, denominator: Tensor | float | None
+    ) -> PairLoss:
+        """The loss of some rows with a teacher that saw just these: as a batch of their own, which is narrower."""
+        sides = (batch.student_prompt_ids, batch.student_ids, batch.teacher_prompt_ids, batch.teacher_ids)
+        own = self.aligned(*sides, device=batch.completion_mask.device)
+        width = own.completion_mask.shape[1]
+        old = None if old is None else old[:, :width]
+        out = self.loss(student, teacher, own, old_logprobs=old, denominator=denominator)
+        return out._replace(logprobs=pad(out.logprobs, (0, batch.completion_mask.shape[1] - width)))
+
     def scores(self, teacher: Any, batch: PairBatch) -> Scores | None:
-        """What the loss needs of a teacher's rows, or of the `Scores` that there are already."""
+        """What the loss needs of a teacher.
+
+        Args:
+            teacher: a `LocalTeacher` or `ServerTeacher`, which is asked; what a model returned for
+                `batch.teacher_inputs`; or the `Scores` that there are already.
+            batch: from `prepare`.
+        """
         if self.rule.teacher == "nothing":
             return None
         if teacher is None:
             raise XTokMapError("this loss needs a teacher: its output, its logits, Logits or Scores")
         if isinstance(teacher, Scores):
             return teacher
+        if isinstance(teacher, Prompted):
+            # A server gives no whole rows; its top k are all that can be looked at.
+            whole = isinstance(teacher, LocalTeacher) or self.rule.teacher == "rows"
+            looked_at = {"keep" if whole else "top": self.rule.keep}
+            ids = batch.teacher_prompt_ids, batch.teacher_ids
+            return teacher.score(*ids, queries=self.queries(batch), **looked_at)  # type: ignore[no-any-return, attr-defined]
         rows = _rows_of(teacher, batch.teacher_prompt_ids, batch.teacher_ids, after=True)
         with torch.no_grad():
             return scores_of(rows.detach(), batch.teacher_ids, self.queries(batch), keep=self.rule.keep)
