@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -34,7 +34,7 @@ from xtokmap.torch.completions import padded_inputs, padded_places
 from xtokmap.torch.index import ChunkIndex, VocabTensors, coverage_counts
 from xtokmap.torch.logits import Logits, TopK
 
-__all__ = ["Pair", "PairBatch", "PairLoss"]
+__all__ = ["Pair", "PairBatch", "PairLoss", "means"]
 
 Ids = list[list[int]]
 
@@ -108,13 +108,28 @@ class PairLoss(NamedTuple):
             (share of the tokens by kind of chunk), and means over the scored tokens: `clamped` and `fallback` of a
             credit, `undetermined`, `rest` and `shared` of transfer_kl (mass left undecided), `nonfinite`.
         logprobs: float32 `[B, Ts]`; the student's own, without a gradient.
-        sums: what the means are of, for micro-batches; with `nats` and `bytes`, `[B]`.
+        sums: what `means` makes the metrics of, to be added up over micro-batches first; scalars, and `nats` and
+            `bytes`, `[B]`.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     logprobs: Tensor
     sums: dict[str, Tensor]
+
+
+def means(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of `PairLoss.sums`, of a batch or added up over several; `nats` and `bytes` may be summed up, too."""
+    per_token = sums["tokens"].clamp(min=1)
+    per_scored = sums["scored"].clamp(min=1)
+    found = {
+        name: value / (per_token if name == "scored" or name.startswith("coverage/") else per_scored)
+        for name, value in sums.items()
+        if name not in ("tokens", "nats", "bytes")
+    }
+    if "nats" in sums:
+        found["kl_per_byte"] = sums["nats"].sum() / sums["bytes"].sum().clamp(min=1)
+    return found
 
 
 class Pair:
@@ -330,18 +345,13 @@ class Pair:
         return self.aligner.interior_queries(alignment, width=batch.completion_mask.shape[1])
 
     def _reported(self, found: LossInput, loss: Tensor, sums: dict[str, Tensor]) -> PairLoss:
-        own = found.plain_logprobs
-        tokens = found.mask.sum()
-        scored = sums["scored"].clamp(min=1)
-        metrics = {name: value.detach() / scored for name, value in sums.items() if name != "scored"}
-        metrics["scored"] = sums["scored"] / tokens.clamp(min=1)
-        counts = coverage_counts(found.index)
-        metrics |= {f"coverage/{kind.name}": counts[kind] / tokens.clamp(min=1) for kind in Kind}
+        own, counts = found.plain_logprobs, coverage_counts(found.index)
+        sums = {name: value.detach() for name, value in sums.items()}
+        sums |= {"tokens": found.mask.sum(), **{f"coverage/{kind.name}": counts[kind] for kind in Kind}}
         if found.teacher_logprobs is not None:
             gap = chunk_gap(own, found.teacher_logprobs, found.index, stops=self.settings.score_stop)
             sums["nats"], sums["bytes"] = gap
-            metrics["kl_per_byte"] = gap[0].sum() / gap[1].sum().clamp(min=1)
-        return PairLoss(loss, metrics, own, sums)
+        return PairLoss(loss, means(sums), own, sums)
 
     def _completions(self, completion_ids: Any, completion_mask: Any) -> Ids:
         if completion_mask is not None:
