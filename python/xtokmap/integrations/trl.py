@@ -222,14 +222,15 @@ class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
         return total, entropy, places
 
     def _student_rows(self, model: Any, inputs: dict[str, Any], completions: list[list[int]]) -> Logits:
-        """The student's rows that score the completions' tokens, flat: hidden states and the head, where there are such."""
+        """The student's rows that score the completions' tokens, flat: hidden states and the head where it has them."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         width = inputs["completion_ids"].shape[1]
         at = padded_places(completions, width).to(ids.device)
         body, head = body_and_head(model)
         if body is None:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -width - 1 : -1]
+            last = {"logits_to_keep": width + 1} if "logits_to_keep" in self.model_kwarg_keys else {}
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **last).logits[:, -width - 1 : -1]
             return Logits(logits.flatten(0, 1).index_select(0, at), temperature=self.temperature)
         hidden = self._get_last_hidden_state(model, ids, mask, width)
         return headed(model, head, hidden.flatten(0, 1).index_select(0, at), self.temperature)
