@@ -15,11 +15,12 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := align resync spans
 
-.PHONY: help demo test fuzz bench reproduce lint docs clean
+.PHONY: help demo test test-trl fuzz bench reproduce lint docs clean
 
 help:
 	@echo "make demo   distill a real pair of model families, on this machine, with a report"
 	@echo "make test   every test, Rust and Python"
+	@echo "make test-trl   the tests of the trainer inside TRL, with the newest TRL there is"
 	@echo "make fuzz   fuzz the core, the readers, edits, threads and the client, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
 	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for a part of it"
@@ -44,6 +45,16 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	cargo test --quiet
 	$(PY) -m pytest
+
+# Its hooks that are used are private: another version is found here, in an environment of its own.
+$(VENV)-trl/built: pyproject.toml $(RUST)
+	test -x $(VENV)-trl/bin/python || $(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[dev]'
+	touch $@
+
+test-trl: $(VENV)-trl/built
+	$(VENV)-trl/bin/python -m pip --disable-pip-version-check install --quiet --upgrade trl
+	$(VENV)-trl/bin/python -m pytest tests/test_trl.py
 
 target/tools/bin/cargo-fuzz:
 	cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2
@@ -99,4 +110,4 @@ docs: $(VENV)/built
 		xtokmap.teachers '!xtokmap\.teachers\..*' xtokmap.train '!xtokmap\.train\..*'
 
 clean:
-	rm -rf $(VENV) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so
+	rm -rf $(VENV) $(VENV)-trl target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

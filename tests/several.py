@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import signal
@@ -34,13 +35,15 @@ PROMPTS = ["the sky", "the dog", "a fox?", "1 + 2", "hello"]
 
 
 def launch(function: Callable[..., Any], folder: Path, *args: Any, count: int = 2) -> list[Any]:
-    """Calls a function of this module in `count` processes; returns what each gave, by rank."""
+    """Calls a function of a module in `count` processes; returns what each gave, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     killable.serve()
     running = [
-        killable.processes.Process(target=_start, args=(function.__name__, rank, count, port, str(folder), args))
+        killable.processes.Process(
+            target=_start, args=(function.__module__, function.__name__, rank, count, port, str(folder), args)
+        )
         for rank in range(count)
     ]
     for process in running:
@@ -52,14 +55,14 @@ def launch(function: Callable[..., Any], folder: Path, *args: Any, count: int = 
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
-def _start(name: str, rank: int, count: int, port: int, folder: str, args: Any) -> None:
+def _start(module: str, name: str, rank: int, count: int, port: int, folder: str, args: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     with open(Path(folder) / f"{rank}.log", "a") as log:
         sys.stdout = sys.stderr = log
         warnings.simplefilter("always")
-        found = globals()[name](rank, *args)
+        found = getattr(importlib.import_module(module), name)(rank, *args)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 
 

@@ -27,6 +27,7 @@ LAYERS = [
     ["torch.pair"],
     ["train.support.distributed", "train.support.flops", "train.support.track"],
     ["train"],
+    ["integrations"],
     ["demo"],
     ["cli"],
     ["__main__"],

@@ -67,7 +67,7 @@ def test_logprobs_go_past_the_logits_as_those_of_a_plain_model(dtype):
 
 def test_an_adapter_on_the_head_is_seen_and_goes_through_the_logits():
     model = adapted(targets="q_proj, lm_head")
-    assert completions._parts(model) == (None, None)
+    assert completions.body_and_head(model) == (None, None)
     own = completion_logprobs(model, PROMPTS, COMPLETIONS)
     torch.testing.assert_close(own[own != 0], one_by_one(model), atol=1e-5, rtol=0)
 

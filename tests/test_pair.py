@@ -93,6 +93,23 @@ def test_micro_batches_add_up(models: Any, name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["transfer_kl", "strict_kl", "cover", "prior"])
+def test_a_micro_batch_takes_what_the_teacher_returns_for_it(models: Any, name: str) -> None:
+    student, tokenizer, teacher, teacher_tokenizer = models
+    pair = Pair(tokenizer, teacher_tokenizer, loss=name)
+    batch = pair.prepare(PROMPTS, completions(tokenizer))
+    scores = pair.scores(teacher(**batch.teacher_inputs), batch)
+    old = torch.full(batch.completion_mask.shape, -2.0)
+    for rows in ([1, 0], [2], [2, 0]):
+        part = batch.select(rows)
+        own = student(**part.student_inputs)
+        want = pair.loss(own, scores, part, old_logprobs=old[rows])
+        for given in (teacher(**part.teacher_inputs), LocalTeacher(teacher, teacher_tokenizer)):
+            found = pair.loss(own, given, part, old_logprobs=old[rows])
+            torch.testing.assert_close(found.loss, want.loss, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found.logprobs, want.logprobs)
+
+
 @pytest.mark.parametrize("loss", ["transfer_kl", "byte_kl", "cover", "prior"])
 def test_it_is_the_loops_loss(models: Any, loss: str) -> None:
     student, tokenizer, teacher, teacher_tokenizer = models

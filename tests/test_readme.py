@@ -78,8 +78,11 @@ def test_every_name_of_the_package_can_be_had(page):
     for name in set(re.findall(r"\bxtokmap(?:\.[A-Za-z_]\w*)+", page.read_text(encoding="utf-8"))):
         found: Any = importlib.import_module("xtokmap")
         for k, part in enumerate(name.split(".")[1:], 2):
-            with contextlib.suppress(ImportError):
+            try:
                 importlib.import_module(".".join(name.split(".")[:k]))
+            except ImportError as error:
+                if not (error.name or "xtokmap").startswith("xtokmap"):
+                    break  # an engine's module, where the engine is not installed
             assert hasattr(found, part), name
             found = getattr(found, part)
 

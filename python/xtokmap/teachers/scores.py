@@ -46,7 +46,7 @@ class Scores:
     def of(self, batch: PairBatch) -> dict[str, Any]:
         """What a loss is given of the teacher (`LossInput`): the batch's rows among those that were scored."""
         device = batch.completion_mask.device
-        chosen = None if batch.chosen is None else torch.tensor(batch.chosen, device=device)
+        chosen = None if batch.chosen is None else torch.tensor(batch.chosen, dtype=torch.long, device=device)
 
         def rows(x: Tensor | None) -> Tensor | None:
             return x if x is None else x.to(device) if chosen is None else x.to(device)[chosen]

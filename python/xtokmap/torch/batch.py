@@ -65,7 +65,7 @@ class PairBatch:
 
     def select(self, rows: Sequence[int]) -> PairBatch:
         """Some rows, as wide as the batch, for a micro-batch; `Scores` of the whole batch go with them."""
-        at = torch.tensor(rows, device=self.completion_mask.device)
+        at = torch.tensor(rows, dtype=torch.long, device=self.completion_mask.device)
         chosen = rows if self.chosen is None else [self.chosen[b] for b in rows]
         return replace(
             self,

@@ -140,7 +140,7 @@ def completion_rows(
         source += range(first, first + len(c) + after)
     at = torch.tensor(source, device=device, dtype=torch.long)
 
-    body, head = _parts(model)
+    body, head = body_and_head(model)
     if body is None:
         # Rows before the shortest prompt's last token score nothing that is wanted.
         skip = min(map(len, prompt_ids), default=1) - 1
@@ -151,13 +151,19 @@ def completion_rows(
             out = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return Logits(out.flatten(0, 1).index_select(0, at), temperature=temperature)
     hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return Logits(
-        hidden.flatten(0, 1).index_select(0, at),
-        head.weight,
-        head.bias,
-        temperature=temperature,
-        softcap=_softcap(model),
-    )
+    return headed(model, head, hidden.flatten(0, 1).index_select(0, at), temperature)
+
+
+def headed(model: Any, head: Any, hidden: Tensor, temperature: float = 1.0) -> Logits:
+    """Hidden states `[..., H]` of a model with its output head, as autocast would multiply them; differentiable."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    weight, bias = (x if x is None else _whole(x).to(dtype) for x in (head.weight, head.bias))
+    return Logits(hidden.to(dtype), weight, bias, temperature=temperature, softcap=_softcap(model))
+
+
+def _whole(x: Any) -> Any:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # where it is sharded
 
 
 def output_rows(
@@ -282,7 +288,7 @@ def check_pairs(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Se
 _plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
-def _parts(model: Any) -> tuple[Any, Any]:
+def body_and_head(model: Any) -> tuple[Any, Any]:
     """The body that gives hidden states and the linear head, or None where a model is not made of just these two."""
     inner = without_wrapper(model)  # an adapter's wrapper calls its tuner `base_model`
     body, head = getattr(inner, "base_model", None), inner.get_output_embeddings()
@@ -301,14 +307,15 @@ def _softcap(model: Any) -> float | None:
 @torch.no_grad()
 def _is_plain(model: Any, body: Any, head: torch.nn.Linear) -> bool:
     """Compares both ways on two tokens: families scale or cap their logits under many names, only `forward` knows."""
-    ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+    inner, ids = without_wrapper(model), torch.tensor([[0, 1]], device=next(model.parameters()).device)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         hidden = getattr(body(input_ids=ids, use_cache=False), "last_hidden_state", None)
         if hidden is None or hidden.shape[-1] != head.in_features:
             return False
-        want = model(input_ids=ids, use_cache=False).logits.float()
+        # Not what others have put over `forward`: accelerate's, for one, computes in another dtype.
+        want = type(inner).forward(inner, input_ids=ids, use_cache=False).logits.float()
         got = head(hidden).float()
         if (cap := _softcap(model)) is not None:
             got = cap * torch.tanh(got / cap)

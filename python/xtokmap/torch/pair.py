@@ -10,12 +10,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from xtokmap._core import XTokMapError
 from xtokmap.aligner import Aligner
@@ -26,12 +28,13 @@ from xtokmap.chat import PLAIN_TEMPLATE, render, stop_id
 from xtokmap.losses.credit import chunk_gap
 from xtokmap.losses.rule import LossInput, LossRule, LossSettings
 from xtokmap.losses.table import rule_of
-from xtokmap.teachers.scores import Scores, scores_of
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.teachers.scores import Prompted, Scores, scores_of
 from xtokmap.torch.batch import SIDES, Ids, PairBatch
 from xtokmap.torch.completions import flat_ids, output_rows, padded_inputs, padded_places, ragged, token_mask
 from xtokmap.torch.index import ChunkIndex, VocabTensors, coverage_counts
 
-__all__ = ["Pair", "PairBatch", "PairLoss"]
+__all__ = ["Pair", "PairBatch", "PairLoss", "means"]
 
 
 class PairLoss(NamedTuple):
@@ -44,13 +47,28 @@ class PairLoss(NamedTuple):
             (share of the tokens by kind of chunk), and means over the scored tokens: `clamped` and `fallback` of a
             credit, `undetermined`, `rest` and `shared` of transfer_kl (mass left undecided), `nonfinite`.
         logprobs: float32 `[B, Ts]`; the student's own, without a gradient.
-        sums: what the means are of, for micro-batches; with `nats` and `bytes`, `[B]`.
+        sums: what `means` makes the metrics of, to be added up over micro-batches first; scalars, and `nats` and
+            `bytes`, `[B]`.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     logprobs: Tensor
     sums: dict[str, Tensor]
+
+
+def means(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of `PairLoss.sums`, of a batch or added up over several; `nats` and `bytes` may be summed up, too."""
+    per_token = sums["tokens"].clamp(min=1)
+    per_scored = sums["scored"].clamp(min=1)
+    found = {
+        name: value / (per_token if name == "scored" or name.startswith("coverage/") else per_scored)
+        for name, value in sums.items()
+        if name not in ("tokens", "nats", "bytes")
+    }
+    if "nats" in sums:
+        found["kl_per_byte"] = sums["nats"].sum() / sums["bytes"].sum().clamp(min=1)
+    return found
 
 
 class Pair:
@@ -176,8 +194,9 @@ class Pair:
             student: what `student(**batch.student_inputs)` returns, its logits `[B, L, V]`, or `Logits` of hidden
                 states `[B, L, H]` and the output head (then no `[L, V]` is ever made); also `Logits` of just the N rows
                 that score the completions' tokens, flat.
-            teacher: the same of `teacher(**batch.teacher_inputs)`, which needs no gradient; or a teacher's `Scores`;
-                None where the loss asks for nothing.
+            teacher: the same of `teacher(**batch.teacher_inputs)`, which needs no gradient; or a teacher's `Scores`,
+                of this batch or of the one that it was selected from; or whatever else `scores` takes; None where the
+                loss asks for nothing.
             batch: from `prepare`.
             old_logprobs: `[B, Ts]`, of the policy that sampled, where another one is updated by now.
             denominator: what to divide by, so that micro-batches add up; None: the batch's own tokens, as the setting
@@ -187,6 +206,8 @@ class Pair:
             XTokMapError: rows that are not of this batch; a teacher that does not give what the loss needs.
         """
         device, rule = batch.completion_mask.device, self.rule
+        if batch.chosen is not None and teacher is not None and not isinstance(teacher, Scores):
+            return self._alone(student, teacher, batch, old_logprobs, denominator)
         rows = output_rows(student, batch.student_prompt_ids, batch.student_ids)
         scores = self.scores(teacher, batch)
         places = padded_places(batch.student_ids, batch.completion_mask.shape[1]).to(device)
@@ -211,14 +232,36 @@ class Pair:
         computed = rule.compute(found)
         return self._reported(found, computed.loss, dict(computed.sums))
 
+    def _alone(
+        self, student: Any, teacher: Any, batch: PairBatch, old: Tensor | None, denominator: Tensor | float | None
+    ) -> PairLoss:
+        """The loss of some rows with a teacher that saw just these: as a batch of their own, which is narrower."""
+        own = self.aligned(*batch.sides, device=batch.completion_mask.device)
+        width = own.completion_mask.shape[1]
+        old = None if old is None else old[:, :width]
+        out = self.loss(student, teacher, own, old_logprobs=old, denominator=denominator)
+        return out._replace(logprobs=pad(out.logprobs, (0, batch.completion_mask.shape[1] - width)))
+
     def scores(self, teacher: Any, batch: PairBatch) -> Scores | None:
-        """What the loss needs of a teacher's rows, or of the `Scores` that there are already."""
+        """What the loss needs of a teacher.
+
+        Args:
+            teacher: a `LocalTeacher` or `ServerTeacher`, which is asked; what a model returned for
+                `batch.teacher_inputs`; or the `Scores` that there are already.
+            batch: from `prepare`.
+        """
         if self.rule.teacher == "nothing":
             return None
         if teacher is None:
             raise XTokMapError("this loss needs a teacher: its output, its logits, Logits or Scores")
         if isinstance(teacher, Scores):
             return teacher
+        if isinstance(teacher, Prompted):
+            # A server gives no whole rows; its top k are all that can be looked at.
+            whole = isinstance(teacher, LocalTeacher) or self.rule.teacher == "rows"
+            looked_at = {"keep" if whole else "top": self.rule.keep}
+            ids = batch.teacher_prompt_ids, batch.teacher_ids
+            return teacher.score(*ids, queries=self.queries(batch), **looked_at)  # type: ignore[no-any-return, attr-defined]
         rows = output_rows(teacher, batch.teacher_prompt_ids, batch.teacher_ids, after=True)
         with torch.no_grad():
             return scores_of(rows.detach(), batch.teacher_ids, self.queries(batch), keep=self.rule.keep)
@@ -235,15 +278,10 @@ class Pair:
         return self.aligner.interior_queries(alignment, width=batch.completion_mask.shape[1])
 
     def _reported(self, found: LossInput, loss: Tensor, sums: dict[str, Tensor]) -> PairLoss:
-        own = found.plain_logprobs
-        tokens = found.mask.sum()
-        scored = sums["scored"].clamp(min=1)
-        metrics = {name: value.detach() / scored for name, value in sums.items() if name != "scored"}
-        metrics["scored"] = sums["scored"] / tokens.clamp(min=1)
-        counts = coverage_counts(found.index)
-        metrics |= {f"coverage/{kind.name}": counts[kind] / tokens.clamp(min=1) for kind in Kind}
+        own, counts = found.plain_logprobs, coverage_counts(found.index)
+        sums = {name: value.detach() for name, value in sums.items()}
+        sums |= {"tokens": found.mask.sum(), **{f"coverage/{kind.name}": counts[kind] for kind in Kind}}
         if found.teacher_logprobs is not None:
             gap = chunk_gap(own, found.teacher_logprobs, found.index, stops=self.settings.score_stop)
             sums["nats"], sums["bytes"] = gap
-            metrics["kl_per_byte"] = gap[0].sum() / gap[1].sum().clamp(min=1)
-        return PairLoss(loss, metrics, own, sums)
+        return PairLoss(loss, means(sums), own, sums)

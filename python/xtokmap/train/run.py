@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from xtokmap._core import XTokMapError
+from xtokmap.alignment import Kind
 from xtokmap.chat import Prompt, PromptLike, prompts_of, render
 from xtokmap.models import (
     float32_parameters,
@@ -20,7 +21,6 @@ from xtokmap.models import (
 from xtokmap.teachers.client import TeacherError
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
-from xtokmap.torch.index import coverage_counts
 from xtokmap.train.evaluation import Evaluation, coverage_shares, ratio_with_error
 from xtokmap.train.sampling import Roller, Rollouts
 from xtokmap.train.step import StepResult, update
@@ -244,16 +244,14 @@ def _metrics(step: int, result: StepResult, seconds: float, processes: Processes
         "lengths": rollouts.lengths,
         "completed": rollouts.completed,
     }
-    others = processes.gather((own, coverage_counts(rollouts.batch.index).tolist(), seconds, rollouts.seconds))
+    others = processes.gather((own, seconds, rollouts.seconds))
     rows = {name: [value for part, *_ in others for value in part[name]] for name in own}
-    counts = [sum(kind) for kind in zip(*(part for _, part, *_ in others), strict=True)]
-    seconds = max(part for *_, part, _ in others)
+    seconds = max(part for _, part, _ in others)
     times = {name: max(part[name] for *_, part in others) for name in rollouts.seconds}
-    tokens = sum(rows["lengths"])
     kl, error = ratio_with_error(rows["nats"], rows["bytes"])
     figures = {name: float(value) for name, value in result.sums.items()}
-    scored = int(figures.pop("scored"))
-    nonfinite = int(figures.pop("nonfinite"))
+    tokens, scored, nonfinite = (int(figures.pop(name)) for name in ("tokens", "scored", "nonfinite"))
+    counts = [int(figures.pop(f"coverage/{kind.name}")) for kind in Kind]
     return {
         "step": step,
         "kl_per_byte": kl,

@@ -141,14 +141,7 @@ class Roller:
         config = config or self.config
         if config.loss_rule.teacher != "nothing":
             with Clock(self.device, rollouts.seconds)("teacher"):
-                batch = rollouts.batch
-                rollouts.teacher = self.teacher.score(
-                    batch.teacher_prompt_ids,
-                    batch.teacher_ids,
-                    queries=self.pair.with_loss(config.rule).queries(batch),
-                    # A server gives no whole rows; its top k are all that can be looked at.
-                    **({"keep" if isinstance(self.teacher, LocalTeacher) else "top": config.loss_rule.keep}),
-                )
+                rollouts.teacher = self.pair.with_loss(config.rule).scores(self.teacher, rollouts.batch)
         return rollouts
 
     def rows(self, batch: PairBatch) -> Logits:

@@ -35,7 +35,7 @@ class StepResult:
         nats: float32 `[B]`; the gap to the teacher (reverse KL on the student's samples, forward KL on the teacher's).
         nbytes: int64 `[B]`; the bytes that it is of.
         logprobs: float32 `[B, Ts]`; the student's own, before the update.
-        sums: by name, over tokens of all ranks: `scored`, `nonfinite`, and what the loss adds.
+        sums: by name, over tokens of all ranks: `PairLoss.sums` but for `nats` and `bytes`.
     """
 
     rollouts: Rollouts

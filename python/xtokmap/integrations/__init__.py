@@ -1,0 +1,1 @@
+"""Inside the trainers that people use: a module for each, named after it, which needs its package."""
