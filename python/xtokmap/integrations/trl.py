@@ -21,13 +21,14 @@ from transformers import AutoTokenizer
 
 from xtokmap._core import XTokMapError
 from xtokmap.integrations.versions import Hook, check_hooks, unsupported
+from xtokmap.losses.measured import means
 from xtokmap.losses.rule import LossRule
 from xtokmap.teachers.local import LocalTeacher, Teacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.teachers.scores import Scores
 from xtokmap.torch.completions import body_and_head, headed, padded_places
 from xtokmap.torch.logits import Logits
-from xtokmap.torch.pair import Pair, PairBatch, means
+from xtokmap.torch.pair import Pair, PairBatch
 from xtokmap.train.support.health import entropy_sum
 
 _KNOWN = "1.16.*"

@@ -10,10 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import copy
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,54 +20,19 @@ from torch.nn.functional import pad
 
 from xtokmap._core import XTokMapError
 from xtokmap.aligner import Aligner
-from xtokmap.alignment import Kind
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.boundary.vocab_map import once
 from xtokmap.chat import PLAIN_TEMPLATE, render, stop_id
-from xtokmap.losses.credit import chunk_gap
+from xtokmap.losses.measured import PairLoss, measured
 from xtokmap.losses.rule import LossInput, LossRule, LossSettings
 from xtokmap.losses.table import rule_of
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.scores import Prompted, Scores, scores_of
 from xtokmap.torch.batch import SIDES, Ids, PairBatch
 from xtokmap.torch.completions import flat_ids, output_rows, padded_inputs, padded_places, ragged, token_mask
-from xtokmap.torch.index import ChunkIndex, VocabTensors, coverage_counts
+from xtokmap.torch.index import ChunkIndex, VocabTensors
 
-__all__ = ["Pair", "PairBatch", "PairLoss", "means"]
-
-
-class PairLoss(NamedTuple):
-    """What `Pair.loss` returns.
-
-    Attributes:
-        loss: float32 scalar, with a gradient.
-        metrics: scalars by name, without a gradient and not read back from the device: `kl_per_byte` (nats, of the
-            student's samples: a sampled reverse KL), `scored` (share of the tokens), `coverage/ONE_TO_ONE` and so on
-            (share of the tokens by kind of chunk), and means over the scored tokens: `clamped` and `fallback` of a
-            credit, `undetermined`, `rest` and `shared` of transfer_kl (mass left undecided), `nonfinite`.
-        logprobs: float32 `[B, Ts]`; the student's own, without a gradient.
-        sums: what `means` makes the metrics of, to be added up over micro-batches first; scalars, and `nats` and
-            `bytes`, `[B]`.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    logprobs: Tensor
-    sums: dict[str, Tensor]
-
-
-def means(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The metrics of `PairLoss.sums`, of a batch or added up over several; `nats` and `bytes` may be summed up, too."""
-    per_token = sums["tokens"].clamp(min=1)
-    per_scored = sums["scored"].clamp(min=1)
-    found = {
-        name: value / (per_token if name == "scored" or name.startswith("coverage/") else per_scored)
-        for name, value in sums.items()
-        if name not in ("tokens", "nats", "bytes")
-    }
-    if "nats" in sums:
-        found["kl_per_byte"] = sums["nats"].sum() / sums["bytes"].sum().clamp(min=1)
-    return found
+__all__ = ["Pair", "PairBatch", "PairLoss"]
 
 
 class Pair:
@@ -230,7 +194,7 @@ class Pair:
             **({} if scores is None else scores.of(batch)),
         )
         computed = rule.compute(found)
-        return self._reported(found, computed.loss, dict(computed.sums))
+        return measured(found, computed)
 
     def _alone(
         self, student: Any, teacher: Any, batch: PairBatch, old: Tensor | None, denominator: Tensor | float | None
@@ -276,12 +240,3 @@ class Pair:
     def _interior(self, batch: PairBatch) -> Any:
         alignment = self.aligner.align_batch(batch.student_ids, batch.teacher_ids)
         return self.aligner.interior_queries(alignment, width=batch.completion_mask.shape[1])
-
-    def _reported(self, found: LossInput, loss: Tensor, sums: dict[str, Tensor]) -> PairLoss:
-        own, counts = found.plain_logprobs, coverage_counts(found.index)
-        sums = {name: value.detach() for name, value in sums.items()}
-        sums |= {"tokens": found.mask.sum(), **{f"coverage/{kind.name}": counts[kind] for kind in Kind}}
-        if found.teacher_logprobs is not None:
-            gap = chunk_gap(own, found.teacher_logprobs, found.index, stops=self.settings.score_stop)
-            sums["nats"], sums["bytes"] = gap
-        return PairLoss(loss, means(sums), own, sums)
