@@ -47,6 +47,9 @@ class Config:
     teacher_concurrency: int = _doc(16, "most requests to the server at a time")
     teacher_timeout: float = _doc(60.0, "seconds for one request to the server")
     teacher_retries: int = _doc(5, "further attempts where a request fails and that may change, with growing pauses")
+    teacher_patience: float = _doc(
+        300.0, "seconds to wait for a server that is not there (not started yet, or killed and started again)"
+    )
     teacher_failures: int = _doc(3, "batches in a row that the server may fail for good, before the run is ended")
     overlap: bool = _doc(
         False,
@@ -126,7 +129,7 @@ class Config:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
         amounts = ("warmup_steps", "weight_decay", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high")
         more = ("save_every", "report_every", "lora_rank", "teacher_topk", "teacher_retries", "teacher_failures")
-        for name in (*amounts, *more):
+        for name in (*amounts, *more, "teacher_patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be finite and not negative")
         if not 1 < self.clip_dual < math.inf:

@@ -103,7 +103,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
             check_finite(teacher_model, f"teacher {config.teacher}")
         if config.lora_rank:
             student = with_adapter(student, config.lora_rank, config.lora_alpha, config.lora_targets)
-        teacher = _teacher(config, teacher_model, teacher_tokenizer, device)
+        teacher = _teacher(config, teacher_model, teacher_tokenizer, device, _plain if processes.first else _nothing)
         if config.shard:
             shard(student, processes, device)
         roller = Roller(student, tokenizer, teacher, config, processes)
@@ -121,6 +121,9 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         interrupted, failure = False, None
         try:
             with _progress(run) as (say, show), _asked_to_stop() as asked:
+                run.say = say
+                if isinstance(teacher, ServerTeacher):
+                    teacher.client.say = say
                 if resumed:
                     say(f"going on from step {run.done} of {config.steps}")
                 elif heldout and config.eval_samples:
@@ -159,8 +162,19 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         if processes.first:
             _end(output, run, weights, after)
         if failure is not None:
-            raise TeacherError(f"ended after {run.done} steps, which are saved in {output}: {failure}") from failure
+            how = "--resume goes on from there" if config.save_every else "no checkpoint is kept (save_every=0)"
+            raise TeacherError(
+                f"ended after {run.done} steps, which are saved in {output}; {how}: {failure}"
+            ) from failure
         return Result(output, run.history, run.before, after, interrupted)
+
+
+def _plain(text: str) -> None:
+    print(text, flush=True)
+
+
+def _nothing(text: str) -> None:
+    """Said by the first process."""
 
 
 @contextmanager
@@ -230,7 +244,7 @@ def _log(output: Path, *lines: dict[str, Any]) -> None:
 def _progress(run: Run) -> Iterator[tuple[Callable[[str], None], Callable[[dict[str, Any]], None]]]:
     """How to say something and to show a step: on the first process, nothing on the others."""
     if not run.processes.first:
-        yield (lambda text: None), (lambda line: None)
+        yield _nothing, (lambda line: None)
         return
     config = run.config
     with (
@@ -267,7 +281,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device) -> Teacher:
+def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device, say: Callable[[str], None]) -> Teacher:
     """The teacher that `config` names; a server has passed its self-test."""
     if not config.teacher_url:
         return LocalTeacher(model, tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template)
@@ -282,7 +296,9 @@ def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device) -
         concurrency=config.teacher_concurrency,
         timeout=config.teacher_timeout,
         retries=config.teacher_retries,
+        patience=config.teacher_patience,
     )
+    teacher.client.say = say
     if (unknown := teacher.self_test()) is not None:
         warnings.warn(f"{config.teacher_url}: {unknown}", stacklevel=3)
     return teacher

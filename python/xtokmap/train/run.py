@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from xtokmap.models import (
     float32_parameters,
     write_back,
 )
-from xtokmap.teachers.client import TeacherError
+from xtokmap.teachers.client import OtherTeacherError, TeacherError
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.torch.index import coverage_counts
@@ -72,6 +73,8 @@ class Run:
         before: the evaluation before the first one, where it was made.
         saved: the step of the checkpoint that this run wrote or read last; -1: none.
         lost: batches in a row that a served teacher did not score.
+        refusal: how many of the last batch's answers a server does not take, of how many, and why.
+        say: shows a line of its own, in the first process.
         ahead: the next batch, sampled already and being scored (with `Config.overlap`).
         monitor: watches over its health.
         samples: some of what was sampled.
@@ -102,6 +105,8 @@ class Run:
             self.optimizer, lambda k: min(1.0, (k + 1) / max(1, config.warmup_steps))
         )
         self.done, self.saved, self.lost = 0, -1, 0
+        self.refusal, self._said_refusal = (0, 0, ""), False
+        self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         self.ahead: Scoring | None = None
         self.history: list[dict[str, Any]] = []
         self.before: Evaluation | None = None
@@ -141,26 +146,41 @@ class Run:
             waiting = waiting or Scoring(self.roller, self._sampled())
             if self.done + 1 < self.config.steps:
                 self.ahead = Scoring(self.roller, self._sampled(), after=waiting)
-        rollouts, failure = None, None
+        rollouts, failure, other = None, None, False
         try:
             rollouts = waiting.wait() if waiting else self.roller.roll(self.draw())
         except TeacherError as error:
-            failure = str(error)
+            failure, other = str(error), isinstance(error, OtherTeacherError)
+        found = self.processes.gather((failure, other))
         # What one process has no scores for, none learns from.
-        failures = [text for text in self.processes.gather(failure) if text is not None]
+        failures = [text for text, _ in found if text is not None]
         if not failures:
-            return rollouts
+            assert rollouts is not None
+            rows = self.processes.gather((len(rollouts.skipped), len(rollouts.prompts), rollouts.refusal))
+            skipped, total = sum(n for n, *_ in rows), sum(n for _, n, _ in rows)
+            self.refusal = (skipped, total, next((why for n, _, why in rows if n), ""))
+            if skipped < total:
+                return rollouts
+            failures = [f"the server takes none of its {total} answers: {self.refusal[2]}"]
+        if any(changed for _, changed in found):
+            raise OtherTeacherError(failures[0])
         self.lost += 1
         if self.lost > self.config.teacher_failures:
             raise TeacherError(f"{self.lost} batches in a row have no scores; the last: {failures[0]}")
-        warnings.warn(f"this batch has no scores and is left out: {failures[0]}", stacklevel=4)
+        self.say(f"warning: a batch has no scores and is left out ({self.lost} in a row): {failures[0]}")
         return None
 
-    def take_up(self, answers: list[list[int]], completed: list[bool], old_logprobs: torch.Tensor) -> None:
-        """The next batch, that an earlier run had sampled: this process' rows, and the logprobs of who sampled them."""
+    def take_up(
+        self, answers: list[list[int]], completed: list[bool], old_logprobs: torch.Tensor, sampled: list[int]
+    ) -> None:
+        """The next batch, that an earlier run had sampled: this process' rows, and the logprobs of who sampled them.
+
+        Rows that were skipped are empty; `sampled` has the lengths that they had.
+        """
         rollouts = self.roller.take(self.draw(), answers, completed)
+        rollouts.skipped |= {b: length for b, length in enumerate(sampled) if length and not answers[b]}
         rollouts.seconds.update({"sample": 0.0, "logprobs": 0.0})
-        rollouts.old_logprobs = old_logprobs.to(self.roller.device)
+        rollouts.old_logprobs = old_logprobs[:, : rollouts.batch.completion_mask.shape[1]].to(self.roller.device)
         self.ahead = Scoring(self.roller, rollouts)
 
     def close(self) -> None:
@@ -181,6 +201,13 @@ class Run:
         seen = self._watched(result, entropy) if self.watch else {}
         metrics = _metrics(self.done, result, time.perf_counter() - start, self.processes)
         metrics["skipped_batches"], self.lost = self.lost, 0
+        metrics["skipped_rows"], total, why = self.refusal
+        if metrics["skipped_rows"] and not self._said_refusal:
+            self._said_refusal = True
+            self.say(
+                f"warning: {metrics['skipped_rows']} of {total} answers are left out of step {self.done}: {why}. "
+                "Further ones are counted in metrics.jsonl (skipped_rows)"
+            )
         if self.config.overlap:
             metrics["hidden_seconds"] = max(self.processes.gather(rollouts.hidden))
         metrics |= self._account(rollouts) | seen
@@ -243,6 +270,7 @@ def _metrics(step: int, result: StepResult, seconds: float, processes: Processes
         "nats": result.nats.tolist(),
         "bytes": result.nbytes.tolist(),
         "lengths": rollouts.lengths,
+        "sampled": rollouts.sampled,
         "completed": rollouts.completed,
     }
     others = processes.gather((own, coverage_counts(rollouts.index).tolist(), seconds, rollouts.seconds))
@@ -266,7 +294,7 @@ def _metrics(step: int, result: StepResult, seconds: float, processes: Processes
         "scored": scored / max(tokens, 1),
         "nonfinite_tokens": nonfinite,
         **{name: value / max(scored, 1) for name, value in figures.items()},
-        "response_length": tokens / len(rows["lengths"]),
+        "response_length": sum(rows["sampled"]) / len(rows["sampled"]),
         "completed": sum(rows["completed"]) / len(rows["completed"]),
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,

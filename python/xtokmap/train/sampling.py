@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,9 @@ from xtokmap._core import XTokMapError
 from xtokmap.aligner import Aligner
 from xtokmap.chat import Prompt, PromptLike, render, stop_id
 from xtokmap.models import one_line, without_wrapper
+from xtokmap.teachers.client import RowRefusedError
 from xtokmap.teachers.local import LocalTeacher, Teacher
+from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.teachers.scores import Scores
 from xtokmap.torch.completions import batched_logprobs, completion_rows, padded_inputs
 from xtokmap.torch.index import ChunkIndex
@@ -39,6 +41,9 @@ class Rollouts:
         teacher: what the teacher thinks of them; None where nobody asked it (method sft, or not yet).
         old_logprobs: float32 `[B, Ts]`, of the policy that sampled, where another one may be updated by then.
         hidden: seconds of the scoring that nobody waited for.
+        skipped: rows that a served teacher does not take, and how many student tokens they had; their answers are
+            empty here, so that nothing is learned from them.
+        refusal: why it does not.
     """
 
     prompts: list[Prompt]
@@ -48,6 +53,8 @@ class Rollouts:
     teacher: Scores | None = None
     old_logprobs: Tensor | None = None
     hidden: float = 0.0
+    skipped: dict[int, int] = field(default_factory=dict)
+    refusal: str = ""
 
     @property
     def prompt_ids(self) -> list[list[int]]:
@@ -78,6 +85,11 @@ class Rollouts:
     def lengths(self) -> list[int]:
         """Student tokens of every completion, its end of turn included."""
         return [len(row) for row in self.completion_ids]
+
+    @property
+    def sampled(self) -> list[int]:
+        """The same as they were sampled: with those of the skipped rows."""
+        return [self.skipped.get(b, length) for b, length in enumerate(self.lengths)]
 
 
 def asked(prompts: Sequence[PromptLike]) -> list[Prompt]:
@@ -170,23 +182,50 @@ class Roller:
                 completions = _lists(self.from_teacher.teacher_ids(answers, stop_id=self.stop_id))
                 teacher_ids = answers
         with clock("align"):
-            pair = self.pair.with_loss(config.rule)
-            batch = pair.aligned(prompt_ids, completions, self.teacher.render(prompts), teacher_ids, device=self.device)
-        return Rollouts(prompts, batch, completed, clock.seconds)
+            pair, teacher_prompts = self.pair.with_loss(config.rule), self.teacher.render(prompts)
+            skipped, refusal = {}, ""
+            if isinstance(self.teacher, ServerTeacher):
+                longer, refusal = self.teacher.too_long(teacher_prompts, teacher_ids)
+                skipped = {b: len(completions[b]) for b in longer}
+            completions, teacher_ids = _emptied(completions, skipped), _emptied(teacher_ids, skipped)
+            batch = pair.aligned(prompt_ids, completions, teacher_prompts, teacher_ids, device=self.device)
+        return Rollouts(prompts, batch, completed, clock.seconds, skipped=skipped, refusal=refusal)
 
     def score(self, rollouts: Rollouts, config: Config | None = None) -> Rollouts:
-        """Adds what the teacher thinks of a batch, where the loss asks for it; the student is not touched."""
+        """The batch with what the teacher thinks of it, where the loss asks for it; the student is not touched.
+
+        Rows that a server refuses are empty in what comes back.
+        """
         config = config or self.config
-        if config.loss_rule.teacher != "nothing":
-            with Clock(self.device, rollouts.seconds)("teacher"):
-                rollouts.teacher = self.teacher.score(
-                    rollouts.teacher_prompt_ids,
-                    rollouts.teacher_ids,
-                    queries=self.pair.with_loss(config.rule).queries(rollouts.batch),
-                    # A server gives no whole rows; its top k are all that can be looked at.
-                    **({"keep" if isinstance(self.teacher, LocalTeacher) else "top": config.loss_rule.keep}),
-                )
-        return rollouts
+        if config.loss_rule.teacher == "nothing":
+            return rollouts
+        with Clock(self.device, rollouts.seconds)("teacher"):
+            return self._scored(rollouts, config)
+
+    def _scored(self, rollouts: Rollouts, config: Config) -> Rollouts:
+        try:
+            scores = self.teacher.score(
+                rollouts.teacher_prompt_ids,
+                rollouts.teacher_ids,
+                queries=self.pair.with_loss(config.rule).queries(rollouts.batch),
+                # A server gives no whole rows; its top k are all that can be looked at.
+                **({"keep" if isinstance(self.teacher, LocalTeacher) else "top": config.loss_rule.keep}),
+            )
+        except RowRefusedError as error:
+            return self._scored(self._without(rollouts, error), config)
+        return replace(rollouts, teacher=scores)
+
+    def _without(self, rollouts: Rollouts, error: RowRefusedError) -> Rollouts:
+        skipped = rollouts.skipped | {b: rollouts.lengths[b] for b in error.rows}
+        old = rollouts.batch
+        sides = [_emptied(old.student_ids, skipped), _emptied(old.teacher_ids, skipped)]
+        batch = self.pair.aligned(
+            old.student_prompt_ids, sides[0], old.teacher_prompt_ids, sides[1], device=self.device
+        )
+        logprobs = rollouts.old_logprobs
+        if logprobs is not None:
+            logprobs = logprobs[:, : batch.completion_mask.shape[1]]
+        return replace(rollouts, batch=batch, old_logprobs=logprobs, skipped=skipped, refusal=str(error))
 
     def rows(self, rollouts: Rollouts, rows: list[int]) -> Logits:
         """The student's logits that score some rows' tokens, flat; with a gradient where grad is enabled."""
@@ -218,11 +257,11 @@ class Scoring:
         after: the batch before, whose turn comes first: the server is asked for one at a time.
 
     Attributes:
-        rollouts: the batch.
+        rollouts: the batch as it was sampled.
     """
 
     def __init__(self, roller: Roller, rollouts: Rollouts, after: Scoring | None = None) -> None:
-        self.rollouts = rollouts
+        self.rollouts = self._scored = rollouts
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(roller, after), daemon=True, name="scoring")
         self._thread.start()
@@ -231,7 +270,7 @@ class Scoring:
         if after is not None:
             after._thread.join()
         try:
-            roller.score(self.rollouts)
+            self._scored = roller.score(self.rollouts)
         except BaseException as error:
             self._failure = error
 
@@ -246,9 +285,9 @@ class Scoring:
         waited = time.perf_counter() - start
         if self._failure is not None:
             raise self._failure
-        self.rollouts.hidden = max(0.0, self.rollouts.seconds["teacher"] - waited)
-        self.rollouts.seconds["teacher"] = waited
-        return self.rollouts
+        hidden = max(0.0, self._scored.seconds["teacher"] - waited)
+        seconds = {**self._scored.seconds, "teacher": waited}
+        return replace(self._scored, hidden=hidden, seconds=seconds)
 
 
 @torch.no_grad()
@@ -300,6 +339,10 @@ def sample(
         completions.append(row if end is None else row[: end + 1])
         completed.append(end is not None)
     return completions, completed
+
+
+def _emptied(rows: list[list[int]], skipped: Container[int]) -> list[list[int]]:
+    return [[] if b in skipped else row for b, row in enumerate(rows)]
 
 
 def _lists(rows: Sequence[Any]) -> list[list[int]]:

@@ -94,7 +94,7 @@ def measure(roller: Roller, result: StepResult, entropy: Entropy, *, probe: bool
     total, n = (0.0, 0.0) if entropy.total is None else entropy.total.tolist()
     stop = rollouts.index.kind_of_student() == int(Kind.STOP)
     met = rollouts.index.to_student((rollouts.index.teacher_count > 0).long()) > 0
-    ended = sum(rollouts.completed)
+    ended = sum(done for b, done in enumerate(rollouts.completed) if b not in rollouts.skipped)
     scored = int((stop & met).sum()) if roller.config.score_stop else 0
     figures: Figures = {
         "entropy": (total / max(n, 1), n),
