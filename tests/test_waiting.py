@@ -76,10 +76,7 @@ def test_a_server_that_is_not_there_is_waited_for_whatever_the_retries(model, mo
         assert len(client.score([[1, 2, 3]])) == 1
     assert client.figures["connection"] == 50
     assert len(said) == 2
-    assert (
-        "is not there (the connection failed: Connection refused): waiting; 1000 s at most (teacher_patience)"
-        in said[0]
-    )
+    assert "is not there (the connection failed: Connection refused): waiting; 1000 s at most" in said[0]
     assert said[1].startswith(f"{server.url} answers, after ")
 
 

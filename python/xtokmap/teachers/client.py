@@ -128,6 +128,23 @@ class Answer:
     texts: list[str | None]
 
 
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A request of another kind than for logprobs.
+
+    Attributes:
+        path: behind the URL.
+        payload: the body; None: there is none, and it is a GET.
+        most: bytes that may come back.
+        read: what to make of the answer, checked; raises `BadAnswerError`.
+    """
+
+    path: str
+    payload: bytes | None
+    most: int
+    read: Callable[[Any], Any]
+
+
 # ---- protocols ---------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +456,7 @@ def _checked(
 # ---- the client --------------------------------------------------------------------------------------------------
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, name: str = "teacher_url", key: str = KEY_VARIABLE) -> None:
     """Whether this can be a server's URL, and has no secret in it; the message repeats nothing of what it has.
 
     Raises:
@@ -451,11 +468,9 @@ def check_url(url: str) -> None:
     except ValueError:
         parts, named = urlsplit(""), False
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise XTokMapError(
-            f"teacher_url: leave out user names, passwords and queries; a key goes into the variable {KEY_VARIABLE}"
-        )
+        raise XTokMapError(f"{name}: leave out user names, passwords and queries; a key goes into the variable {key}")
     if parts.scheme not in ("http", "https") or not named:
-        raise XTokMapError(f"teacher_url={url!r}: expected http://host:port or https://host")
+        raise XTokMapError(f"{name}={url!r}: expected http://host:port or https://host")
 
 
 class Client:
@@ -482,6 +497,7 @@ class Client:
         spell: the bytes of a token id, by which texts are checked where a protocol gives no ids.
         vocab_size: token ids are below it; 0: not known.
         pause: seconds before the second attempt.
+        key_variable: the environment variable with the key.
 
     Attributes:
         figures: counts: `requests`, `answers` that could be used, and the causes of further attempts.
@@ -506,6 +522,7 @@ class Client:
         spell: Spell | None = None,
         vocab_size: int = 0,
         pause: float = 0.5,
+        key_variable: str = KEY_VARIABLE,
     ) -> None:
         check_url(url)
         if protocol != "auto" and protocol not in PROTOCOLS:
@@ -524,9 +541,10 @@ class Client:
         self._lock, self._reading = threading.Lock(), threading.Lock()
         self._not_before = 0.0
         self._batches: set[threading.Event] = set()
-        self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
+        self.key_variable = key_variable
+        self._key = os.environ.get(key_variable, "") if key is None else key
         if self._key != self._key.strip() or not self._key.isascii() or not self._key.isprintable():
-            raise XTokMapError(f"{KEY_VARIABLE}: the key has white space around it, or characters that no header takes")
+            raise XTokMapError(f"{key_variable}: the key has white space around it, or characters that no header takes")
         # No certificates are read where none are needed.
         self._tls = http1.certificates() if self.url.startswith("https") else None
         self._connections().close()  # a proxy that cannot be is named here
@@ -543,6 +561,17 @@ class Client:
     def protocol(self) -> str:
         """What the server speaks; `auto` where nobody has asked yet."""
         return self._dialect.name if self._dialect else "auto"
+
+    def name_model(self) -> None:
+        """Finds the name of the one model that the server has, and how long its rows may be.
+
+        Raises:
+            TeacherError: it does not say, or has several.
+        """
+        with self._connections() as http:
+            models = self._models(http, optional=False)
+        self.model = self._only_model(models)
+        self.max_length = models.get(self.model, 0)
 
     def connect(self, ids: Sequence[int], topk: int = 0) -> str:
         """Finds the protocol and the model's name, where they are open, by asking about some ids; returns the protocol.
@@ -591,13 +620,40 @@ class Client:
         """
         if self._dialect is None and rows:
             self.connect(rows[0], topk)
-        dialect, stop = self._dialect, threading.Event()
+        dialect = self._dialect
         assert dialect is not None or not rows
+        return self._every(lambda http, row, stop: self._ask(http, dialect, row, topk, stop), rows)
+
+    def ask(self, questions: Sequence[Question]) -> list[Any]:
+        """What each question's `read` gives, in their order.
+
+        Raises:
+            RowRefusedError: as `score`.
+            TeacherError: as `score`.
+        """
+
+        def answer(http: http1.Connections, question: Question, stop: threading.Event) -> Any:
+            def attempt() -> Any:
+                method = "GET" if question.payload is None else "POST"
+                return self._asked(http, method, question.path, question.payload, question.most, question.read)
+
+            found = self._again(attempt, stop, question.path)
+            with self._lock:
+                self.figures["answers"] += 1
+            return found
+
+        return self._every(answer, questions)
+
+    def _every(
+        self, ask: Callable[[http1.Connections, Any, threading.Event], Found], what: Sequence[Any]
+    ) -> list[Found]:
+        """Asks several at a time; when one fails for good the others are given up."""
+        stop = threading.Event()
         self._batches.add(stop)
-        pool = ThreadPoolExecutor(min(self.concurrency, max(len(rows), 1)), thread_name_prefix="teacher")
+        pool = ThreadPoolExecutor(min(self.concurrency, max(len(what), 1)), thread_name_prefix="teacher")
         http = self._connections()
         try:
-            futures = [pool.submit(_or_refusal, self._ask, http, dialect, row, topk, stop) for row in rows]
+            futures = [pool.submit(_or_refusal, ask, http, one, stop) for one in what]
             done = wait(futures, return_when=FIRST_EXCEPTION).done
             failed = next((e for f in futures if f in done and (e := f.exception()) is not None), None)
             if failed is not None:
@@ -690,10 +746,7 @@ class Client:
             self._said = now if says else self._said
         if says:
             so_far = "" if first else f", for {now - since:.0f} s so far"
-            self.say(
-                f"{self.url} is not there ({self._clean(why)}): waiting{so_far}; {self.patience:g} s at most "
-                "(teacher_patience)"
-            )
+            self.say(f"{self.url} is not there ({self._clean(why)}): waiting{so_far}; {self.patience:g} s at most")
         return waits
 
     def _hear(self, start: float) -> None:
@@ -778,7 +831,8 @@ class Client:
             return _AgainError(f"status {status}", f"status {status}{said}", after, gone=status in _GONE)
         hint = ""
         if status in (401, 403):
-            hint = f"; set {KEY_VARIABLE} to the server's key" if not self._key else f"; the key of {KEY_VARIABLE}?"
+            name = self.key_variable
+            hint = f"; set {name} to the server's key" if not self._key else f"; the key of {name}?"
         elif status == 404:
             hint = "; another protocol, or a model that it does not have (teacher_model)?"
         elif 300 <= status < 400:
@@ -849,7 +903,7 @@ def _models_in(body: Any) -> dict[str, int]:
     return models
 
 
-def _or_refusal(ask: Callable[..., Answer], *args: Any) -> Answer | RowRefusedError:
+def _or_refusal(ask: Callable[..., Found], *args: Any) -> Found | RowRefusedError:
     """What a server makes of a row; that it does not take it is no failure of the others."""
     try:
         return ask(*args)
@@ -857,10 +911,10 @@ def _or_refusal(ask: Callable[..., Answer], *args: Any) -> Answer | RowRefusedEr
         return error
 
 
-def _whole(answers: Sequence[Answer | RowRefusedError]) -> list[Answer]:
+def _whole(answers: Sequence[Found | RowRefusedError]) -> list[Found]:
     refused = {b: answer for b, answer in enumerate(answers) if isinstance(answer, RowRefusedError)}
     if not refused:
-        return [answer for answer in answers if isinstance(answer, Answer)]
+        return [answer for answer in answers if not isinstance(answer, RowRefusedError)]
     first = next(iter(refused.values()))
     if len(refused) == len(answers):
         raise TeacherError(str(first))

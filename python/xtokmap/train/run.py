@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -25,7 +26,7 @@ from xtokmap.torch.index import coverage_counts
 from xtokmap.train.evaluation import Evaluation, coverage_shares, ratio_with_error
 from xtokmap.train.sampling import Clock, Roller, Rollouts, Scoring, asked
 from xtokmap.train.step import StepResult, update
-from xtokmap.train.support.distributed import Processes, is_part
+from xtokmap.train.support.distributed import Processes, is_part, whole_weights
 from xtokmap.train.support.flops import ModelFlops, StepFlops
 from xtokmap.train.support.health import Entropy, Monitor, measure, together
 from xtokmap.train.support.samples import Samples
@@ -134,21 +135,51 @@ class Run:
             pass
         return rollouts
 
-    def _sampled(self) -> Rollouts:
+    def hand_over(self) -> None:
+        """Gives a server that samples the student's weights, where its own are `Config.sampler_every` updates old.
+
+        Raises:
+            TeacherError: it does not take them; in every process.
+        """
+        sampler = self.roller.sampler
+        if sampler is None or (sampler.version >= 0 and self.done - sampler.version < self.config.sampler_every):
+            return
+        weights, problem = whole_weights(self.roller.student), None
+        try:
+            sampler.load(self.roller.student, self.done, weights)
+        except XTokMapError as error:
+            problem = str(error)
+        problems = [text for text in self.processes.gather(problem) if text is not None]
+        if problems:
+            sampler.version = -1
+            raise TeacherError(problems[0])
+
+    def _drawn(self) -> Rollouts:
+        """The next batch, sampled by weights that are as new as they have to be."""
+        seconds: dict[str, float] = {}
+        if self.roller.sampler is not None:
+            with Clock(self.roller.device, seconds)("weights"):
+                self.hand_over()
         rollouts = self.roller.sample(self.draw())
+        rollouts.seconds.update(seconds)
+        return rollouts
+
+    def _sampled(self) -> Rollouts:
+        rollouts = self._drawn()
         with Clock(self.roller.device, rollouts.seconds)("logprobs"):
-            rollouts.old_logprobs = self.roller.all_logprobs(rollouts)
+            if rollouts.old_logprobs is None:
+                rollouts.old_logprobs = self.roller.all_logprobs(rollouts)
         return rollouts
 
     def _scored(self) -> Rollouts | None:
         waiting, self.ahead = self.ahead, None
-        if self.config.overlap:
-            waiting = waiting or Scoring(self.roller, self._sampled())
-            if self.done + 1 < self.config.steps:
-                self.ahead = Scoring(self.roller, self._sampled(), after=waiting)
         rollouts, failure, other = None, None, False
         try:
-            rollouts = waiting.wait() if waiting else self.roller.roll(self.draw())
+            if self.config.overlap:
+                waiting = waiting or Scoring(self.roller, self._sampled())
+                if self.done + 1 < self.config.steps:
+                    self.ahead = Scoring(self.roller, self._sampled(), after=waiting)
+            rollouts = waiting.wait() if waiting else self.roller.score(self._drawn())
         except TeacherError as error:
             failure, other = str(error), isinstance(error, OtherTeacherError)
         found = self.processes.gather((failure, other))
@@ -171,7 +202,12 @@ class Run:
         return None
 
     def take_up(
-        self, answers: list[list[int]], completed: list[bool], old_logprobs: torch.Tensor, sampled: list[int]
+        self,
+        answers: list[list[int]],
+        completed: list[bool],
+        old_logprobs: torch.Tensor,
+        sampled: list[int],
+        version: int,
     ) -> None:
         """The next batch, that an earlier run had sampled: this process' rows, and the logprobs of who sampled them.
 
@@ -179,6 +215,7 @@ class Run:
         """
         rollouts = self.roller.take(self.draw(), answers, completed)
         rollouts.skipped |= {b: length for b, length in enumerate(sampled) if length and not answers[b]}
+        rollouts.version = version
         rollouts.seconds.update({"sample": 0.0, "logprobs": 0.0})
         rollouts.old_logprobs = old_logprobs[:, : rollouts.batch.completion_mask.shape[1]].to(self.roller.device)
         self.ahead = Scoring(self.roller, rollouts)
@@ -187,6 +224,8 @@ class Run:
         """Gives up what a server is still asked for; a checkpoint has the batch that comes next sampled."""
         if isinstance(self.roller.teacher, ServerTeacher):
             self.roller.teacher.client.give_up()
+        if self.roller.sampler is not None:
+            self.roller.sampler.client.give_up()
         self.ahead = None
 
     def step(self) -> dict[str, Any]:
@@ -210,11 +249,34 @@ class Run:
             )
         if self.config.overlap:
             metrics["hidden_seconds"] = max(self.processes.gather(rollouts.hidden))
+        if rollouts.version >= 0:
+            metrics["sampler"] = self._elsewhere(result)
         metrics |= self._account(rollouts) | seen
         if self.watch:
             metrics["warnings"] = self.monitor.check(metrics)
         self.history.append(metrics)
         return metrics
+
+    def _elsewhere(self, result: StepResult) -> dict[str, float]:
+        """How far the policy that sampled is from the one that was updated; over the tokens of all processes.
+
+        `staleness`: updates between them. `gap`: nats between their logprobs of a token, in the mean, and `largest`.
+        `clipped`: the share of tokens whose importance weight is outside `clip_low` and `clip_high`, and truncated.
+        """
+        rollouts, config = result.rollouts, self.config
+        assert rollouts.old_logprobs is not None
+        gap = (result.logprobs - rollouts.old_logprobs)[rollouts.batch.completion_mask]
+        clipped = (gap < math.log1p(-min(config.clip_low, 1 - 1e-9))) | (gap > math.log1p(config.clip_high))
+        largest = float(gap.abs().max()) if len(gap) else 0.0
+        own = (float(gap.abs().sum()), largest, int(clipped.sum()), len(gap))
+        parts = self.processes.gather(own)
+        tokens = max(sum(n for *_, n in parts), 1)
+        return {
+            "staleness": self.done - 1 - rollouts.version,
+            "gap": sum(total for total, *_ in parts) / tokens,
+            "largest": max(most for _, most, *_ in parts),
+            "clipped": sum(n for *_, n, _ in parts) / tokens,
+        }
 
     def _watched(self, result: StepResult, entropy: Entropy) -> dict[str, Any]:
         """The step's health."""

@@ -26,6 +26,7 @@ from xtokmap.torch.index import ChunkIndex
 from xtokmap.torch.logits import Logits
 from xtokmap.torch.pair import Pair, PairBatch
 from xtokmap.train.config import Config
+from xtokmap.train.sampler import Sampled, ServerSampler, padded
 from xtokmap.train.support.distributed import Processes, gathered
 
 
@@ -44,6 +45,7 @@ class Rollouts:
         skipped: rows that a served teacher does not take, and how many student tokens they had; their answers are
             empty here, so that nothing is learned from them.
         refusal: why it does not.
+        version: how many updates are in the weights that a server sampled with; -1: they were sampled here.
     """
 
     prompts: list[Prompt]
@@ -55,6 +57,7 @@ class Rollouts:
     hidden: float = 0.0
     skipped: dict[int, int] = field(default_factory=dict)
     refusal: str = ""
+    version: int = -1
 
     @property
     def prompt_ids(self) -> list[list[int]]:
@@ -107,9 +110,10 @@ class Roller:
         teacher: Teacher,
         config: Config,
         processes: Processes | None = None,
+        sampler: ServerSampler | None = None,
     ) -> None:
         self.student, self.tokenizer, self.teacher, self.config = student, tokenizer, teacher, config
-        self.processes = processes or Processes()
+        self.processes, self.sampler = processes or Processes(), sampler
         settings = asdict(config.loss_settings)
         self.pair = Pair(tokenizer, teacher.tokenizer, config.rule, plain_template=config.plain_template, **settings)
         self.aligner = self.pair.aligner
@@ -142,14 +146,24 @@ class Roller:
         config, clock = config or self.config, Clock(self.device)
         prompts = asked(prompts)
         prompt_ids = render(self.tokenizer, prompts, config.plain_template)
+        elsewhere: Sampled | None = None
         with clock("sample"):
-            if config.method == "opd":
+            if config.method == "opd" and self.sampler is not None:
+                elsewhere = self.sampler.sample(prompt_ids, self.aligner.student.stop_ids, config)
+                answers, completed = elsewhere.ids, elsewhere.completed
+            elif config.method == "opd":
                 stops = self.aligner.student.stop_ids
                 with gathered(self.student):
                     answers, completed = sample(self.student, prompt_ids, stops, config)
             else:
                 answers, completed = self.answers(prompts, self.teacher.render(prompts))
-        return self.take(prompts, answers, completed, config, clock.seconds, prompt_ids)
+        rollouts = self.take(prompts, answers, completed, config, clock.seconds, prompt_ids)
+        if elsewhere is not None:
+            rollouts.version = elsewhere.version
+            rollouts.old_logprobs = padded(
+                _emptied(elsewhere.logprobs, rollouts.skipped), rollouts.batch.completion_mask
+            )
+        return rollouts
 
     def take(
         self,
@@ -212,6 +226,8 @@ class Roller:
                 **({"keep" if isinstance(self.teacher, LocalTeacher) else "top": config.loss_rule.keep}),
             )
         except RowRefusedError as error:
+            if not error.rows:
+                raise
             return self._scored(self._without(rollouts, error), config)
         return replace(rollouts, teacher=scores)
 
@@ -341,7 +357,7 @@ def sample(
     return completions, completed
 
 
-def _emptied(rows: list[list[int]], skipped: Container[int]) -> list[list[int]]:
+def _emptied(rows: list[list[Any]], skipped: Container[int]) -> list[list[Any]]:
     return [[] if b in skipped else row for b, row in enumerate(rows)]
 
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FREE = (
     *("steps", "output", "prompts", "micro_batch", "device", "save_every", "keep_checkpoints", "resume"),
     *("report_every", "track", "teacher_timeout", "teacher_concurrency", "teacher_retries", "teacher_failures"),
-    "teacher_patience",
+    *("teacher_patience", "sampler_url", "sampler_folder", "sampler_concurrency", "sampler_timeout"),
 )
 
 _FORMAT = 1
@@ -229,6 +229,7 @@ def _ahead(run: Run) -> dict[str, Tensor]:
         "lengths": torch.tensor(rollouts.lengths),
         "sampled": torch.tensor(rollouts.sampled),
         "completed": torch.tensor(rollouts.completed),
+        "version": torch.tensor(rollouts.version),
         "logprobs": rollouts.old_logprobs.cpu(),
     }
 
@@ -376,7 +377,7 @@ def restore(run: Run, folder: Path) -> bool:
     if ahead:
         rows = torch.split(ahead["ids"], ahead["lengths"].tolist())
         answers, flags, sampled = [row.tolist() for row in rows], ahead["completed"].tolist(), ahead["sampled"].tolist()
-        run.take_up(answers, flags, ahead["logprobs"], sampled)
+        run.take_up(answers, flags, ahead["logprobs"], sampled, int(ahead["version"]))
     run.warmup.last_epoch = state["schedule"]["last_epoch"]
     run.warmup._last_lr = state["schedule"]["rates"]
     for group, rate in zip(run.optimizer.param_groups, state["schedule"]["rates"], strict=True):
