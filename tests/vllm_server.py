@@ -75,7 +75,13 @@ class VLLM:
         command = [str(VENV / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model)]
         command += ["--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--dtype", "float32", "--max-logprobs", "20", "--enforce-eager"]
-        command += ["--max-num-batched-tokens", "256", *self.arguments]  # or the logprobs of prompts take gigabytes
+        command += [
+            "--max-num-seqs",
+            "16",
+            "--max-num-batched-tokens",
+            "256",
+            *self.arguments,
+        ]  # or the logprobs of prompts take gigabytes
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "VIRTUAL_ENV"}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(

@@ -739,13 +739,14 @@ class Client:
         """Whether to wait for a server that is gone, and says so from time to time."""
         now = time.monotonic()
         with self._lock:
-            first = self._gone is None
-            since = self._gone = now if self._gone is None else self._gone
-            waits = now - since < self.patience
-            says = waits and (first or now - self._said >= _SAID_EVERY)
+            if self._gone is None:
+                self._gone, self._said = now, -math.inf
+            since = now - self._gone
+            waits = since < self.patience
+            says = waits and now - self._said >= _SAID_EVERY
             self._said = now if says else self._said
         if says:
-            so_far = "" if first else f", for {now - since:.0f} s so far"
+            so_far = f", for {since:.0f} s so far" if since else ""
             self.say(f"{self.url} is not there ({self._clean(why)}): waiting{so_far}; {self.patience:g} s at most")
         return waits
 
@@ -753,11 +754,12 @@ class Client:
         """An answer has come, to a request of that time."""
         now = time.monotonic()
         with self._lock:
-            gone, back = self._gone, self._gone is not None and start >= self._gone
+            gone, self._gone = self._gone, None if self._gone is not None and start >= self._gone else self._gone
+            back = gone is not None and self._gone is None
+            says = back and self._said > -math.inf
             self._doubted |= back or now - self._heard > _UNHEARD
             self._heard = now
-            self._gone = None if back else self._gone
-        if back and gone is not None:
+        if says and gone is not None:
             self.say(f"{self.url} answers, after {now - gone:.0f} s")
 
     def remember(self, ids: Sequence[int], topk: int, answer: Answer) -> None:
