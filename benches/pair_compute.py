@@ -32,7 +32,8 @@ from xtokmap.train.config import Config
 from xtokmap.train.evaluation import evaluate, ratio_with_error
 from xtokmap.train.loop import Run
 from xtokmap.train.prompts import read_prompts
-from xtokmap.train.sampling import Roller, Rollouts
+from xtokmap.train.rollouts import Rollouts
+from xtokmap.train.sampling import Roller
 
 RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, dict[str, Any]] = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
-import warnings
 from dataclasses import replace
 from email.utils import formatdate
 
@@ -47,12 +47,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 KEY = "sk-not-to-be-seen-0123456789"
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 COMPLETIONS = [[300, 301], [], [20, 21, 22, 23]]
-FAST = {"pause": 0.001, "timeout": 20.0}
+FAST = {"pause": 0.001, "timeout": 20.0, "patience": 0.0}
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny.teacher_model()
+
+
+@pytest.fixture(autouse=True)
+def _no_look_again(monkeypatch):
+    """Requests are counted here: none more to see whether the model is the same (tests/test_waiting.py)."""
+    monkeypatch.setattr(Client, "remember", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -694,13 +700,11 @@ def test_the_key_is_sent_and_never_seen(model, prompts, monkeypatch, capsys, rec
         said = [repr(teacher), repr(teacher.client), repr(settings)]
         plan.faults = [None] * 7 + [None] * 4 + ["500"] + [None] * 20
         # The self-test takes 7 requests; the second step's first request is answered with what was sent.
-        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*500 of Bearer"):
-            result = train(settings, models=tiny.pair())
+        result = train(settings, models=tiny.pair())
+        said += capsys.readouterr()
+        assert re.search(r"a batch has no scores and is left out .*500 of Bearer \*\*\*", "".join(said))
         plan.faults = [None] * 7 + ["500"] * 99
-        with (
-            pytest.warns(UserWarning, match="is left out"),
-            pytest.raises(TeacherError, match=r"500 of Bearer \*\*\*") as caught,
-        ):
+        with pytest.raises(TeacherError, match=r"500 of Bearer \*\*\*") as caught:
             train(replace(settings, output=settings.output + "-ended"), models=tiny.pair())
     said += [str(caught.value), *(str(w.message) for w in recwarn), *capsys.readouterr()]
     files = [path.read_bytes() for path in result.output.rglob("*") if path.is_file()]
@@ -738,6 +742,7 @@ def config(prompts, **changes) -> Config:
         "micro_batch": 3,
         "device": "cpu",
         "save_every": 0,
+        "teacher_patience": 0.0,
     }
     return Config(**{**values, **changes})
 
@@ -770,14 +775,14 @@ def test_a_run_is_the_local_teachers_run(prompts, loss):
     assert found.after.kl_per_byte == pytest.approx(local.after.kl_per_byte, rel=1e-3)
 
 
-def test_a_lost_batch_is_left_out_and_counted(prompts, model):
+def test_a_lost_batch_is_left_out_and_counted(prompts, model, capsys):
     plan = faults.Plan()
     with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
         settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, steps=2)
         # The self-test takes 7 requests; then one batch, a lost one, and whatever comes.
         plan.faults = [None] * 7 + [None] * 4 + ["NaN"]  # one is enough: what is not asked yet is given up then
-        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*NaN in it"):
-            result = train(settings, models=tiny.pair())
+        result = train(settings, models=tiny.pair())
+    assert re.search(r"warning: a batch has no scores and is left out .*NaN in it", capsys.readouterr().out)
     assert [line["skipped_batches"] for line in result.metrics] == [0, 1]
     assert all(math.isfinite(line["loss"]) for line in result.metrics)
 
@@ -787,13 +792,9 @@ def test_a_teacher_that_is_gone_ends_the_run_with_what_there_is(prompts, model, 
     with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
         settings = config(prompts, teacher_url=server.url, teacher_retries=0, teacher_failures=2, eval_samples=0)
         plan.faults = [None] * 7 + [None] * 4 + ["no answer"] * 99
-        with (
-            pytest.warns(UserWarning, match="is left out"),
-            pytest.raises(
-                TeacherError, match=r"ended after 1 steps, which are saved in .*3 batches in a row have no scores"
-            ),
-        ):
+        with pytest.raises(TeacherError, match=r"ended after 1 steps, which are saved in .*3 batches in a row have no"):
             train(settings, models=tiny.pair())
+    assert capsys.readouterr().out.count("is left out") == 2
     output = prompts.parent / "out"
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
     assert (output / "student" / "model.safetensors").exists()
@@ -823,7 +824,7 @@ def test_a_server_that_must_not_be_a_teacher_ends_the_run_at_its_start(prompts, 
 TEST, BATCH = 7, 2
 
 
-def faulty_run(prompts, model, fault, at):
+def faulty_run(prompts, model, capsys, fault, at):
     """Three steps, an evaluation before and after, and a fault at one request: how many batches it has cost.
 
     None where it ended the run at its start.
@@ -833,11 +834,7 @@ def faulty_run(prompts, model, fault, at):
     changes = {"teacher_retries": 0, "teacher_concurrency": 1, "batch_size": BATCH}
     changes |= {"teacher_timeout": 1.5 if fault in faults.SLOW else 20.0, "save_every": 2, "max_new_tokens": 6}
     ended = None
-    with (
-        faults.serving(model, tiny.teacher_tokenizer(), plan) as server,
-        warnings.catch_warnings(record=True) as said,
-    ):
-        warnings.simplefilter("always")
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
         settings = config(prompts, teacher_url=server.url, **{**changes, "output": f"{prompts.parent}/out-{at}"})
         try:
             result = train(settings, models=tiny.pair())
@@ -854,7 +851,8 @@ def faulty_run(prompts, model, fault, at):
     lost = sum(line["skipped_batches"] for line in result.metrics)
     # With its first request the client looks for a protocol, and finds another one than it would have.
     assert lost + (result.before is None) + (result.after is None) == (at > 0)
-    assert [str(w.message).isprintable() for w in said if "no scores" in str(w.message)] == [True] * lost
+    said = capsys.readouterr().out.splitlines()
+    assert [line.isprintable() for line in said if "no scores" in line] == [True] * lost
     assert (result.output / "student" / "model.safetensors").exists()
     return lost
 
@@ -873,19 +871,18 @@ def test_a_fault_of_any_kind_costs_its_batch(prompts, model, capsys, overlap):
         plan.faults = [None] * TEST + [
             part for kind in KINDS for part in (*[None] * (BATCH - 1), kind, *[None] * BATCH)
         ]
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            result = train(config(prompts, overlap=overlap, **changes), models=tiny.pair())
+        result = train(config(prompts, overlap=overlap, **changes), models=tiny.pair())
     assert plan.log == KINDS
     assert [line["skipped_batches"] for line in result.metrics] == [1] * len(KINDS)
     assert all(math.isfinite(line["loss"]) for line in result.metrics)
-    assert [str(w.message).isprintable() for w in said if "no scores" in str(w.message)] == [True] * len(KINDS)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.isprintable() for line in said if "no scores" in line] == [True] * len(KINDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", KINDS)
 def test_a_fault_at_any_request_of_a_run_costs_at_most_its_batch(prompts, model, capsys, fault):
-    ends = [faulty_run(prompts, model, fault, at) for at in range(TEST + 2 + 3 * BATCH + 2)]
+    ends = [faulty_run(prompts, model, capsys, fault, at) for at in range(TEST + 2 + 3 * BATCH + 2)]
     # The evaluations have as many held-out prompts as there are in the file.
     assert ends[0] in (None, 0)
     assert ends[1:] == [None] * (TEST - 1) + [0, 0] + [1] * 3 * BATCH + [0, 0]
@@ -963,13 +960,13 @@ def test_the_next_batch_is_scored_while_this_one_updates(prompts, model, monkeyp
     assert waited == [True] * 3
 
 
-def test_a_lost_batch_is_left_out_with_overlap(prompts, model):
+def test_a_lost_batch_is_left_out_with_overlap(prompts, model, capsys):
     plan = faults.Plan()
     with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
         settings = config(prompts, teacher_url=server.url, teacher_retries=0, eval_samples=0, overlap=True)
         plan.faults = [None] * 7 + [None] * 4 + ["NaN"]  # one is enough: what is not asked yet is given up then
-        with pytest.warns(UserWarning, match="this batch has no scores and is left out: .*NaN in it"):
-            result = train(settings, models=tiny.pair())
+        result = train(settings, models=tiny.pair())
+    assert re.search(r"warning: a batch has no scores and is left out .*NaN in it", capsys.readouterr().out)
     assert [line["skipped_batches"] for line in result.metrics] == [0, 1, 0]
     assert all(math.isfinite(line["loss"]) for line in result.metrics)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from itertools import count
 from typing import Any, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
@@ -36,8 +37,17 @@ _NOTHING = -9000.0
 #: How far above 0 a logprob, and above 1 the sum of a row's probabilities, may be: rounding of low precisions.
 _ABOVE = 1e-2
 
-#: Seconds: the longest pause that is made of its own accord, and the longest that a server may ask for.
+#: Seconds: the longest pause that is made of its own accord, and the longest that a server may ask for; the longest
+#: between two looks for a server that is gone, and between two words about it.
 _LONGEST_PAUSE, _LONGEST_ASKED_PAUSE = 30.0, 60.0
+_LONGEST_LOOK, _SAID_EVERY = 5.0, 60.0
+
+#: Statuses of a proxy or a server that has nobody to answer yet, and of a server that does not take this row.
+_GONE, _UNFIT = (502, 503, 504), (400, 413, 422)
+
+#: Seconds without an answer after which there may be another model behind the URL, and how far from before the known
+#: text's logprobs may be then, in nats, in the mean: bfloat16 against float32 is 0.03.
+_UNHEARD, _SAME = 10.0, 0.1
 
 #: Bytes that may come back: for each of a row's k likeliest tokens, a few times what any protocol writes of one; and
 #: for everything else, headers included. One in `_STRUCTURE` may be a comma or open a list or an object: a megabyte of
@@ -64,17 +74,32 @@ class TeacherUnreachableError(TeacherError):
     """There is no server, or it answers no request in time and without an error of its own."""
 
 
+class OtherTeacherError(TeacherError):
+    """Another model answers than at the start: its scores are of no use, and a run must not go on."""
+
+
+class RowRefusedError(TeacherError):
+    """A server takes some of the rows of a batch, and not these.
+
+    Attributes:
+        rows: which ones.
+    """
+
+    rows: Sequence[int] = ()
+
+
 class _AgainError(Exception):
     """Worth another attempt.
 
     Attributes:
         kind: for the figures.
         after: seconds that the server asks for.
+        gone: whether there is no server, which is worth a wait.
     """
 
-    def __init__(self, kind: str, message: str, after: float | None = None) -> None:
+    def __init__(self, kind: str, message: str, after: float | None = None, *, gone: bool = False) -> None:
         super().__init__(message)
-        self.kind, self.after = kind, after
+        self.kind, self.after, self.gone = kind, after, gone
 
 
 class BadAnswerError(_AgainError):
@@ -101,6 +126,23 @@ class Answer:
     top_logprobs: npt.NDArray[np.float32]
     best: npt.NDArray[np.float32]
     texts: list[str | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A request of another kind than for logprobs.
+
+    Attributes:
+        path: behind the URL.
+        payload: the body; None: there is none, and it is a GET.
+        most: bytes that may come back.
+        read: what to make of the answer, checked; raises `BadAnswerError`.
+    """
+
+    path: str
+    payload: bytes | None
+    most: int
+    read: Callable[[Any], Any]
 
 
 # ---- protocols ---------------------------------------------------------------------------------------------------
@@ -414,7 +456,7 @@ def _checked(
 # ---- the client --------------------------------------------------------------------------------------------------
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, name: str = "teacher_url", key: str = KEY_VARIABLE) -> None:
     """Whether this can be a server's URL, and has no secret in it; the message repeats nothing of what it has.
 
     Raises:
@@ -426,11 +468,9 @@ def check_url(url: str) -> None:
     except ValueError:
         parts, named = urlsplit(""), False
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise XTokMapError(
-            f"teacher_url: leave out user names, passwords and queries; a key goes into the variable {KEY_VARIABLE}"
-        )
+        raise XTokMapError(f"{name}: leave out user names, passwords and queries; a key goes into the variable {key}")
     if parts.scheme not in ("http", "https") or not named:
-        raise XTokMapError(f"teacher_url={url!r}: expected http://host:port or https://host")
+        raise XTokMapError(f"{name}={url!r}: expected http://host:port or https://host")
 
 
 class Client:
@@ -438,7 +478,9 @@ class Client:
 
     A request is made again after a time-out, a cut connection, a status of 408, 425, 429 or 5xx, and an answer that is
     no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long as the server's
-    Retry-After says (a minute at most), which then holds for all requests. Other statuses are for good.
+    Retry-After says (a minute at most), which then holds for all requests. Other statuses are for good. A server that
+    cannot be connected to, or is not there behind its proxy (502, 503, 504), is waited for as long as `patience` says.
+    When it is back, and when nobody has heard of it for a while, it must say of a known text what it said before.
 
     A server is believed in nothing: a request's time and the bytes that come back are bounded as a whole, whatever
     comes is checked, and what is repeated of it in a message is escaped.
@@ -450,13 +492,17 @@ class Client:
         concurrency: most requests at a time.
         timeout: seconds for one request, from before it is connected to the end of its answer.
         retries: attempts after the first.
+        patience: seconds to wait for a server that is gone, since it was.
         key: sent as `Authorization: Bearer`; None takes the environment variable `XTOKMAP_TEACHER_KEY`, if it is set.
         spell: the bytes of a token id, by which texts are checked where a protocol gives no ids.
         vocab_size: token ids are below it; 0: not known.
         pause: seconds before the second attempt.
+        key_variable: the environment variable with the key.
 
     Attributes:
         figures: counts: `requests`, `answers` that could be used, and the causes of further attempts.
+        max_length: most tokens of a row, the new one included, as far as the server says; 0: not known.
+        say: what to do with a line that somebody may want to read: that the server is waited for, and is back.
 
     Raises:
         XTokMapError: a URL or protocol that cannot be.
@@ -471,10 +517,12 @@ class Client:
         concurrency: int = 16,
         timeout: float = 60.0,
         retries: int = 5,
+        patience: float = 300.0,
         key: str | None = None,
         spell: Spell | None = None,
         vocab_size: int = 0,
         pause: float = 0.5,
+        key_variable: str = KEY_VARIABLE,
     ) -> None:
         check_url(url)
         if protocol != "auto" and protocol not in PROTOCOLS:
@@ -482,14 +530,21 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model, self.concurrency, self.timeout, self.retries = model, concurrency, timeout, retries
         self.spell, self.vocab_size, self.pause = spell, vocab_size, pause
+        self.patience, self.max_length = patience, 0
         self.figures: Counter[str] = Counter()
+        self.say: Callable[[str], None] = lambda text: None
+        self._known: tuple[list[int], int, Answer] | None = None
+        self._heard, self._doubted, self._looking = time.monotonic(), False, threading.Lock()
+        self._gone: float | None = None
+        self._said = 0.0
         self._dialect = PROTOCOLS.get(protocol)
         self._lock, self._reading = threading.Lock(), threading.Lock()
         self._not_before = 0.0
         self._batches: set[threading.Event] = set()
-        self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
+        self.key_variable = key_variable
+        self._key = os.environ.get(key_variable, "") if key is None else key
         if self._key != self._key.strip() or not self._key.isascii() or not self._key.isprintable():
-            raise XTokMapError(f"{KEY_VARIABLE}: the key has white space around it, or characters that no header takes")
+            raise XTokMapError(f"{key_variable}: the key has white space around it, or characters that no header takes")
         # No certificates are read where none are needed.
         self._tls = http1.certificates() if self.url.startswith("https") else None
         self._connections().close()  # a proxy that cannot be is named here
@@ -507,6 +562,17 @@ class Client:
         """What the server speaks; `auto` where nobody has asked yet."""
         return self._dialect.name if self._dialect else "auto"
 
+    def name_model(self) -> None:
+        """Finds the name of the one model that the server has, and how long its rows may be.
+
+        Raises:
+            TeacherError: it does not say, or has several.
+        """
+        with self._connections() as http:
+            models = self._models(http, optional=False)
+        self.model = self._only_model(models)
+        self.max_length = models.get(self.model, 0)
+
     def connect(self, ids: Sequence[int], topk: int = 0) -> str:
         """Finds the protocol and the model's name, where they are open, by asking about some ids; returns the protocol.
 
@@ -515,8 +581,11 @@ class Client:
         """
         dialects = [self._dialect] if self._dialect else list(PROTOCOLS.values())
         with self._connections() as http:
+            named = self._dialect is not None and self._dialect.path.startswith("/v1") and not self.model
+            models = self._models(http, optional=not named)
             if not self.model and any(dialect.path.startswith("/v1") for dialect in dialects):
-                self.model = self._only_model(http, optional=self._dialect is None)
+                self.model = self._only_model(models)
+            self.max_length = models.get(self.model, next(iter(models.values())) if len(models) == 1 else 0)
             if self._dialect is not None:
                 self._ask(http, self._dialect, ids, topk, threading.Event())
                 return self._dialect.name
@@ -546,22 +615,50 @@ class Client:
             topk: how many of the likeliest tokens of each place; 0: the logprobs alone.
 
         Raises:
+            RowRefusedError: some of them the server does not take, and all others have an answer.
             TeacherError: there is no answer for one of them, with the reason. The others are given up then.
         """
         if self._dialect is None and rows:
             self.connect(rows[0], topk)
-        dialect, stop = self._dialect, threading.Event()
+        dialect = self._dialect
         assert dialect is not None or not rows
+        return self._every(lambda http, row, stop: self._ask(http, dialect, row, topk, stop), rows)
+
+    def ask(self, questions: Sequence[Question]) -> list[Any]:
+        """What each question's `read` gives, in their order.
+
+        Raises:
+            RowRefusedError: as `score`.
+            TeacherError: as `score`.
+        """
+
+        def answer(http: http1.Connections, question: Question, stop: threading.Event) -> Any:
+            def attempt() -> Any:
+                method = "GET" if question.payload is None else "POST"
+                return self._asked(http, method, question.path, question.payload, question.most, question.read)
+
+            found = self._again(attempt, stop, question.path)
+            with self._lock:
+                self.figures["answers"] += 1
+            return found
+
+        return self._every(answer, questions)
+
+    def _every(
+        self, ask: Callable[[http1.Connections, Any, threading.Event], Found], what: Sequence[Any]
+    ) -> list[Found]:
+        """Asks several at a time; when one fails for good the others are given up."""
+        stop = threading.Event()
         self._batches.add(stop)
-        pool = ThreadPoolExecutor(min(self.concurrency, max(len(rows), 1)), thread_name_prefix="teacher")
+        pool = ThreadPoolExecutor(min(self.concurrency, max(len(what), 1)), thread_name_prefix="teacher")
         http = self._connections()
         try:
-            futures = [pool.submit(self._ask, http, dialect, row, topk, stop) for row in rows]
+            futures = [pool.submit(_or_refusal, ask, http, one, stop) for one in what]
             done = wait(futures, return_when=FIRST_EXCEPTION).done
             failed = next((e for f in futures if f in done and (e := f.exception()) is not None), None)
             if failed is not None:
                 raise failed
-            return [future.result() for future in futures]
+            return _whole([future.result() for future in futures])
         finally:
             stop.set()
             self._batches.discard(stop)
@@ -605,18 +702,24 @@ class Client:
     def _again(self, attempt: Callable[[], Any], stop: threading.Event, path: str, *, probing: bool = False) -> Any:
         """What the attempt gives, made again where that may help; the only place from which errors go out."""
         pause = self.pause
-        for number in range(1, self.retries + 2):
+        for number in count(1):
             stop.wait(self._not_before - time.monotonic())
             if stop.is_set():
                 raise TeacherError(f"{self.url}: given up, as another request of the batch failed or the run ended")
+            start = time.monotonic()
             found, error = self._caught(attempt, path)
             if error is None:
+                self._hear(start)
+                self._look_again(stop)
                 return found
             if probing and number > 1 and isinstance(error, BadAnswerError):
                 break  # another protocol's, and not by chance
-            if number <= self.retries:  # what the server asks for comes on top: a moment of it is none
-                stop.wait(min(pause, _LONGEST_PAUSE) * (1 + random.random()) / 2)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+            waits = error.gone and self._waits(str(error))
+            if number > self.retries and not waits:
+                break
+            # What the server asks for comes on top: a moment of it is none.
+            stop.wait(min(pause, _LONGEST_LOOK if waits else _LONGEST_PAUSE) * (1 + random.random()) / 2)
+            pause = min(2 * pause, _LONGEST_PAUSE)
         kind = TeacherError if isinstance(error, BadAnswerError) else TeacherUnreachableError
         raise kind(self._clean(f"{self.url}{path}: gave up after {number} attempts, the last: {error}"))
 
@@ -630,7 +733,65 @@ class Client:
                     self._not_before = max(self._not_before, time.monotonic() + error.after)
             return None, error
         except TeacherError as error:
-            raise TeacherError(self._clean(f"{self.url}{path}: {error}")) from None
+            raise type(error)(self._clean(f"{self.url}{path}: {error}")) from None
+
+    def _waits(self, why: str) -> bool:
+        """Whether to wait for a server that is gone, and says so from time to time."""
+        now = time.monotonic()
+        with self._lock:
+            if self._gone is None:
+                self._gone, self._said = now, -math.inf
+            since = now - self._gone
+            waits = since < self.patience
+            says = waits and now - self._said >= _SAID_EVERY
+            self._said = now if says else self._said
+        if says:
+            so_far = f", for {since:.0f} s so far" if since else ""
+            self.say(f"{self.url} is not there ({self._clean(why)}): waiting{so_far}; {self.patience:g} s at most")
+        return waits
+
+    def _hear(self, start: float) -> None:
+        """An answer has come, to a request of that time."""
+        now = time.monotonic()
+        with self._lock:
+            gone, self._gone = self._gone, None if self._gone is not None and start >= self._gone else self._gone
+            back = gone is not None and self._gone is None
+            says = back and self._said > -math.inf
+            self._doubted |= back or now - self._heard > _UNHEARD
+            self._heard = now
+        if says and gone is not None:
+            self.say(f"{self.url} answers, after {now - gone:.0f} s")
+
+    def remember(self, ids: Sequence[int], topk: int, answer: Answer) -> None:
+        """What the server says of a known text, which it must say again when it may have become another one."""
+        self._known, self._doubted = (list(ids), topk, answer), False
+
+    def _look_again(self, stop: threading.Event) -> None:
+        """Whether the model is the same, where that is in doubt; answers wait for it.
+
+        Raises:
+            OtherTeacherError: it is not.
+        """
+        if self._known is None or not self._doubted:
+            return
+        with self._looking:
+            if not self._doubted:
+                return
+            ids, topk, before = self._known
+            self._doubted = False  # this request's own answer is not looked at
+            try:
+                with self._connections() as http:
+                    now = self._ask(http, self._dialect, ids, topk, stop)
+                    self.figures["answers"] -= 1
+                apart = _apart(before, now)
+                if apart > _SAME:
+                    raise OtherTeacherError(
+                        f"{self.url} has another model than at the start: the logprobs of a known text are "
+                        f"{apart:.2g} nats from what they were, in the mean"
+                    )
+            except BaseException:
+                self._doubted = True
+                raise
 
     def _asked(
         self,
@@ -651,7 +812,8 @@ class Client:
         except http1.UnfitError as error:
             raise BadAnswerError(str(error)) from None
         except http1.ExchangeError as error:
-            raise _AgainError("connection", f"the connection failed: {self._repeated(str(error))}") from None
+            gone = isinstance(error, http1.UnreachedError)
+            raise _AgainError("connection", f"the connection failed: {self._repeated(str(error))}", gone=gone) from None
         if answer.status != 200:
             raise self._refusal(answer.status, answer.headers, answer.content)
         # One at a time: only one of them is in memory as Python's objects, which are larger than its bytes.
@@ -667,33 +829,47 @@ class Client:
         said = self._repeated(_said(content))
         said = f": {said}" if said else ""
         if status in (408, 425, 429) or status >= 500:
-            return _AgainError(f"status {status}", f"status {status}{said}", _retry_after(headers.get("retry-after")))
+            after = _retry_after(headers.get("retry-after"))
+            return _AgainError(f"status {status}", f"status {status}{said}", after, gone=status in _GONE)
         hint = ""
         if status in (401, 403):
-            hint = f"; set {KEY_VARIABLE} to the server's key" if not self._key else f"; the key of {KEY_VARIABLE}?"
+            name = self.key_variable
+            hint = f"; set {name} to the server's key" if not self._key else f"; the key of {name}?"
         elif status == 404:
             hint = "; another protocol, or a model that it does not have (teacher_model)?"
         elif 300 <= status < 400:
             hint = "; redirects are not followed, as they would take the key along: give the server's own URL"
-        return TeacherError(f"refused with status {status}{said}{hint}")
+        kind = RowRefusedError if status in _UNFIT else TeacherError
+        return kind(f"refused with status {status}{said}{hint}")
 
-    def _only_model(self, http: http1.Connections, *, optional: bool) -> str:
-        """The name of the one model that the server has; empty where it does not say, if that may be."""
+    def _models(self, http: http1.Connections, *, optional: bool) -> dict[str, int]:
+        """The models that the server has, and how long their rows may be; none where it does not say, if that may be.
+
+        Raises:
+            TeacherError: there is no server; or no list that can be read, and it is not optional.
+        """
         path = "/v1/models"
         try:
-            names = self._again(
-                lambda: self._asked(http, "GET", path, None, _LIST_ROOM, _model_names), threading.Event(), path
+            found: dict[str, int] = self._again(
+                lambda: self._asked(http, "GET", path, None, _LIST_ROOM, _models_in),
+                threading.Event(),
+                path,
+                probing=optional,
             )
         except TeacherUnreachableError:
             raise
         except TeacherError:
             if optional:
-                return ""
+                return {}
             raise
-        if len(names) > 1:
-            some = self._repeated(", ".join(names))
+        return found
+
+    def _only_model(self, models: Mapping[str, int]) -> str:
+        """The name of the one model that the server has; empty where it does not say."""
+        if len(models) > 1:
+            some = self._repeated(", ".join(models))
             raise TeacherError(f"{self.url} has several models, set teacher_model to one: {some}")
-        return str(names[0]) if names else ""
+        return next(iter(models), "")
 
     def _repeated(self, text: str) -> str:
         """A server's words for a message: escaped, and first without the key, which would be cut in two."""
@@ -715,17 +891,44 @@ def _said(content: bytes) -> str:
     return text if isinstance(text, str) else content.decode(errors="replace")
 
 
-def _model_names(body: Any) -> list[str]:
+def _models_in(body: Any) -> dict[str, int]:
     entries = body.get("data", []) if isinstance(body, dict) else None
     if not isinstance(entries, list):
         raise BadAnswerError(f"its list of models is {_shown(entries)}")
-    names = []
+    models = {}
     for entry in entries:
         name = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not 0 < len(name) <= 1000:
             raise BadAnswerError(f"{_shown(name)} is no model's name")
-        names.append(name)
-    return names
+        longest = entry.get("max_model_len")
+        models[name] = longest if type(longest) is int and 0 < longest < 2**31 else 0
+    return models
+
+
+def _or_refusal(ask: Callable[..., Found], *args: Any) -> Found | RowRefusedError:
+    """What a server makes of a row; that it does not take it is no failure of the others."""
+    try:
+        return ask(*args)
+    except RowRefusedError as error:
+        return error
+
+
+def _whole(answers: Sequence[Found | RowRefusedError]) -> list[Found]:
+    refused = {b: answer for b, answer in enumerate(answers) if isinstance(answer, RowRefusedError)}
+    if not refused:
+        return [answer for answer in answers if not isinstance(answer, RowRefusedError)]
+    first = next(iter(refused.values()))
+    if len(refused) == len(answers):
+        raise TeacherError(str(first))
+    error = RowRefusedError(f"{len(refused)} of {len(answers)} rows are not taken, the first: {first}")
+    error.rows = list(refused)
+    raise error
+
+
+def _apart(before: Answer, now: Answer) -> float:
+    """How far two answers about one row are from each other: nats, in the mean over its tokens."""
+    a, b = (np.nan_to_num(answer.logprobs[1:], neginf=_NOTHING) for answer in (before, now))
+    return float(np.minimum(np.abs(a - b), 10).mean())
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -773,6 +976,7 @@ def self_test(
     # Of every row something that does not depend on the token that is there. OpenAI's dialect has that anyway.
     topk = topk if client.protocol == OpenAI.name else max(topk, 1)
     first, second, *rest = client.score([ids, ids, *variants], topk)
+    client.remember(ids, topk, first)
     with np.errstate(invalid="ignore"):
         gap = np.nan_to_num(np.abs(first.logprobs - second.logprobs))
     apart = float(gap.max())

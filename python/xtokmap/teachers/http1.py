@@ -36,6 +36,10 @@ class ExchangeError(Exception):
     """The connection failed, or what came over it is no HTTP."""
 
 
+class UnreachedError(ExchangeError):
+    """Nobody took the connection: there is no server, or not yet, or no way to it."""
+
+
 class LateError(ExchangeError):
     """No whole answer within the seconds of the request."""
 
@@ -131,6 +135,7 @@ class Connections:
 
         Raises:
             LateError: it took longer.
+            UnreachedError: it could not be connected to.
             UnfitError: more came, or something encoded.
             ExchangeError: anything else without an answer.
         """
@@ -145,7 +150,10 @@ class Connections:
             request = h11.Request(method=method, target=target, headers=list(headers.items()))
             wire = self._ready() or self._opened(deadline)
         except (OSError, UnicodeError, h11.ProtocolError) as error:
-            raise _failure(error, seconds) from None
+            failure = _failure(error, seconds)
+            # Certificates that do not fit, and names that are none, are not waited for.
+            waits = isinstance(error, OSError) and not isinstance(error, (TimeoutError, ssl.SSLError))
+            raise (UnreachedError(str(failure)) if waits else failure) from None
         wire.deadline, wire.room = deadline, most
         kept = False
         try:

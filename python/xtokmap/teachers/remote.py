@@ -13,7 +13,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.chat import PLAIN_TEMPLATE
 from xtokmap.losses.queries import transfer
-from xtokmap.teachers.client import Answer, Client, self_test
+from xtokmap.teachers.client import Answer, Client, RowRefusedError, self_test
 from xtokmap.teachers.scores import Prompted, Scores, check_queries, padded_found
 from xtokmap.tokenizers import byte_table
 from xtokmap.torch.completions import check_pairs, flat_ids, row_ends, token_mask
@@ -76,9 +76,27 @@ class ServerTeacher(Prompted):
         """
         text = self.tokenizer(_KNOWN_TEXT).input_ids[:32]
         ids = [*self.render(["?"])[0][:8], *text]
+        self.client.connect(ids[:8], self.topk)
+        if self.client.max_length:
+            ids = ids[: max(2, self.client.max_length - 1)]
         others = [token for token in dict.fromkeys(text) if token != ids[len(ids) // 2]][:4]
-        self.client.connect(ids, self.topk)
         return self_test(self.client, ids, others, topk=self.topk, spell=self._spell)
+
+    def too_long(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> tuple[list[int], str]:
+        """Which rows are longer than the server takes, as far as it has said how long they may be; and what to do."""
+        longest = self.client.max_length
+        # Behind the completion, the token that makes a row of what follows it, and the one that is generated.
+        room = longest - (2 if self.topk else 1)
+        rows = [
+            b for b, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)) if c and len(p) + len(c) > room
+        ]
+        why = (
+            f"with their prompts they have more than {room} of the teacher's tokens (the server's max_model_len is "
+            f"{longest}); start it with a larger --max-model-len, or lower max_new_tokens or max_prompt_tokens"
+        )
+        return (rows, why) if longest else ([], "")
 
     def score(
         self,
@@ -104,7 +122,8 @@ class ServerTeacher(Prompted):
             top: whether to ask for the top k without queries, too.
 
         Raises:
-            TeacherError: the server gives no answer that can be used for one of the rows.
+            RowRefusedError: the server does not take some of the rows.
+            TeacherError: it gives no answer that can be used for one of them.
             XTokMapError: whole rows are asked for, and what `LocalTeacher.score` names.
         """
         check_pairs(prompt_ids, completion_ids)
@@ -122,10 +141,13 @@ class ServerTeacher(Prompted):
         # One more token, so that there is a row after the last one. Which does not matter: it is among that row's.
         after = [self.stop_id or 0] if asked else []
         rows = [[*p, *c, *after] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        wanted = [b for b, row in enumerate(completion_ids) if row or asked]
-        answers = dict(
-            zip(wanted, self.client.score([rows[b] for b in wanted], self.topk if asked else 0), strict=True)
-        )
+        wanted = [b for b, row in enumerate(completion_ids) if row]
+        try:
+            found_rows = self.client.score([rows[b] for b in wanted], self.topk if asked else 0)
+        except RowRefusedError as error:
+            error.rows = [wanted[b] for b in error.rows]
+            raise
+        answers = dict(zip(wanted, found_rows, strict=True))
         mask = token_mask(completion_ids, torch.device("cpu"))
         logprobs = torch.zeros(mask.shape)
         for b, answer in answers.items():
@@ -134,7 +156,7 @@ class ServerTeacher(Prompted):
         logprobs, mask = logprobs.to(self.device), mask.to(self.device)
         if not asked:
             return Scores(logprobs, mask)
-        flat = _top_rows([(answers[b], len(prompt_ids[b])) for b in wanted]).to(self.device)
+        flat = _top_rows([(answers.get(b), len(row)) for b, row in enumerate(prompt_ids)]).to(self.device)
         first_row = torch.from_numpy(row_ends(completion_ids)[:-1] + np.arange(len(completion_ids))).to(self.device)
         shown = flat.at(torch.where(mask, first_row[:, None] + torch.arange(mask.shape[1], device=self.device), -1))
         shown = replace(shown, ids=torch.where(mask[..., None], shown.ids, -1))
@@ -151,12 +173,13 @@ class ServerTeacher(Prompted):
 _KNOWN_TEXT = "The quick brown fox jumps over 13 lazy dogs, und 7 schöne Grüße: the sky is blue, the grass is green."
 
 
-def _top_rows(answers: Sequence[tuple[Answer, int]]) -> TopK:
-    """The rows of completions, each from the one after its prompt on, flat."""
-    width = max((answer.top_ids.shape[1] for answer, _ in answers), default=1)
-    ids = [np.pad(a.top_ids[p:], ((0, 0), (0, width - a.top_ids.shape[1])), constant_values=-1) for a, p in answers]
-    logprobs = [np.pad(a.top_logprobs[p:], ((0, 0), (0, width - a.top_logprobs.shape[1]))) for a, p in answers]
-    return TopK(
-        torch.from_numpy(np.concatenate([np.zeros((0, width), np.int64), *ids])),
-        torch.from_numpy(np.concatenate([np.zeros((0, width), np.float32), *logprobs])),
-    )
+def _top_rows(answers: Sequence[tuple[Answer | None, int]]) -> TopK:
+    """The rows of completions, each from the one after its prompt on, flat; a row of nothing for an empty one."""
+    width = max((answer.top_ids.shape[1] for answer, _ in answers if answer is not None), default=1)
+    ids, logprobs = [np.zeros((0, width), np.int64)], [np.zeros((0, width), np.float32)]
+    for answer, p in answers:
+        own = np.zeros((1, 0)) if answer is None else answer.top_ids[p:]
+        more = ((0, 0), (0, width - own.shape[1]))
+        ids.append(np.pad(own, more, constant_values=-1).astype(np.int64))
+        logprobs.append(np.pad(own[:, :0] if answer is None else answer.top_logprobs[p:], more).astype(np.float32))
+    return TopK(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(logprobs)))

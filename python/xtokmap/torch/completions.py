@@ -7,7 +7,7 @@ scores token i + 1; the shift happens here and nowhere else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -91,6 +91,11 @@ def ragged(ids: Any, mask: Any = None, stops: Sequence[int] = ()) -> list[list[i
         return rows
     ends = (next((k for k, i in enumerate(row) if i in stops), len(row)) for row in rows)
     return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
+
+
+def emptied(rows: Sequence[list[Any]], which: Container[int]) -> list[list[Any]]:
+    """Ragged rows of which some are empty."""
+    return [[] if b in which else row for b, row in enumerate(rows)]
 
 
 def as_list(row: Any) -> list[int]:

@@ -15,6 +15,9 @@ from xtokmap.losses.table import LOSSES
 from xtokmap.teachers.client import KEY_VARIABLE, PROTOCOLS, check_url
 from xtokmap.train.support.track import TRACKERS
 
+#: The environment variable with the API key of the student's server.
+SAMPLER_KEY = "XTOKMAP_SAMPLER_KEY"
+
 #: Whose samples, and what becomes of them; see `Config.method`.
 METHODS = ("opd", "kd", "sft")
 
@@ -52,12 +55,24 @@ class Config:
     teacher_retries: int = _doc(
         5, "further attempts after a failed request that may still succeed, with growing pauses"
     )
+    teacher_patience: float = _doc(
+        300.0, "seconds to wait for a server that is not there (not started yet, or killed and started again)"
+    )
     teacher_failures: int = _doc(3, "batches in a row that the server may fail on before the run ends")
     overlap: bool = _doc(
         False,
         "with teacher_url: sample the next batch while the server scores this one, update while it scores the next; "
         "samples are one update old then, and their own logprobs correct for it",
     )
+    sampler_url: str = _doc(
+        "",
+        "http://host:port of a vLLM server (VLLM_SERVER_DEV_MODE=1) that samples the student's answers, and is given "
+        f"the student's weights; empty: they are sampled here. Its key is taken from the environment ({SAMPLER_KEY})",
+    )
+    sampler_folder: str = _doc("", "for these weights, seen by both under this name; empty: `sampler` in `output`")
+    sampler_every: int = _doc(1, "updates after which the server is given the weights again")
+    sampler_concurrency: int = _doc(64, "most answers that are sampled there at a time")
+    sampler_timeout: float = _doc(600.0, "seconds for one answer, and for the weights")
     prompts: str = _doc(
         "",
         "prompts: .jsonl, .parquet or a folder of a data set with `prompt` or `messages` (and `tools`, "
@@ -131,10 +146,18 @@ class Config:
         for f in fields(self):
             self._check_kind(f.name, getattr(self, f.name), type(f.default))
         counts = ("steps", "batch_size", "max_new_tokens", "updates", "micro_batch", "max_prompt_tokens")
-        for name in (*counts, "keep_checkpoints", "teacher_concurrency"):
+        for name in (*counts, "keep_checkpoints", "teacher_concurrency", "sampler_every", "sampler_concurrency"):
             if getattr(self, name) < 1:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("temperature", "learning_rate", "grad_clip", "clamp", "teacher_timeout", "lora_alpha"):
+        for name in (
+            "temperature",
+            "learning_rate",
+            "grad_clip",
+            "clamp",
+            "teacher_timeout",
+            "lora_alpha",
+            "sampler_timeout",
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
         amounts = (
@@ -147,7 +170,7 @@ class Config:
             "clip_high",
         )
         more = ("save_every", "report_every", "lora_rank", "teacher_topk", "teacher_retries", "teacher_failures")
-        for name in (*amounts, *more):
+        for name in (*amounts, *more, "teacher_patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise XTokMapError(f"{name}={getattr(self, name)}: must be finite and not negative")
         if not 1 < self.clip_dual < math.inf:
@@ -181,6 +204,15 @@ class Config:
                 "overlap=True without teacher_url: a teacher that is loaded here computes where the student does, and "
                 "there is nothing to wait for; serve it, or leave overlap out"
             )
+        if self.sampler_url:
+            check_url(self.sampler_url, "sampler_url", SAMPLER_KEY)
+            if self.method != "opd":
+                raise XTokMapError(f"method={self.method!r} with sampler_url: only the student samples there")
+            if self.lora_rank:
+                raise XTokMapError(
+                    "lora_rank with sampler_url: the server is given whole weights, and an adapter is not merged into "
+                    "them yet; train all weights (lora_rank=0), or sample here"
+                )
         if self.method == "kd" and self.loss_rule.on_policy:
             raise XTokMapError(
                 f"loss={self.loss!r} with method='kd': a policy gradient needs the student's own samples; use one of "

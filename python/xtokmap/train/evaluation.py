@@ -37,7 +37,10 @@ def coverage_shares(counts: Sequence[int], tokens: int) -> dict[str, float]:
 
 @dataclass
 class Evaluation:
-    """What the student is like on held-out prompts; one entry a prompt, its samples summed."""
+    """What the student is like on held-out prompts; one entry a prompt, its samples summed.
+
+    `skipped` is how many answers a served teacher does not take; only length and completed are of these, too.
+    """
 
     prompts: list[str]
     nats: list[float]
@@ -46,6 +49,7 @@ class Evaluation:
     completed: float
     length: float
     coverage: dict[str, float]
+    skipped: int = 0
 
     @property
     def kl_per_byte(self) -> tuple[float, float]:
@@ -89,7 +93,8 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
     config, n = replace(roller.config, method="opd", loss="full"), len(prompts)
     nats, nbytes = [0.0] * n, [0.0] * n
     responses = [""] * n
-    completed, lengths, counts = 0, 0, torch.zeros(len(Kind), dtype=torch.long, device=roller.device)
+    completed, sampled, lengths, skipped = 0, 0, 0, 0
+    counts = torch.zeros(len(Kind), dtype=torch.long, device=roller.device)
     processes = roller.processes
     found: list[tuple[int, float, float, str]] = []
     failure: str | None = None
@@ -102,7 +107,7 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
             batch = work[first : first + size]
             rollouts = roller.sample([prompts[i] for i in batch], config)
             try:
-                roller.score(rollouts, config)
+                rollouts = roller.score(rollouts, config)
             except TeacherError as error:
                 failure = failure or str(error)
             own = roller.all_logprobs(rollouts.batch)  # which needs every rank where the student is sharded
@@ -114,7 +119,9 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
             answers = roller.tokenizer.batch_decode(rollouts.batch.student_ids, skip_special_tokens=True)
             found += zip(batch, gap.tolist(), bytes_of.tolist(), answers, strict=True)
             completed += sum(rollouts.completed)
+            sampled += sum(rollouts.sampled)
             lengths += sum(rollouts.lengths)
+            skipped += len(rollouts.skipped)
     failures = [text for text in processes.gather(failure) if text is not None]
     if failures:
         raise TeacherError(failures[0])
@@ -122,7 +129,8 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
         nats[i] += x
         nbytes[i] += y
         responses[i] = responses[i] or answer
-    completed, lengths = map(sum, zip(*processes.gather((completed, lengths)), strict=True))
+    totals = processes.gather((completed, sampled, lengths, skipped))
+    completed, sampled, lengths, skipped = map(sum, zip(*totals, strict=True))
     counts = processes.sum(counts)
     total = max(n * samples, 1)
     coverage = coverage_shares(counts.tolist(), lengths)
@@ -132,6 +140,7 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
         nbytes,
         responses,
         completed / total,
-        lengths / total,
+        sampled / total,
         coverage,
+        skipped,
     )

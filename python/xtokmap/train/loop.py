@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
 import signal
 import stat
 import sys
@@ -29,7 +30,7 @@ import torch
 import xtokmap
 from xtokmap import report as page
 from xtokmap._core import XTokMapError
-from xtokmap.chat import PromptLike
+from xtokmap.chat import PromptLike, render
 from xtokmap.files import alone_in, in_use
 from xtokmap.models import (
     check_finite,
@@ -46,9 +47,10 @@ from xtokmap.train.config import Config
 from xtokmap.train.evaluation import Evaluation, evaluate
 from xtokmap.train.prompts import read_prompts
 from xtokmap.train.run import Run
+from xtokmap.train.sampler import ServerSampler
 from xtokmap.train.sampling import Roller
 from xtokmap.train.support.checkpoint import CheckpointError, found, restore, save, writing
-from xtokmap.train.support.distributed import Processes, launched, shard, whole_weights
+from xtokmap.train.support.distributed import Processes, gathered, launched, shard, whole_weights
 from xtokmap.train.support.progress import Progress, evaluation_line
 from xtokmap.train.support.track import tracker
 
@@ -93,10 +95,10 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
             check_finite(teacher_model, f"teacher {config.teacher}")
         if config.lora_rank:
             student = with_adapter(student, config.lora_rank, config.lora_alpha, config.lora_targets)
-        teacher = _teacher(config, teacher_model, teacher_tokenizer, device)
+        teacher = _teacher(config, teacher_model, teacher_tokenizer, device, _plain if processes.first else _nothing)
         if config.shard:
             shard(student, processes, device)
-        roller = Roller(student, tokenizer, teacher, config, processes)
+        roller = Roller(student, tokenizer, teacher, config, processes, _sampler(config, processes))
         run = Run(roller, prompts)
         teacher.render([*prompts, *heldout])  # what its template cannot put is found here, not in mid-run
         if processes.count > 1:
@@ -105,12 +107,18 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         if resumed:
             run.catch_up(output / "samples.jsonl")
 
+        if roller.sampler is not None:
+            _try_out(run, prompts)
         if processes.first:
             _begin(output, run)
         after = None
         interrupted, failure = False, None
         try:
             with _progress(run) as (say, show), _asked_to_stop() as asked:
+                run.say = say
+                for side in (teacher, roller.sampler):
+                    if isinstance(side, (ServerTeacher, ServerSampler)):
+                        side.client.say = say
                 if resumed:
                     say(f"resuming at step {run.done} of {config.steps}")
                 elif heldout and config.eval_samples:
@@ -132,6 +140,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                     save(run, checkpoints, keep=config.keep_checkpoints)
                 interrupted = run.done < config.steps
                 if heldout and config.eval_samples and not interrupted:
+                    run.hand_over()
                     after = _evaluated("after", roller, heldout, say)
         except KeyboardInterrupt:
             interrupted = True
@@ -149,7 +158,10 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         if processes.first:
             _end(output, run, weights, after)
         if failure is not None:
-            raise TeacherError(f"ended after {run.done} steps, which are saved in {output}: {failure}") from failure
+            how = "--resume goes on from there" if config.save_every else "no checkpoint is kept (save_every=0)"
+            raise TeacherError(
+                f"ended after {run.done} steps, which are saved in {output}; {how}: {failure}"
+            ) from failure
         return Result(output, run.history, run.before, after, interrupted)
 
 
@@ -162,6 +174,14 @@ def _models(config: Config, device: torch.device) -> tuple[Any, Any, Any, Any]:
     if config.teacher_url:
         return *student, None, load_tokenizer(config.teacher)
     return *student, *load(config.teacher, device, config.dtype)
+
+
+def _plain(text: str) -> None:
+    print(text, flush=True)
+
+
+def _nothing(text: str) -> None:
+    """Said by the first process."""
 
 
 @contextmanager
@@ -230,7 +250,7 @@ def _log(output: Path, *lines: dict[str, Any]) -> None:
 def _progress(run: Run) -> Iterator[tuple[Callable[[str], None], Callable[[dict[str, Any]], None]]]:
     """How to say something and to show a step: on the first process, nothing on the others."""
     if not run.processes.first:
-        yield (lambda text: None), (lambda line: None)
+        yield _nothing, (lambda line: None)
         return
     config = run.config
     with (
@@ -267,7 +287,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device) -> Teacher:
+def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device, say: Callable[[str], None]) -> Teacher:
     """The teacher that `config` names; a server has passed its self-test."""
     if not config.teacher_url:
         return LocalTeacher(model, tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template)
@@ -282,10 +302,46 @@ def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device) -
         concurrency=config.teacher_concurrency,
         timeout=config.teacher_timeout,
         retries=config.teacher_retries,
+        patience=config.teacher_patience,
     )
+    teacher.client.say = say
     if (unknown := teacher.self_test()) is not None:
         warnings.warn(f"{config.teacher_url}: {unknown}", stacklevel=3)
     return teacher
+
+
+def _sampler(config: Config, processes: Processes) -> ServerSampler | None:
+    """Where the student samples, if not here."""
+    if not config.sampler_url:
+        return None
+    sampler = ServerSampler(
+        config.sampler_url,
+        Path(config.sampler_folder or Path(config.output) / "sampler"),
+        f"xtokmap-{processes.gather(secrets.token_hex(8))[0]}",
+        first=processes.first,
+        concurrency=config.sampler_concurrency,
+        timeout=config.sampler_timeout,
+        retries=config.teacher_retries,
+        patience=config.teacher_patience,
+    )
+    sampler.client.say = _plain if processes.first else _nothing
+    return sampler
+
+
+def _try_out(run: Run, prompts: Sequence[PromptLike]) -> None:
+    """Whether the server that samples takes the student's weights, and has them then."""
+    roller, config, problem = run.roller, run.config, None
+    run.hand_over()
+    assert roller.sampler is not None
+    try:
+        with gathered(roller.student):
+            some = render(roller.tokenizer, prompts[:4], config.plain_template)
+            roller.sampler.self_test(roller.student, some, roller.aligner.student.stop_ids, config)
+    except TeacherError as error:
+        problem = str(error)
+    problems = [text for text in run.processes.gather(problem) if text is not None]
+    if problems:
+        raise TeacherError(problems[0])
 
 
 def _evaluated(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,15 @@ from xtokmap.models import (
     float32_parameters,
     write_back,
 )
-from xtokmap.teachers.client import TeacherError
+from xtokmap.teachers.client import OtherTeacherError, TeacherError
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.train.evaluation import Evaluation, coverage_shares, ratio_with_error
-from xtokmap.train.sampling import Roller, Rollouts
+from xtokmap.train.rollouts import Rollouts
+from xtokmap.train.sampling import Roller
 from xtokmap.train.step import StepResult, update
 from xtokmap.train.support.clock import Clock
-from xtokmap.train.support.distributed import Processes, is_shard
+from xtokmap.train.support.distributed import Processes, is_shard, whole_weights
 from xtokmap.train.support.flops import ModelFlops, StepFlops
 from xtokmap.train.support.health import Entropy, Monitor, measure, together
 from xtokmap.train.support.overlap import Scoring
@@ -74,6 +77,8 @@ class Run:
         before: the evaluation before the first one, where it was made.
         saved: the step of the checkpoint that this run wrote or read last; -1: none.
         lost: batches in a row that a served teacher did not score.
+        refusal: how many of the last batch's answers a server does not take, of how many, and why.
+        say: shows a line of its own, in the first process.
         ahead: the next batch, sampled already and being scored (with `Config.overlap`).
         monitor: watches over its health.
         samples: some of what was sampled.
@@ -102,6 +107,8 @@ class Run:
         self.optimizer.register_step_post_hook(write_back)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.rate)
         self.done, self.saved, self.lost = 0, -1, 0
+        self.refusal, self._said_refusal = (0, 0, ""), False
+        self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         self.ahead: Scoring | None = None
         self.history: list[dict[str, Any]] = []
         self.before: Evaluation | None = None
@@ -129,44 +136,97 @@ class Run:
             pass
         return rollouts
 
-    def _sampled(self) -> Rollouts:
+    def hand_over(self) -> None:
+        """Gives a server that samples the student's weights, where its own are `Config.sampler_every` updates old.
+
+        Raises:
+            TeacherError: it does not take them; in every process.
+        """
+        sampler = self.roller.sampler
+        if sampler is None or (sampler.version >= 0 and self.done - sampler.version < self.config.sampler_every):
+            return
+        weights, problem = whole_weights(self.roller.student), None
+        try:
+            sampler.load(self.roller.student, self.done, weights)
+        except XTokMapError as error:
+            problem = str(error)
+        problems = [text for text in self.processes.gather(problem) if text is not None]
+        if problems:
+            sampler.version = -1
+            raise TeacherError(problems[0])
+
+    def _drawn(self) -> Rollouts:
+        """The next batch, sampled by weights that are as new as they have to be."""
+        seconds: dict[str, float] = {}
+        if self.roller.sampler is not None:
+            with Clock(self.roller.device, seconds)("weights"):
+                self.hand_over()
         rollouts = self.roller.sample(self.draw())
+        rollouts.seconds.update(seconds)
+        return rollouts
+
+    def _sampled(self) -> Rollouts:
+        rollouts = self._drawn()
         with Clock(self.roller.device, rollouts.seconds)("logprobs"):
-            rollouts.old_logprobs = self.roller.all_logprobs(rollouts.batch)
+            if rollouts.old_logprobs is None:
+                rollouts.old_logprobs = self.roller.all_logprobs(rollouts.batch)
         return rollouts
 
     def _scored(self) -> Rollouts | None:
         waiting, self.ahead = self.ahead, None
-        if self.config.overlap:
-            waiting = waiting or Scoring(self.roller, self._sampled())
-            if self.done + 1 < self.config.steps:
-                self.ahead = Scoring(self.roller, self._sampled(), after=waiting)
-        rollouts, failure = None, None
+        rollouts, failure, other = None, None, False
         try:
-            rollouts = waiting.wait() if waiting else self.roller.roll(self.draw())
+            if self.config.overlap:
+                waiting = waiting or Scoring(self.roller, self._sampled())
+                if self.done + 1 < self.config.steps:
+                    self.ahead = Scoring(self.roller, self._sampled(), after=waiting)
+            rollouts = waiting.wait() if waiting else self.roller.score(self._drawn())
         except TeacherError as error:
-            failure = str(error)
+            failure, other = str(error), isinstance(error, OtherTeacherError)
+        found = self.processes.gather((failure, other))
         # A batch that one rank has no scores for is left out on every rank.
-        failures = [text for text in self.processes.gather(failure) if text is not None]
+        failures = [text for text, _ in found if text is not None]
         if not failures:
-            return rollouts
+            assert rollouts is not None
+            rows = self.processes.gather((len(rollouts.skipped), len(rollouts.prompts), rollouts.refusal))
+            skipped, total = sum(n for n, *_ in rows), sum(n for _, n, _ in rows)
+            self.refusal = (skipped, total, next((why for n, _, why in rows if n), ""))
+            if skipped < total:
+                return rollouts
+            failures = [f"the server takes none of its {total} answers: {self.refusal[2]}"]
+        if any(changed for _, changed in found):
+            raise OtherTeacherError(failures[0])
         self.lost += 1
         if self.lost > self.config.teacher_failures:
             raise TeacherError(f"{self.lost} batches in a row have no scores; the last: {failures[0]}")
-        warnings.warn(f"this batch has no scores and is left out: {failures[0]}", stacklevel=4)
+        self.say(f"warning: a batch has no scores and is left out ({self.lost} in a row): {failures[0]}")
         return None
 
-    def take_up(self, answers: list[list[int]], completed: list[bool], old_logprobs: torch.Tensor) -> None:
-        """The next batch, that an earlier run had sampled: this rank's rows, and the logprobs of who sampled them."""
+    def take_up(
+        self,
+        answers: list[list[int]],
+        completed: list[bool],
+        old_logprobs: torch.Tensor,
+        sampled: list[int],
+        version: int,
+    ) -> None:
+        """The next batch, that an earlier run had sampled: this rank's rows, and the logprobs of who sampled them.
+
+        Rows that were skipped are empty; `sampled` has the lengths that they had.
+        """
         rollouts = self.roller.take(self.draw(), answers, completed)
+        rollouts.skipped |= {b: length for b, length in enumerate(sampled) if length and not answers[b]}
+        rollouts.version = version
         rollouts.seconds.update({"sample": 0.0, "logprobs": 0.0})
-        rollouts.old_logprobs = old_logprobs.to(self.roller.device)
+        rollouts.old_logprobs = old_logprobs[:, : rollouts.batch.completion_mask.shape[1]].to(self.roller.device)
         self.ahead = Scoring(self.roller, rollouts)
 
     def close(self) -> None:
         """Cancels open requests to a server; the checkpoint has the next batch, which is sampled already."""
         if isinstance(self.roller.teacher, ServerTeacher):
             self.roller.teacher.client.give_up()
+        if self.roller.sampler is not None:
+            self.roller.sampler.client.give_up()
         self.ahead = None
 
     def step(self) -> dict[str, Any]:
@@ -181,13 +241,43 @@ class Run:
         seen = self._watched(result, entropy) if self.watch else {}
         metrics = _metrics(self.done, result, time.perf_counter() - start, self.processes)
         metrics["skipped_batches"], self.lost = self.lost, 0
+        metrics["skipped_rows"], total, why = self.refusal
+        if metrics["skipped_rows"] and not self._said_refusal:
+            self._said_refusal = True
+            self.say(
+                f"warning: {metrics['skipped_rows']} of {total} answers are left out of step {self.done}: {why}. "
+                "Further ones are counted in metrics.jsonl (skipped_rows)"
+            )
         if self.config.overlap:
             metrics["hidden_seconds"] = max(self.processes.gather(rollouts.hidden))
+        if rollouts.version >= 0:
+            metrics["sampler"] = self._elsewhere(result)
         metrics |= self._account(rollouts) | seen
         if self.watch:
             metrics["warnings"] = self.monitor.check(metrics)
         self.history.append(metrics)
         return metrics
+
+    def _elsewhere(self, result: StepResult) -> dict[str, float]:
+        """How far the policy that sampled is from the one that was updated; over the tokens of all processes.
+
+        `staleness`: updates between them. `gap`: nats between their logprobs of a token, in the mean, and `largest`.
+        `clipped`: the share of tokens whose importance weight is outside `clip_low` and `clip_high`, and truncated.
+        """
+        rollouts, config = result.rollouts, self.config
+        assert rollouts.old_logprobs is not None
+        gap = (result.logprobs - rollouts.old_logprobs)[rollouts.batch.completion_mask]
+        clipped = (gap < math.log1p(-min(config.clip_low, 1 - 1e-9))) | (gap > math.log1p(config.clip_high))
+        largest = float(gap.abs().max()) if len(gap) else 0.0
+        own = (float(gap.abs().sum()), largest, int(clipped.sum()), len(gap))
+        parts = self.processes.gather(own)
+        tokens = max(sum(n for *_, n in parts), 1)
+        return {
+            "staleness": self.done - 1 - rollouts.version,
+            "gap": sum(total for total, *_ in parts) / tokens,
+            "largest": max(most for _, most, *_ in parts),
+            "clipped": sum(n for *_, n, _ in parts) / tokens,
+        }
 
     def _watched(self, result: StepResult, entropy: Entropy) -> dict[str, Any]:
         """The step's health."""
@@ -242,6 +332,7 @@ def _metrics(step: int, result: StepResult, seconds: float, processes: Processes
         "nats": result.nats.tolist(),
         "bytes": result.nbytes.tolist(),
         "lengths": rollouts.lengths,
+        "sampled": rollouts.sampled,
         "completed": rollouts.completed,
     }
     others = processes.gather((own, seconds, rollouts.seconds))
@@ -263,7 +354,7 @@ def _metrics(step: int, result: StepResult, seconds: float, processes: Processes
         "scored": scored / max(tokens, 1),
         "nonfinite_tokens": nonfinite,
         **{name: value / max(scored, 1) for name, value in figures.items()},
-        "response_length": tokens / len(rows["lengths"]),
+        "response_length": sum(rows["sampled"]) / len(rows["sampled"]),
         "completed": sum(rows["completed"]) / len(rows["completed"]),
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,

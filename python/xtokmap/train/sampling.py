@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,55 +11,36 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.aligner import Aligner
-from xtokmap.chat import Prompt, PromptLike, prompts_of, render, stop_id
+from xtokmap.chat import PromptLike, prompts_of, render, stop_id
+from xtokmap.teachers.client import RowRefusedError
 from xtokmap.teachers.local import LocalTeacher, Teacher
-from xtokmap.teachers.scores import Scores
-from xtokmap.torch.completions import batched_logprobs, completion_rows
+from xtokmap.teachers.remote import ServerTeacher
+from xtokmap.torch.completions import batched_logprobs, completion_rows, emptied
 from xtokmap.torch.logits import Logits
 from xtokmap.torch.pair import Pair, PairBatch
 from xtokmap.train.config import Config
 from xtokmap.train.generation import sample
+from xtokmap.train.rollouts import Rollouts
+from xtokmap.train.sampler import Sampled, ServerSampler, padded
 from xtokmap.train.support.anchor import Anchor
 from xtokmap.train.support.clock import Clock
 from xtokmap.train.support.distributed import Processes, gathered
-
-
-@dataclass
-class Rollouts:
-    """Samples of one side, as the other side spells them, and what the teacher thinks of them; B rows.
-
-    Attributes:
-        prompts: what was asked.
-        batch: prompts and answers as both sides' tokens, aligned.
-        completed: whether the end of turn came.
-        seconds: wall time by part.
-        teacher: what the teacher thinks of them; None where nobody asked it (method sft, or not yet).
-        old_logprobs: float32 `[B, Ts]`, of the policy that sampled, where another one may be updated by then.
-        hidden: seconds of the scoring that nobody waited for.
-    """
-
-    prompts: list[Prompt]
-    batch: PairBatch
-    completed: list[bool]
-    seconds: dict[str, float]
-    teacher: Scores | None = None
-    old_logprobs: Tensor | None = None
-    hidden: float = 0.0
-
-    @property
-    def lengths(self) -> list[int]:
-        """Student tokens of every completion, its end of turn included."""
-        return [len(row) for row in self.batch.student_ids]
 
 
 class Roller:
     """Samples from the student (or the teacher, as `Config.method` says) and has the teacher score the samples."""
 
     def __init__(
-        self, student: Any, tokenizer: Any, teacher: Teacher, config: Config, processes: Processes | None = None
+        self,
+        student: Any,
+        tokenizer: Any,
+        teacher: Teacher,
+        config: Config,
+        processes: Processes | None = None,
+        sampler: ServerSampler | None = None,
     ) -> None:
         self.student, self.tokenizer, self.teacher, self.config = student, tokenizer, teacher, config
-        self.processes = processes or Processes()
+        self.processes, self.sampler = processes or Processes(), sampler
         settings = asdict(config.loss_settings)
         self.pair = Pair(tokenizer, teacher.tokenizer, config.rule, plain_template=config.plain_template, **settings)
         self.aligner = self.pair.aligner
@@ -86,13 +67,23 @@ class Roller:
         config, clock = config or self.config, Clock(self.device)
         prompts = prompts_of(prompts)
         prompt_ids = render(self.tokenizer, prompts, config.plain_template)
+        elsewhere: Sampled | None = None
         with clock("sample"):
-            if config.method == "opd":
+            if config.method == "opd" and self.sampler is not None:
+                elsewhere = self.sampler.sample(prompt_ids, self.aligner.student.stop_ids, config)
+                answers, completed = elsewhere.ids, elsewhere.completed
+            elif config.method == "opd":
                 with gathered(self.student):
                     answers, completed = sample(self.student, prompt_ids, self.aligner.student.stop_ids, config)
             else:
                 answers, completed = self.answers(prompts, self.teacher.render(prompts))
-        return self.take(prompts, answers, completed, config, clock.seconds, prompt_ids)
+        rollouts = self.take(prompts, answers, completed, config, clock.seconds, prompt_ids)
+        if elsewhere is not None:
+            rollouts.version = elsewhere.version
+            rollouts.old_logprobs = padded(
+                emptied(elsewhere.logprobs, rollouts.skipped), rollouts.batch.completion_mask
+            )
+        return rollouts
 
     def answers(
         self, prompts: Sequence[PromptLike], teacher_prompts: Sequence[Sequence[int]]
@@ -132,17 +123,34 @@ class Roller:
             other = [row.tolist() for row in aligner.teacher_ids(answers, stop_id=stop)]
             completions, teacher_ids = (answers, other) if config.method == "opd" else (other, answers)
         with clock("align"):
-            pair = self.pair.with_loss(config.rule)
-            batch = pair.aligned(prompt_ids, completions, self.teacher.render(prompts), teacher_ids, device=self.device)
-        return Rollouts(prompts, batch, completed, clock.seconds)
+            pair, teacher_prompts = self.pair.with_loss(config.rule), self.teacher.render(prompts)
+            batch = pair.aligned(prompt_ids, completions, teacher_prompts, teacher_ids, device=self.device)
+            rollouts = Rollouts(prompts, batch, completed, clock.seconds)
+            if isinstance(self.teacher, ServerTeacher):
+                longer, why = self.teacher.too_long(teacher_prompts, teacher_ids)
+                if longer:
+                    return rollouts.without(longer, why, pair)
+        return rollouts
 
     def score(self, rollouts: Rollouts, config: Config | None = None) -> Rollouts:
-        """Adds what the teacher thinks of a batch, where the loss asks for it; the student is not touched."""
+        """The batch with what the teacher thinks of it, where the loss asks for it; the student is not touched.
+
+        Rows that a server refuses are empty in what comes back.
+        """
         config = config or self.config
-        if config.loss_rule.teacher != "nothing":
-            with Clock(self.device, rollouts.seconds)("teacher"):
-                rollouts.teacher = self.pair.with_loss(config.rule).scores(self.teacher, rollouts.batch)
-        return rollouts
+        if config.loss_rule.teacher == "nothing":
+            return rollouts
+        with Clock(self.device, rollouts.seconds)("teacher"):
+            return self._scored(rollouts, config)
+
+    def _scored(self, rollouts: Rollouts, config: Config) -> Rollouts:
+        try:
+            scores = self.pair.with_loss(config.rule).scores(self.teacher, rollouts.batch)
+        except RowRefusedError as error:
+            if not error.rows:
+                raise
+            return self._scored(rollouts.without(error.rows, str(error), self.pair), config)
+        return replace(rollouts, teacher=scores)
 
     def rows(self, batch: PairBatch) -> Logits:
         """The student's logits that score a batch's tokens, flat; with a gradient where grad is enabled."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from xtokmap.chat import PromptLike
 from xtokmap.torch.completions import by_length
 from xtokmap.torch.logits import Logits
-from xtokmap.train.sampling import Roller, Rollouts
+from xtokmap.train.rollouts import Rollouts
+from xtokmap.train.sampling import Roller
 from xtokmap.train.support.distributed import Gradients
 
 #: Looks at the student's rows of every micro-batch, of the policy before the update.

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 FREE = (
     *("steps", "output", "prompts", "micro_batch", "device", "save_every", "keep_checkpoints", "resume"),
     *("report_every", "track", "teacher_timeout", "teacher_concurrency", "teacher_retries", "teacher_failures"),
+    *("teacher_patience", "sampler_url", "sampler_folder", "sampler_concurrency", "sampler_timeout"),
 )
 
 _FORMAT = 1
@@ -226,7 +227,9 @@ def _ahead(run: Run) -> dict[str, Tensor]:
     return {
         "ids": torch.tensor([i for row in rollouts.batch.student_ids for i in row], dtype=torch.long),
         "lengths": torch.tensor(rollouts.lengths),
+        "sampled": torch.tensor(rollouts.sampled),
         "completed": torch.tensor(rollouts.completed),
+        "version": torch.tensor(rollouts.version),
         "logprobs": rollouts.old_logprobs.cpu(),
     }
 
@@ -373,7 +376,8 @@ def restore(run: Run, folder: Path) -> bool:
     run.order.skip(state["drawn"] - (run.config.batch_size if ahead else 0))
     if ahead:
         rows = torch.split(ahead["ids"], ahead["lengths"].tolist())
-        run.take_up([row.tolist() for row in rows], ahead["completed"].tolist(), ahead["logprobs"])
+        answers, flags, sampled = [row.tolist() for row in rows], ahead["completed"].tolist(), ahead["sampled"].tolist()
+        run.take_up(answers, flags, ahead["logprobs"], sampled, int(ahead["version"]))
     run.schedule.last_epoch = state["schedule"]["last_epoch"]
     run.schedule._last_lr = state["schedule"]["rates"]
     for group, rate in zip(run.optimizer.param_groups, state["schedule"]["rates"], strict=True):

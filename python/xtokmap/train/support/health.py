@@ -28,7 +28,8 @@ from xtokmap.losses.queries import boundary_leak
 from xtokmap.torch.completions import batched_logprobs, padded_logprobs
 from xtokmap.torch.logits import Logits
 from xtokmap.train.config import Config
-from xtokmap.train.sampling import Roller, Rollouts
+from xtokmap.train.rollouts import Rollouts
+from xtokmap.train.sampling import Roller
 from xtokmap.train.step import StepResult
 
 #: Rows of the student whose entropy is worked out in a step, evenly spaced over its tokens: each costs a head pass.
@@ -94,7 +95,7 @@ def measure(roller: Roller, result: StepResult, entropy: Entropy, *, probe: bool
     total, n = (0.0, 0.0) if entropy.total is None else entropy.total.tolist()
     stop = rollouts.batch.index.kind_of_student() == int(Kind.STOP)
     met = rollouts.batch.index.to_student((rollouts.batch.index.teacher_count > 0).long()) > 0
-    ended = sum(rollouts.completed)
+    ended = sum(done for b, done in enumerate(rollouts.completed) if b not in rollouts.skipped)
     scored = int((stop & met).sum()) if roller.config.score_stop else 0
     figures: Figures = {
         "entropy": (total / max(n, 1), n),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
-from xtokmap.train.sampling import Roller, Rollouts
+from xtokmap.train.rollouts import Rollouts
+from xtokmap.train.sampling import Roller
 
 
 class Scoring:
@@ -17,11 +19,11 @@ class Scoring:
         after: the batch before, whose turn comes first: the server is asked for one at a time.
 
     Attributes:
-        rollouts: the batch.
+        rollouts: the batch as it was sampled.
     """
 
     def __init__(self, roller: Roller, rollouts: Rollouts, after: Scoring | None = None) -> None:
-        self.rollouts = rollouts
+        self.rollouts = self._scored = rollouts
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(roller, after), daemon=True, name="scoring")
         self._thread.start()
@@ -30,7 +32,7 @@ class Scoring:
         if after is not None:
             after._thread.join()
         try:
-            roller.score(self.rollouts)
+            self._scored = roller.score(self.rollouts)
         except BaseException as error:
             self._failure = error
 
@@ -45,6 +47,6 @@ class Scoring:
         waited = time.perf_counter() - start
         if self._failure is not None:
             raise self._failure
-        self.rollouts.hidden = max(0.0, self.rollouts.seconds["teacher"] - waited)
-        self.rollouts.seconds["teacher"] = waited
-        return self.rollouts
+        hidden = max(0.0, self._scored.seconds["teacher"] - waited)
+        seconds = {**self._scored.seconds, "teacher": waited}
+        return replace(self._scored, hidden=hidden, seconds=seconds)

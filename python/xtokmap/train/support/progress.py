@@ -15,6 +15,7 @@ def evaluation_line(name: str, evaluation: Evaluation) -> str:
     return (
         f"{name}: reverse KL {kl:.4f} +- {error:.4f} nats/byte, {evaluation.length:.1f} tokens, "
         f"{evaluation.completed:.0%} completed"
+        + (f"; {evaluation.skipped} answers that the server does not take are left out" if evaluation.skipped else "")
     )
 
 

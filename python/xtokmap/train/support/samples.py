@@ -16,7 +16,8 @@ from xtokmap.alignment import Kind
 from xtokmap.columns import UNALIGNED, Column, columns
 from xtokmap.files import obstacle, replacing
 from xtokmap.train.evaluation import Evaluation
-from xtokmap.train.sampling import Roller, Rollouts
+from xtokmap.train.rollouts import Rollouts
+from xtokmap.train.sampling import Roller
 
 #: How many are kept of each sort: responses evenly spaced over the run, those with the largest gap of a chunk, the last
 #: ones with bytes that the sides spell differently, and held-out prompts.

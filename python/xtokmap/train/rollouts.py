@@ -1,0 +1,62 @@
+"""Rollouts: samples on their way through a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from xtokmap.chat import Prompt
+from xtokmap.teachers.scores import Scores
+from xtokmap.torch.batch import PairBatch
+from xtokmap.torch.completions import emptied
+from xtokmap.torch.pair import Pair
+
+
+@dataclass
+class Rollouts:
+    """Samples of one side, as the other side spells them, and what the teacher thinks of them; B rows.
+
+    Attributes:
+        prompts: what was asked.
+        batch: prompts and answers as both sides' tokens, aligned.
+        completed: whether the end of turn came.
+        seconds: wall time by part.
+        teacher: what the teacher thinks of them; None where nobody asked it (method sft, or not yet).
+        old_logprobs: float32 `[B, Ts]`, of the policy that sampled, where another one may be updated by then.
+        hidden: seconds of the scoring that nobody waited for.
+        skipped: rows that a served teacher does not take, and how many student tokens they had; their answers are
+            empty here, so that nothing is learned from them.
+        refusal: why it does not.
+        version: how many updates are in the weights that a server sampled with; -1: they were sampled here.
+    """
+
+    prompts: list[Prompt]
+    batch: PairBatch
+    completed: list[bool]
+    seconds: dict[str, float]
+    teacher: Scores | None = None
+    old_logprobs: Tensor | None = None
+    hidden: float = 0.0
+    skipped: dict[int, int] = field(default_factory=dict)
+    refusal: str = ""
+    version: int = -1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Student tokens of every completion, its end of turn included."""
+        return [len(row) for row in self.batch.student_ids]
+
+    @property
+    def sampled(self) -> list[int]:
+        """The same as they were sampled: with those of the skipped rows."""
+        return [self.skipped.get(b, length) for b, length in enumerate(self.lengths)]
+
+    def without(self, rows: Collection[int], why: str, pair: Pair) -> Rollouts:
+        """The same with some rows empty."""
+        sides = [emptied(side, rows) if k % 2 else side for k, side in enumerate(self.batch.sides)]
+        batch = pair.aligned(*sides, device=self.batch.completion_mask.device)
+        old = None if self.old_logprobs is None else self.old_logprobs[:, : batch.completion_mask.shape[1]]
+        skipped = self.skipped | {b: self.lengths[b] for b in rows}
+        return replace(self, batch=batch, old_logprobs=old, skipped=skipped, refusal=why)
