@@ -18,7 +18,7 @@ LAYERS = [
     ["alignment", "tokenizers"],
     ["boundary"],
     ["aligner"],
-    ["chat", "report"],
+    ["chat", "report", "integrations.arrow"],
     [""],  # xtokmap itself: what can be had without torch
     ["models", "torch"],
     ["losses"],
@@ -26,6 +26,7 @@ LAYERS = [
     ["torch.pair"],
     ["train.support.distributed", "train.support.flops", "train.support.track"],
     ["train"],
+    ["integrations"],
     ["demo"],
     ["cli"],
     ["__main__"],
