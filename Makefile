@@ -15,11 +15,12 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := align resync spans
 
-.PHONY: help demo test fuzz bench reproduce lint docs clean
+.PHONY: help demo test test-integrations fuzz bench reproduce lint docs clean
 
 help:
 	@echo "make demo   distill a real pair of model families, on this machine, with a report"
 	@echo "make test   every test, Rust and Python"
+	@echo "make test-integrations   the tests of what plugs into Ray Data, in an environment with Ray"
 	@echo "make fuzz   fuzz the core, the readers, edits, threads and the client, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
 	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for a part of it"
@@ -44,6 +45,15 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	cargo test --quiet
 	$(PY) -m pytest
+
+# Engines that are large have environments of their own.
+target/ray/built: $(VENV)/built
+	test -x target/ray/bin/python || $(PYTHON) -m venv target/ray
+	target/ray/bin/pip --disable-pip-version-check install --quiet --editable '.[data]' 'ray[data]>=2.40' pytest hypothesis
+	touch $@
+
+test-integrations: target/ray/built
+	target/ray/bin/python -m pytest tests/test_arrow.py -m 'slow or not slow'
 
 target/tools/bin/cargo-fuzz:
 	cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
+import os
 import pickle
 import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +22,7 @@ import xtokmap
 from xtokmap import Aligner, ByteTable, XTokMapError
 
 pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 from xtokmap.integrations.arrow import AlignColumns  # noqa: E402
 
@@ -478,3 +484,31 @@ def test_a_million_rows_over_two_workers(aligner: Aligner, ray_data: Any) -> Non
     expected = align(pa.concat_tables(blocks))
     assert out.num_rows == 1_000_000
     assert out.select(expected.column_names).combine_chunks().equals(expected.combine_chunks())
+
+
+# ---- the example -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["datasets", "ray"])
+def test_the_example_runs(encoding: Aligner, engine: str, tmp_path: Path) -> None:
+    pytest.importorskip(engine, reason="make test-integrations has an environment with it")
+    paths = []
+    for name, tokenizer in (("student", encoding._student_source), ("teacher", encoding._teacher_source)):
+        tokenizer.save_pretrained(tmp_path / name)
+        paths.append(str(tmp_path / name))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 20))
+    example = Path(__file__).parents[1] / "examples" / "align_columns.py"
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 40
+    command = [sys.executable, str(example), *paths, str(tmp_path / "texts.jsonl"), str(tmp_path / "out"), engine]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    out = pa.concat_tables([parquet.read_table(file) for file in sorted((tmp_path / "out").glob("*.parquet"))])
+    assert sorted(out["text"].to_pylist()) == sorted(TEXTS * 20)
+    ids = [out[name].to_pylist() for name in ("student_ids", "teacher_ids")]
+    assert ids[0] == [
+        encoding._student_source.encode(text, add_special_tokens=False) for text in out["text"].to_pylist()
+    ]
+    batch = encoding.align_batch(*ids)
+    assert out["coverage"].to_pylist() == [row.coverage for row in batch]
+    assert out["kind"].to_pylist() == [row.kind.tolist() for row in batch]
