@@ -25,7 +25,7 @@ def check(student, teacher):
     print(f"coverage: {batch.coverage:.3f}, {batch.num_chunks} chunks of {len(ids)} tokens")
     manager = transfer_queue.CrossFamilyManagerTQ
     return {
-        "actor_rollout_ref.rollout.agent.agent_loop_manager_class": f"{manager.__module__}.{manager.__qualname__}",
+        "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": f"{manager.__module__}.{manager.__qualname__}",
         "distillation.enabled": "true",
         "distillation.teacher_models.teacher_model.model_path": teacher,
         "distillation.distillation_loss.loss_mode": "xtokmap_prior",

@@ -7,6 +7,7 @@ manager, workers, load balancer and configuration are real, the servers behind t
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import os
 import subprocess
@@ -415,12 +416,43 @@ def worker(pair: Pair, **more: Any) -> Any:
     return made
 
 
-def ask(made: Any, **changed: Any) -> None:
+def ask(made: Any, source: Any = "default", **changed: Any) -> dict[str, Any]:
     output = SimpleNamespace(response_mask=[1, 1], multi_modal_data={}, extra_fields={})
     for name, value in changed.items():
         setattr(output, name, value)
-    sample = {"raw_prompt": [{"role": "user", "content": "a"}]}
+    sample = {"raw_prompt": [{"role": "user", "content": "a"}], "data_source": source}
     asyncio.run(made._compute_teacher_logprobs(output, [5, 6], [7, 8], validate=False, sample_kwargs=sample))
+    return output.extra_fields
+
+
+def test_each_sample_goes_to_its_own_teacher(verl: Any, pair: Pair) -> None:
+    """By verl's routing key, as numpy holds it, with the variables of the chat template that verl is told."""
+    from omegaconf import OmegaConf
+
+    asked: list[Any] = []
+
+    async def compute(sequence_ids: list[int], routing_key: str) -> tuple[Any, Any]:
+        asked.append((routing_key, sequence_ids))
+        return torch.tensor([*sequence_ids[1:], 0])[:, None], torch.full((len(sequence_ids), 1), -1.0)
+
+    other = copy.deepcopy(tiny.student_tokenizer())
+    other.chat_template = "{% for m in messages %}{{ greeting }} {{ m.content }}{% endfor %}"
+    made = worker(
+        pair,
+        _pairs={"math": pair, "prose": Pair(tiny.student_tokenizer(), other, loss="prior")},
+        teacher_server_manager=SimpleNamespace(
+            _resolve_teacher_key=lambda key: key, compute_teacher_logprobs_single=compute
+        ),
+        config=OmegaConf.create({"data": {"apply_chat_template_kwargs": {"greeting": "hello"}}}),
+    )
+    found = ask(made, np.array("prose", dtype=object))
+    assert asked == [("prose", [*other.encode("hello a", add_special_tokens=False), 7, 8])]
+    assert found["teacher_logprobs"].tolist() == [[0, 0, 0, 0], [-1, 0, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 0]]
+    assert found["teacher_ids"][:, 0].tolist() == [-1, 0, 1, -1]
+    ask(made, np.array("math", dtype=object))
+    key, sequence = asked.pop()
+    teacher_ids = pair.aligner.teacher_ids([[7, 8]])[0].tolist()
+    assert (key, sequence[-len(teacher_ids) :]) == ("math", teacher_ids)
 
 
 def test_samples_that_cannot_be_put_to_the_teacher_are_refused(verl: Any, pair: Pair) -> None:
@@ -438,10 +470,11 @@ def test_a_loss_of_one_vocabulary_is_refused_at_the_start(verl: Any, monkeypatch
     def started(self: Any, mode: str, tools: list[Any]) -> None:
         config = SimpleNamespace(loss_mode=mode)
         self.distillation_enabled, self.tools = True, tools
+        self.model_config = SimpleNamespace(trust_remote_code=False)
         self.teacher_server_manager = SimpleNamespace(distillation_loss_config=config, teacher_model_configs={})
 
     monkeypatch.setattr(AgentLoopWorker, "__init__", started)
-    with pytest.raises(XTokMapError, match="loss_mode=k1 wants one vocabulary on both sides; use one of xtokmap_"):
+    with pytest.raises(XTokMapError, match="loss_mode=k1 compares tokens of one vocabulary; use one of xtokmap_"):
         CrossFamilyWorker("k1", [])
     with pytest.raises(XTokMapError, match="tools: a response with a tool's turns is not rendered"):
         CrossFamilyWorker("xtokmap_prior", [object()])
@@ -461,19 +494,22 @@ def test_the_manager_of_the_transfer_queue_has_these_workers(verl: Any) -> None:
     from omegaconf import OmegaConf
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 
-    from xtokmap.integrations.verl.agent_loop import CrossFamily
     from xtokmap.integrations.verl.transfer_queue import CrossFamilyManagerTQ, CrossFamilyWorkerTQ
 
     made = CrossFamilyManagerTQ(OmegaConf.create({"actor_rollout_ref": {"rollout": {}, "model": {}}}), None)
     assert isinstance(made, AgentLoopManagerTQ)
     assert issubclass(made.agent_loop_workers_class.__ray_metadata__.modified_class, CrossFamilyWorkerTQ)
-    assert CrossFamilyWorkerTQ._compute_teacher_logprobs is CrossFamily._compute_teacher_logprobs
-    assert CrossFamilyWorkerTQ._agent_loop_postprocess.__qualname__ == "AgentLoopWorkerTQ._agent_loop_postprocess"
+    # By name: Ray wraps the methods of an actor's class.
+    methods = [CrossFamilyWorkerTQ._compute_teacher_logprobs, CrossFamilyWorkerTQ._agent_loop_postprocess]
+    names = ["CrossFamily._compute_teacher_logprobs", "AgentLoopWorkerTQ._agent_loop_postprocess"]
+    assert [method.__qualname__ for method in methods] == names
 
 
 def test_the_example_says_whether_a_run_can_start(verl: Any, tmp_path: Path) -> None:
     pytest.importorskip("transfer_queue")
-    from omegaconf import OmegaConf
+    import hydra
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.utils.import_utils import load_class_from_fqn
 
     for name, tokenizer in (("student", tiny.student_tokenizer()), ("teacher", tiny.teacher_tokenizer())):
         tokenizer.save_pretrained(tmp_path / name)
@@ -485,8 +521,11 @@ def test_the_example_says_whether_a_run_can_start(verl: Any, tmp_path: Path) -> 
     *_, losses, coverage, run = done.stdout.splitlines()
     assert losses.startswith("losses: xtokmap_strict, xtokmap_prior")
     assert coverage.startswith("coverage: ")
-    settings = dict(word.split("=", 1) for word in run.split()[3:])
-    config = OmegaConf.load(Path(verl.__file__).parent / "trainer" / "config" / "_generated_ppo_trainer.yaml")
-    for key, value in settings.items():
-        assert OmegaConf.select(config, key, default="none of verl's") != "none of verl's", key
-        OmegaConf.update(config, key, value)
+    assert run.startswith("python -m verl.trainer.main_ppo ")
+    folder = Path(verl.__file__).parent / "trainer" / "config"
+    with hydra.initialize_config_dir(str(folder), version_base=None):
+        config = hydra.compose("ppo_trainer", run.split()[3:])  # which refuses settings that are none of verl's
+    asked = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+    assert load_class_from_fqn(asked, "AgentLoopManager").__name__ == "CrossFamilyManagerTQ"
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.rollout.agent).agent_loop_manager_class == asked
+    assert config.distillation.distillation_loss.loss_max_clamp == 10
