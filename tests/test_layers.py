@@ -19,7 +19,7 @@ LAYERS = [
     ["alignment", "tokenizers"],
     ["boundary"],
     ["aligner"],
-    ["chat", "report"],
+    ["chat", "report", "integrations.arrow"],
     [""],  # xtokmap itself: what can be had without torch
     ["models", "torch"],
     ["losses"],

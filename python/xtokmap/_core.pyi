@@ -18,7 +18,6 @@ __all__ = [
     "_Sets",
     "__version__",
     "_fail",
-    "_rebuild_byte_table",
     "align_offsets",
     "get_alignments",
     "gguf_strings",
@@ -161,9 +160,6 @@ class _Sets:
     ]: ...
 
 def _fail(threads: int | None) -> None: ...
-def _rebuild_byte_table(
-    tokens: Iterable[bytes | None], stop_ids: Sequence[int], invalid: str, byte_pieces: Sequence[int]
-) -> ByteTable: ...
 def overlaps(
     arrays: tuple[npt.NDArray[Any], ...],
     starts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from xtokmap import _core
-from xtokmap._core import XTokMapError
+from xtokmap._core import ByteTable, XTokMapError
 from xtokmap.alignment import Alignment, AlignmentBatch, InteriorQueries, _Bytes
 from xtokmap.boundary.cover import CoverQueries, Transfer, padded_places
 from xtokmap.boundary.vocab_map import VocabMap, once
@@ -32,7 +32,14 @@ class Aligner:
         self.teacher = byte_table(teacher)
         self._core = _core.Aligner(self.student, self.teacher)
         self._student_source, self._teacher_source = student, teacher
-        self._codec: TextCodec | None = None
+
+    def __getstate__(self) -> tuple[ByteTable, ByteTable, Any, Any]:
+        """Its byte tables, so that no tokenizer is read again, and what it was given, which encodes."""
+        return self.student, self.teacher, self._student_source, self._teacher_source
+
+    def __setstate__(self, state: tuple[ByteTable, ByteTable, Any, Any]) -> None:
+        self.student, self.teacher, self._student_source, self._teacher_source = state
+        self._core = _core.Aligner(self.student, self.teacher)
 
     def align(self, student_ids: Ids, teacher_ids: Ids, *, strict: bool = False) -> Alignment:
         """Align one row.
@@ -195,13 +202,19 @@ class Aligner:
     def _transfer(self) -> Transfer:
         return Transfer(self._student_source, self.student, self._teacher_source, self.teacher)
 
+    @once
+    def _student_codec(self) -> TextCodec:
+        return text_codec(self._student_source)
+
+    @once
+    def _teacher_codec(self) -> TextCodec:
+        return text_codec(self._teacher_source)
+
     def _encode(self, student: _Rows, stop_id: int | None, threads: int | None) -> _Rows:
-        if self._codec is None:
-            self._codec = text_codec(self._teacher_source)
         if stop_id is not None and stop_id not in self.teacher.stop_ids:
             raise XTokMapError(f"stop_id={stop_id} is none of the teacher's stop ids {self.teacher.stop_ids}")
         texts, counts = self._core.student_texts(student.ids, student.layout, threads)
-        ids, cu = self._codec.encode_batch(texts)
+        ids, cu = self._teacher_codec.encode_batch(texts)
         # A row's texts are what lies before, between and after its end-of-turn tokens: the teacher's goes between.
         first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
         inner = np.ones(len(texts) + 1, dtype=np.bool_)

@@ -56,7 +56,6 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<encoding::PyEncoding>()?;
     module.add_class::<cover::PyCover>()?;
     module.add_class::<cover::PySets>()?;
-    module.add_function(wrap_pyfunction!(table::_rebuild_byte_table, module)?)?;
     module.add_function(wrap_pyfunction!(_fail, module)?)?;
     module.add_function(wrap_pyfunction!(spans::overlaps, module)?)?;
     module.add_function(wrap_pyfunction!(spans::map_spans, module)?)?;
