@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import torch
@@ -36,6 +37,8 @@ try:
     from trl import DistillationTrainer as _DistillationTrainer
     from trl.trainer.utils import create_model_from_path
 except (ImportError, AttributeError) as error:
+    if find_spec("trl") is None:
+        raise ImportError("this needs TRL: pip install 'xtokmap[trl]' (Python 3.11 or later)", name="trl") from None
     raise unsupported("trl", _KNOWN, f"it has no DistillationTrainer as known here ({error})") from error
 
 __all__ = ["DistillationTrainer"]
