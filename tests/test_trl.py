@@ -385,6 +385,15 @@ def test_several_teachers_weighted_by_prompt(tmp_path: Path) -> None:
     assert logs["teacher_2/scored"] == 0
 
 
+def test_rows_that_no_teacher_is_asked_about_change_nothing(tmp_path: Path) -> None:
+    """But every parameter has a gradient: DDP waits for it."""
+    made = with_answers(trainer(tmp_path, [(LocalTeacher(tiny.teacher_model(), tiny.teacher_tokenizer()), 0)]))
+    found = loss_of(made)
+    found.backward()
+    assert found.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in made.model.parameters())
+
+
 def test_a_teacher_from_a_folder(tmp_path: Path) -> None:
     tiny.teacher_model().save_pretrained(tmp_path / "teacher")
     tiny.teacher_tokenizer().save_pretrained(tmp_path / "teacher")
