@@ -25,6 +25,7 @@ LAYERS = [
     ["losses"],
     ["teachers"],
     ["torch.pair"],
+    ["torch.mixture"],
     ["train.support.distributed", "train.support.flops", "train.support.track"],
     ["train"],
     ["integrations"],

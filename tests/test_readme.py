@@ -83,7 +83,9 @@ def test_every_name_of_the_package_can_be_had(page):
             try:
                 importlib.import_module(module)
             except ImportError as error:
-                if not (error.name or "xtokmap").startswith("xtokmap"):  # what it plugs into is not here, but its file is
+                if not (error.name or "xtokmap").startswith(
+                    "xtokmap"
+                ):  # what it plugs into is not here, but its file is
                     spec = importlib.util.find_spec(module)
                     assert spec is not None
                     assert spec.origin is not None

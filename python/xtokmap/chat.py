@@ -233,6 +233,7 @@ class Prompt:
         tools: what the model may call, as transformers' chat templates take it (JSON schemas); None: nothing.
         chat_template_kwargs: variables of the chat template such as `enable_thinking`; a template that does not know
             one leaves it alone.
+        domain: what it is about, where teachers count by that (`Config.domains`); nothing that a model sees.
 
     Raises:
         XTokMapError: by field, where it is none of that.
@@ -241,6 +242,7 @@ class Prompt:
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    domain: str = ""
 
     def __post_init__(self) -> None:
         for name in ("messages", "tools", "chat_template_kwargs"):  # copies: nobody changes them from outside
@@ -261,6 +263,8 @@ class Prompt:
         for k, tool in enumerate(self.tools or ()):
             if not isinstance(tool, dict):
                 raise XTokMapError(f"tools[{k}] must be an object that describes a tool, got {_short(tool)}")
+        if not isinstance(self.domain, str):
+            raise XTokMapError(f"domain must be a string, got {_short(self.domain)}")
         if not isinstance(self.chat_template_kwargs, dict):
             raise XTokMapError(f"chat_template_kwargs must be an object, got {_short(self.chat_template_kwargs)}")
         for name in self.chat_template_kwargs:
@@ -272,7 +276,7 @@ class Prompt:
         """A prompt of a string, of a list of messages, or of an object such as a row of a data set.
 
         An object has `prompt` (a string, or messages as TRL has them) or else `messages`, and perhaps `tools` (a list,
-        or its JSON) and `chat_template_kwargs`. Its other fields mean nothing here.
+        or its JSON), `chat_template_kwargs` and `domain`. Its other fields mean nothing here.
 
         Args:
             value: is copied; a `Prompt` is given back.
@@ -313,14 +317,16 @@ class Prompt:
             except (ValueError, RecursionError):
                 raise XTokMapError(f"tools is text, and not JSON: {_short(tools)}") from None
         kwargs = value.get("chat_template_kwargs")
-        return cls(messages, None if tools == [] else tools, {} if kwargs is None else kwargs)  # type: ignore[arg-type]
+        rest = {} if kwargs is None else kwargs, value.get("domain") or ""
+        return cls(messages, None if tools == [] else tools, *rest)  # type: ignore[arg-type]
 
     def as_json(self) -> str | dict[str, Any]:
         """What JSON can hold and `Prompt.of` makes this prompt of: a string where a string says it all."""
         (first, *more), tools, kwargs = self.messages, self.tools, self.chat_template_kwargs
-        if not more and not tools and not kwargs and first.keys() == {"role", "content"} and first["role"] == "user":
+        plain = first.keys() == {"role", "content"} and first["role"] == "user"
+        if plain and not (more or tools or kwargs or self.domain):
             return str(first["content"])
-        whole = {"messages": self.messages, "tools": tools, "chat_template_kwargs": kwargs}
+        whole = {"messages": self.messages, "tools": tools, "chat_template_kwargs": kwargs, "domain": self.domain}
         return {name: _copy(part, name) for name, part in whole.items() if part}
 
     @property

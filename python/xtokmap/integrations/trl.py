@@ -11,8 +11,7 @@ takes the place of TRL's divergence. What the teacher said of a row goes with th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -26,10 +25,10 @@ from xtokmap.losses.measured import means
 from xtokmap.losses.rule import LossRule
 from xtokmap.teachers.local import LocalTeacher, Teacher
 from xtokmap.teachers.remote import ServerTeacher
-from xtokmap.teachers.scores import Scores
 from xtokmap.torch.completions import body_and_head, headed, padded_places
 from xtokmap.torch.logits import Logits
-from xtokmap.torch.pair import Pair, PairBatch
+from xtokmap.torch.mixture import View, shares
+from xtokmap.torch.pair import Pair
 from xtokmap.train.support.health import entropy_sum
 
 _KNOWN = "1.16.*"
@@ -185,7 +184,7 @@ class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
         inputs: list[dict[str, Any]],
         prompts: list[list[int]],
         completions: list[list[int]],
-    ) -> _Scored:
+    ) -> View:
         weights = [float(weight(row) if callable(weight) else weight) for row in inputs]
         # A teacher that nobody asks scores one row, so that there are figures of it in every process.
         rows = [b for b, w in enumerate(weights) if w] or [0]
@@ -197,7 +196,7 @@ class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
         batch = pair.prepare(
             ([prompts[b] for b in rows], theirs), [completions[b] for b in rows], device=self.accelerator.device
         )
-        return _Scored(pair, batch, pair.scores(teacher, batch), weights, {b: k for k, b in enumerate(rows)})
+        return View(pair, batch, pair.scores(teacher, batch), weights, {b: k for k, b in enumerate(rows)})
 
     def _compute_loss(
         self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | float | None
@@ -208,20 +207,15 @@ class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
         tokens = inputs["completion_mask"].sum()
         denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         total = student.rows[:0].sum()  # there is a gradient, if of nothing
-        self._found = []
-        for scored in rows[0].scored:
-            sums: dict[str, Tensor] = {}
-            for weight, own in _by_weight([scored.weights[row.number] for row in rows]):
-                batch = scored.batch.select([scored.at[rows[k].number] for k in own])
-                found = scored.pair.loss(
-                    student.at(_places([len(row.ids) for row in rows], own).to(tokens.device)),
-                    scored.scores,
-                    batch,
-                    denominator=denominator,
-                )
-                total = total + weight * found.loss
-                sums = {name: sums.get(name, 0) + value.sum() for name, value in found.sums.items()}
-            self._found.append(sums)
+        lengths = [len(row.ids) for row in rows]
+        views = rows[0].scored
+        sums: list[dict[str, Tensor]] = [{} for _ in views]
+        for share in shares(views, student, [row.number for row in rows], lengths, denominator=denominator):
+            total = total + share.weight * share.found.loss
+            own = sums[views.index(share.view)]
+            for name, value in share.found.sums.items():
+                own[name] = own.get(name, 0) + value.sum()
+        self._found = sums
         entropy, places = entropy_sum(student, 1)
         return total, entropy, places
 
@@ -264,29 +258,10 @@ class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
 
-@dataclass(frozen=True, eq=False)
-class _Scored:
-    """What one teacher thinks of a generation batch.
-
-    Attributes:
-        pair: of student and teacher.
-        batch: the rows that it was asked about.
-        scores: of these.
-        weights: of all rows.
-        at: number of a row that it was asked about -> where it lies in `batch`.
-    """
-
-    pair: Pair
-    batch: PairBatch
-    scores: Scores | None
-    weights: list[float]
-    at: dict[int, int]
-
-
 class _Row:
     """One row of a generation batch. A plain object: wrappers of models look into tuples, dicts and dataclasses."""
 
-    def __init__(self, scored: list[_Scored], number: int, ids: list[int]) -> None:
+    def __init__(self, scored: list[View], number: int, ids: list[int]) -> None:
         self.scored, self.number, self.ids = scored, number, ids
 
 
@@ -298,18 +273,6 @@ def _asked(row: Mapping[str, Any]) -> Any:
     if not messages:
         raise XTokMapError(f'a row of the data set has neither "prompt" nor "messages", but {", ".join(row)}')
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def _by_weight(weights: Sequence[float]) -> list[tuple[float, list[int]]]:
-    """Rows with the same weight together, those with none left out; at least one group, which may be empty."""
-    groups = {w: [k for k, own in enumerate(weights) if own == w] for w in sorted({*weights} - {0.0})}
-    return list(groups.items()) or [(0.0, [])]
-
-
-def _places(lengths: Sequence[int], rows: Sequence[int]) -> Tensor:
-    """Where the tokens of some rows lie among those of all, flat."""
-    first = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    return torch.cat([torch.zeros(0, dtype=torch.long), *(torch.arange(first[k], first[k + 1]) for k in rows)])
 
 
 def _default_loss(teacher: Teacher) -> str:

@@ -21,7 +21,7 @@ _WORDS = (
 )
 
 #: Fields of a row that are read.
-_FIELDS = ("prompt", "messages", "tools", "chat_template_kwargs", "split")
+_FIELDS = ("prompt", "messages", "tools", "chat_template_kwargs", "domain", "split")
 
 #: Where a row stands, the row, and what it is for if it does not say so itself.
 _Row = tuple[str, Any, str]
