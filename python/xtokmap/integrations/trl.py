@@ -210,7 +210,7 @@ class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
         lengths = [len(row.ids) for row in rows]
         views = rows[0].scored
         sums: list[dict[str, Tensor]] = [{} for _ in views]
-        for share in shares(views, student, [row.number for row in rows], lengths, denominator=denominator):
+        for share in shares(views, student, [row.number for row in rows], lengths=lengths, denominator=denominator):
             total = total + share.weight * share.found.loss
             own = sums[views.index(share.view)]
             for name, value in share.found.sums.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,8 +57,8 @@ def shares(
     views: Sequence[View],
     student: Logits,
     rows: Sequence[int],
-    lengths: Sequence[int],
     *,
+    lengths: Sequence[int] | None = None,
     old_logprobs: Tensor | None = None,
     denominator: Tensor | float | None = None,
 ) -> Iterator[Share]:
@@ -68,13 +68,15 @@ def shares(
         views: of the batch.
         student: the rows that score the micro-batch's tokens, flat.
         rows: the micro-batch's rows, by their numbers in the batch.
-        lengths: student tokens of each.
+        lengths: student tokens of each; None: the first teacher was asked about all rows, and its batch has them.
         old_logprobs: `[len(rows), Ts]`, as `Pair.loss`.
         denominator: as `Pair.loss`.
 
     Yields:
         For every teacher at least one share, which may be of no rows.
     """
+    if lengths is None:
+        lengths = [len(views[0].batch.student_ids[views[0].at[b]]) for b in rows]
     for view in views:
         for weight, own in _by_weight([view.weights[b] for b in rows]):
             batch = view.batch.select([view.at[rows[k]] for k in own])
@@ -86,7 +88,7 @@ def shares(
             yield Share(view, weight, own, some)
 
 
-def mixed(found: Sequence[Share], width: int, count: int) -> PairLoss:
+def mixed(found: Iterable[Share], width: int, count: int) -> PairLoss:
     """The loss of several teachers as one, where each row's weights add up to 1.
 
     Args:
@@ -97,6 +99,7 @@ def mixed(found: Sequence[Share], width: int, count: int) -> PairLoss:
     Returns:
         Sums and means are weighted as the losses are; beside them `NAME/nats` and `NAME/bytes` of every teacher.
     """
+    found = list(found)
     device = found[0].view.batch.completion_mask.device
     total = torch.stack([share.weight * share.found.loss for share in found]).sum()
     logprobs = torch.zeros(count, width, device=device)

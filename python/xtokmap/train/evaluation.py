@@ -11,7 +11,6 @@ import torch
 
 from xtokmap.alignment import Kind
 from xtokmap.chat import PromptLike, prompts_of
-from xtokmap.losses.credit import chunk_gap
 from xtokmap.teachers.client import TeacherError
 from xtokmap.torch.index import coverage_counts
 from xtokmap.train.sampling import Roller
@@ -113,8 +112,7 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
             own = roller.all_logprobs(rollouts.batch)  # which needs every rank where the student is sharded
             if failure is not None:
                 continue
-            assert rollouts.teacher is not None
-            gap, bytes_of = chunk_gap(own, rollouts.teacher.logprobs, rollouts.batch.index, stops=config.score_stop)
+            gap, bytes_of = rollouts.gap(own, stops=config.score_stop)
             counts += coverage_counts(rollouts.batch.index)
             answers = roller.tokenizer.batch_decode(rollouts.batch.student_ids, skip_special_tokens=True)
             found += zip(batch, gap.tolist(), bytes_of.tolist(), answers, strict=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from xtokmap.chat import Prompt
+from xtokmap.losses.credit import chunk_gap
 from xtokmap.teachers.scores import Scores
 from xtokmap.torch.batch import PairBatch
 from xtokmap.torch.completions import emptied
+from xtokmap.torch.mixture import View
 from xtokmap.torch.pair import Pair
 
 
@@ -29,6 +32,7 @@ class Rollouts:
         skipped: rows that a served teacher does not take, and how many student tokens they had; their answers are
             empty here, so that nothing is learned from them.
         refusal: why it does not.
+        views: what each of several teachers thinks of it; empty of one.
         version: how many updates are in the weights that a server sampled with; -1: they were sampled here.
     """
 
@@ -41,6 +45,7 @@ class Rollouts:
     hidden: float = 0.0
     skipped: dict[int, int] = field(default_factory=dict)
     refusal: str = ""
+    views: list[View] = field(default_factory=list)
     version: int = -1
 
     @property
@@ -52,6 +57,27 @@ class Rollouts:
     def sampled(self) -> list[int]:
         """The same as they were sampled: with those of the skipped rows."""
         return [self.skipped.get(b, length) for b, length in enumerate(self.lengths)]
+
+    def gap(self, logprobs: Tensor, *, stops: bool) -> tuple[Tensor, Tensor]:
+        """Nats between student and teacher, and bytes that they are of: `losses.chunk_gap`, of several weighted.
+
+        Args:
+            logprobs: float32 `[B, Ts]`, the student's.
+            stops: whether ends of turns count.
+        """
+        if not self.views:
+            assert self.teacher is not None
+            return chunk_gap(logprobs, self.teacher.logprobs, self.batch.index, stops=stops)
+        nats, nbytes = (torch.zeros(len(logprobs), device=logprobs.device) for _ in range(2))
+        for view in self.views:
+            assert view.scores is not None
+            rows = torch.tensor(list(view.at), device=logprobs.device)
+            weights = torch.tensor([view.weights[b] for b in view.at], device=logprobs.device)
+            own = logprobs[rows, : view.batch.completion_mask.shape[1]]
+            part = chunk_gap(own, view.scores.logprobs, view.batch.index, stops=stops)
+            nats.index_add_(0, rows, weights * part[0])
+            nbytes.index_add_(0, rows, weights * part[1].float())
+        return nats, nbytes
 
     def without(self, rows: Collection[int], why: str, pair: Pair) -> Rollouts:
         """The same with some rows empty."""

@@ -119,6 +119,11 @@ class Run:
         if isinstance(roller.teacher, LocalTeacher):  # of a served one nothing is known
             with suppress(XTokMapError):  # nobody knows what a mixture of experts costs
                 self.flops = StepFlops(ModelFlops.of(roller.student), ModelFlops.of(roller.teacher.model))
+        self.more_flops: dict[str, StepFlops] = {}
+        if roller.others is not None and self.flops is not None:
+            for name, teacher in roller.others.local().items():
+                with suppress(XTokMapError):
+                    self.more_flops[name] = StepFlops(self.flops.student, ModelFlops.of(teacher.model))
 
     def draw(self) -> Sequence[Prompt]:
         """This rank's share of the next prompts."""
@@ -302,6 +307,9 @@ class Run:
             lengths = [[len(row) for row in side] for side in rollouts.batch.sides]
             on_policy = config.method == "opd"
             own["flops"] = self.flops.step(config.loss_rule, *lengths, updates=config.updates, on_policy=on_policy)
+            for view in rollouts.views[1:]:
+                flops, sides = self.more_flops.get(view.name), [[len(row) for row in side] for side in view.batch.sides]
+                own["flops"]["teacher"] += flops.step(config.loss_rule, *sides)["teacher"] if flops else 0
         if teacher is not None and teacher.missing is not None:
             own["missing"] = (float(teacher.missing.sum()), int(teacher.mask.sum()))
         parts = self.processes.gather(own)
@@ -343,10 +351,13 @@ def _metrics(step: int, result: StepResult, seconds: float, processes: Processes
     figures = {name: float(value) for name, value in result.sums.items()}
     tokens, scored, nonfinite = (int(figures.pop(name)) for name in ("tokens", "scored", "nonfinite"))
     counts = [int(figures.pop(f"coverage/{kind.name}")) for kind in Kind]
+    named = [name.removesuffix("/nats") for name in figures if name.endswith("/nats")]
+    of_each = {name: figures.pop(f"{name}/nats") / max(figures.pop(f"{name}/bytes"), 1) for name in named}
     return {
         "step": step,
         "kl_per_byte": kl,
         "kl_error": error,
+        **({"kl_by_teacher": of_each} if of_each else {}),
         "loss": float(result.loss),
         "grad_norm": float(result.grad_norm),
         "skipped_updates": result.skipped,

@@ -22,6 +22,7 @@ from xtokmap.train.config import Config
 from xtokmap.train.generation import sample
 from xtokmap.train.rollouts import Rollouts
 from xtokmap.train.sampler import Sampled, ServerSampler, padded
+from xtokmap.train.several import Others
 from xtokmap.train.support.anchor import Anchor
 from xtokmap.train.support.clock import Clock
 from xtokmap.train.support.distributed import Processes, gathered
@@ -46,6 +47,8 @@ class Roller:
         self.aligner = self.pair.aligner
         self.device = next(student.parameters()).device
         self.stop_id = stop_id(tokenizer)
+        #: Teachers beside the first, which score where they count.
+        self.others: Others | None = None
         self.anchor = Anchor(student, config.anchor, config.temperature) if config.anchor else None
         if config.method != "opd" and not isinstance(teacher, LocalTeacher):
             raise XTokMapError(f"method={config.method!r}: a served teacher does not sample; use method='opd'")
@@ -150,7 +153,10 @@ class Roller:
             if not error.rows:
                 raise
             return self._scored(rollouts.without(error.rows, str(error), self.pair), config)
-        return replace(rollouts, teacher=scores)
+        rollouts = replace(rollouts, teacher=scores)
+        if self.others is not None:
+            rollouts.views = self.others.views(rollouts, self.pair.with_loss(config.rule))
+        return rollouts
 
     def rows(self, batch: PairBatch) -> Logits:
         """The student's logits that score a batch's tokens, flat; with a gradient where grad is enabled."""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from xtokmap._core import XTokMapError
 from xtokmap.chat import Prompt
 from xtokmap.teachers.client import RowRefusedError
-from xtokmap.teachers.local import Teacher
+from xtokmap.teachers.local import LocalTeacher, Teacher
 from xtokmap.torch.mixture import View
 from xtokmap.torch.pair import Pair
 from xtokmap.train.rollouts import Rollouts
@@ -89,6 +89,10 @@ class Others:
             name: (teacher, Pair(pair.tokenizers[0], teacher.tokenizer, pair.rule, **how))
             for name, teacher in teachers.items()
         }
+
+    def local(self) -> dict[str, LocalTeacher]:
+        """Those that are models in this process, by name."""
+        return {name: one for name, (one, _) in self.teachers.items() if isinstance(one, LocalTeacher)}
 
     def weights(self, prompts: Sequence[Prompt]) -> dict[str, list[float]]:
         """How much each teacher counts in some prompts."""

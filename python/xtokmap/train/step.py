@@ -16,6 +16,7 @@ from torch import Tensor
 from xtokmap.chat import PromptLike
 from xtokmap.torch.completions import by_length
 from xtokmap.torch.logits import Logits
+from xtokmap.torch.mixture import mixed, shares
 from xtokmap.train.rollouts import Rollouts
 from xtokmap.train.sampling import Roller
 from xtokmap.train.support.distributed import Gradients
@@ -96,7 +97,11 @@ def update(
             at, some = torch.tensor(rows, device=mask.device), batch.select(rows)
             flat = roller.rows(some)
             old = None if old_logprobs is None else old_logprobs[at]
-            found = pair.loss(flat, rollouts.teacher, some, old_logprobs=old, denominator=denominator)
+            if rollouts.views:
+                each = shares(rollouts.views, flat, rows, old_logprobs=old, denominator=denominator)
+                found = mixed(each, mask.shape[1], len(rows))
+            else:
+                found = pair.loss(flat, rollouts.teacher, some, old_logprobs=old, denominator=denominator)
             value = found.loss
             if roller.anchor is not None:
                 held, found.sums["anchor"] = roller.anchor.loss(flat, some, denominator)
@@ -107,7 +112,7 @@ def update(
                 logprobs[at] = found.logprobs
                 gap, bytes_ = (found.sums.pop(name, None) for name in ("nats", "bytes"))
                 if gap is not None and bytes_ is not None:
-                    nats[at], nbytes[at] = gap if config.method == "opd" else -gap, bytes_
+                    nats[at], nbytes[at] = gap if config.method == "opd" else -gap, bytes_.long()
                 sums = {name: sums.get(name, 0) + value for name, value in found.sums.items()}
                 if watch is not None:
                     watch(flat)
