@@ -12,7 +12,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from dialects import EveryDialect
-from xtokmap.teachers.answers import SUMS_PATH
+from xtokmap.teachers import sums
 from xtokmap.teachers.scorer import Limits, RefusedError, Scorer
 
 
@@ -75,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 length = int(self.headers.get("Content-Length", "0"))
                 body = self.rfile.read(length) if method == "POST" else None
-                if body is not None and path != SUMS_PATH:
+                if body is not None and path != sums.PATH:
                     body = json.loads(body)
                 if self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
                     raise RefusedError(401, "the API key is missing or not the one of this server")

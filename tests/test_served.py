@@ -131,7 +131,7 @@ def test_a_small_k_leaves_mass_out_and_never_the_token_that_is_there(model, serv
 
 def test_strict_kl_from_all_of_every_row_is_the_local_one(model, server, batch):
     prompts, rows, index, _ = batch
-    got = teacher_of(server, protocol="vllm", topk=model.config.vocab_size).score(prompts, rows, top=True)
+    got = teacher_of(server, protocol="vllm", topk=model.config.vocab_size).score(prompts, rows, keep=True)
     assert got.transferred is None
     assert got.top.shape == got.mask.shape
     assert got.missing.abs().max() < 1e-5
@@ -331,7 +331,7 @@ def test_a_lie_is_a_bad_answer_and_asked_again(model, protocol, lie):
         teacher = teacher_of(server, protocol=protocol, topk=2, timeout=0.5 if lie in faults.SLOW else 20.0)
         teacher.client.connect(PROMPTS[0])
         plan.faults = [lie, None, lie]
-        got = teacher.score(PROMPTS, COMPLETIONS, top=True)
+        got = teacher.score(PROMPTS, COMPLETIONS, keep=True)
         torch.testing.assert_close(got.logprobs, want, atol=2e-5, rtol=0)
         assert plan.log == [lie] * 2
         figures = dict(teacher.client.figures)

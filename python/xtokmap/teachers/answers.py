@@ -16,11 +16,9 @@ from xtokmap._core import XTokMapError
 from xtokmap.ids import Int32
 from xtokmap.teachers import binary, sums
 from xtokmap.teachers.scorer import Reading, RefusedError, Scored, Scorer, check_numbers, score_row
+from xtokmap.teachers.states import XtokmapStates
 from xtokmap.tokenizers import byte_table
 from xtokmap.torch.logits import Logits
-
-#: Where this package's servers answer with hidden states, and with sums over sets of tokens.
-HIDDEN_PATH, SUMS_PATH = "/v1/hidden_states", "/v1/sums"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +74,8 @@ class Answers:
             "/health": Route("GET", lambda _: Asked([], _nothing, lambda _: {"status": "ok"})),
             "/v1/models": Route("GET", lambda _: Asked([], _nothing, lambda _: self._models())),
             "/v1/completions": Route("POST", self._completions),
-            HIDDEN_PATH: Route("POST", self._hidden),
-            SUMS_PATH: Route("POST", self._sums, binary=True),
+            XtokmapStates.path: Route("POST", self._hidden),
+            sums.PATH: Route("POST", self._sums, binary=True),
         }
 
     def route(self, method: str, path: str) -> Route:

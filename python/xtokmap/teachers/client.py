@@ -103,6 +103,25 @@ class Answer:
     texts: list[str | None]
 
 
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A request of another kind than for logprobs.
+
+    Attributes:
+        path: behind the URL.
+        payload: the body.
+        most: bytes that may come back.
+        read: what to make of the answer, checked; raises `BadAnswerError`.
+        kind: the type of the body.
+    """
+
+    path: str
+    payload: bytes
+    most: int
+    read: Callable[[http1.Answer], Any]
+    kind: str = "application/json"
+
+
 # ---- protocols ---------------------------------------------------------------------------------------------------
 
 
@@ -529,6 +548,11 @@ class Client:
                 refusals.append(f"{dialect.name}: {refusal}")
         raise TeacherError(f"{self.url}: no protocol works here; {'; '.join(refusals)}")
 
+    def find_model(self) -> None:
+        """Asks for the model's name, where it is open and the server says it."""
+        with self._connections() as http:
+            self.model = self.model or self._only_model(http, optional=True)
+
     def _refusal_of(self, http: http1.Connections, dialect: Dialect, ids: Sequence[int], topk: int) -> str | None:
         try:
             self._ask(http, dialect, ids, topk, threading.Event(), probing=True)
@@ -550,13 +574,40 @@ class Client:
         """
         if self._dialect is None and rows:
             self.connect(rows[0], topk)
-        dialect, stop = self._dialect, threading.Event()
+        dialect = self._dialect
         assert dialect is not None or not rows
+        return self._every(lambda http, row, stop: self._ask(http, dialect, row, topk, stop), rows)
+
+    def ask(self, questions: Sequence[Question]) -> list[Any]:
+        """What each question's `read` gives, in their order.
+
+        Raises:
+            TeacherError: as `score`.
+        """
+
+        def answer(http: http1.Connections, question: Question, stop: threading.Event) -> Any:
+            def attempt() -> Any:
+                return self._asked(
+                    http, "POST", question.path, question.payload, question.most, question.read, binary=question.kind
+                )
+
+            found = self._again(attempt, stop, question.path)
+            with self._lock:
+                self.figures["answers"] += 1
+            return found
+
+        return self._every(answer, questions)
+
+    def _every(
+        self, ask: Callable[[http1.Connections, Any, threading.Event], Found], what: Sequence[Any]
+    ) -> list[Found]:
+        """Asks several at a time; when one fails for good the others are given up."""
+        stop = threading.Event()
         self._batches.add(stop)
-        pool = ThreadPoolExecutor(min(self.concurrency, max(len(rows), 1)), thread_name_prefix="teacher")
+        pool = ThreadPoolExecutor(min(self.concurrency, max(len(what), 1)), thread_name_prefix="teacher")
         http = self._connections()
         try:
-            futures = [pool.submit(self._ask, http, dialect, row, topk, stop) for row in rows]
+            futures = [pool.submit(ask, http, one, stop) for one in what]
             done = wait(futures, return_when=FIRST_EXCEPTION).done
             failed = next((e for f in futures if f in done and (e := f.exception()) is not None), None)
             if failed is not None:
@@ -640,12 +691,17 @@ class Client:
         payload: bytes | None,
         most: int,
         read: Callable[[Any], Found],
+        *,
+        binary: str = "",
     ) -> Found:
-        """What `read` makes of an answer's JSON; raises `_AgainError` or, without the URL, `TeacherError`."""
+        """What `read` makes of an answer's JSON, or of one that is `binary`, the type of the payload being that.
+
+        Raises `_AgainError` or, without the URL, `TeacherError`.
+        """
         with self._lock:
             self.figures["requests"] += 1
         try:
-            answer = http.ask(method, path, payload, seconds=self.timeout, most=most)
+            answer = http.ask(method, path, payload, seconds=self.timeout, most=most, kind=binary or "application/json")
         except http1.LateError as error:
             raise _AgainError("time-out", str(error)) from None
         except http1.UnfitError as error:
@@ -657,7 +713,7 @@ class Client:
         # One at a time: only one of them is in memory as Python's objects, which are larger than its bytes.
         with self._reading:
             try:
-                return read(_json(answer.content, most))
+                return read(_json(answer.content, most) if not binary else answer)
             except (TeacherError, _AgainError):
                 raise
             except Exception as error:  # what no check above has thought of

@@ -2,13 +2,13 @@
 
 The sets depend on the two tokenizers and on what was sampled, not on the teacher's weights. Sorted by their bytes, the
 tokens of a set lie in a few ranges, so that a request has some 800 bytes a token; the answer has one number for each
-set. `Terms` goes over the wire, `masses` is the server's part, `terms_of` and `transferred` are the client's.
+set. `Terms` goes over the wire, `masses` is the server's part, `terms_of` and `question` are the client's.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,9 +20,14 @@ from torch import Tensor
 
 from xtokmap._core import ByteTable, XTokMapError
 from xtokmap.boundary.cover import CoverQueries
-from xtokmap.ids import Int32, Int64
+from xtokmap.ids import Int32
 from xtokmap.losses.transfer import plan
+from xtokmap.teachers import binary, http1
+from xtokmap.teachers.client import _ABOVE, BadAnswerError, Question
 from xtokmap.torch.logits import _SLICE, Logits
+
+#: Where this package's servers are asked.
+PATH = "/v1/sums"
 
 #: Terms of a row for each of its places, and their ranges all together, that a server works on: real requests have
 #: two, and a few hundred for each place.
@@ -193,6 +198,39 @@ def _on(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
+def question(ids: Sequence[int], first: int, terms: Terms, order: str, model: str) -> Question:
+    """The request for the logprobs of a row's ids from `first` on, and for the masses of terms.
+
+    Args:
+        ids: of the row, prompt and completion.
+        first: the first one that is scored.
+        terms: of the rows behind `first`.
+        order: `digest` of the order in which the ranges are meant.
+        model: its name.
+    """
+    tensors = {"ids": torch.tensor(ids, dtype=torch.int32), **terms.tensors()}
+    payload = binary.pack(tensors, {"first": str(first), "order": order, "model": model})
+    n, k = len(ids) - first, len(terms.row)
+
+    def read(answer: http1.Answer) -> tuple[Tensor, Tensor]:
+        try:
+            found, _ = binary.unpack(answer.content)
+        except ValueError as error:
+            raise BadAnswerError(str(error)) from None
+        parts = []
+        for name, size in (("logprobs", n), ("masses", k)):
+            x = found.get(name)
+            if x is None or x.dtype != torch.float32 or tuple(x.shape) != (size,):
+                said = "no" if x is None else f"{x.dtype} {tuple(x.shape)} as"
+                raise BadAnswerError(f"{said} {name} for {n} tokens and {k} sets")
+            if not bool((x <= _ABOVE).all()):  # NaN is not, either
+                raise BadAnswerError(f"{name} with {float(x[~(x <= _ABOVE)][0])}")
+            parts.append(x.clamp(max=0))
+        return parts[0], parts[1]
+
+    return Question(PATH, payload, 2**16 + 4 * (n + k), read, "application/octet-stream")
+
+
 def terms_of(queries: CoverQueries) -> list[Terms]:
     """The terms of each row of a batch, in the order of `transfer`'s plan.
 
@@ -241,10 +279,3 @@ def terms_of(queries: CoverQueries) -> list[Terms]:
             )
         )
     return found
-
-
-def offsets(queries: CoverQueries) -> Int64:
-    """int64 `[B+1]`: the terms before each row's."""
-    p = plan(queries)
-    ends: Int64 = np.searchsorted(p.row, np.append(p.first_row, p.rows))
-    return ends

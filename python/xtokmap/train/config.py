@@ -12,6 +12,7 @@ from xtokmap.chat import PLAIN_TEMPLATE
 from xtokmap.files import check_name
 from xtokmap.losses.table import LOSSES, LossRule, LossSettings
 from xtokmap.teachers.client import KEY_VARIABLE, PROTOCOLS, check_url
+from xtokmap.teachers.remote import ROWS
 from xtokmap.train.support.track import TRACKERS
 
 #: Whose samples, and what becomes of them; see `Config.method`.
@@ -20,6 +21,19 @@ METHODS = ("opd", "kd", "sft")
 
 #: Losses that learn from a teacher's logprobs; what needs none is `method="sft"`.
 _TAUGHT = tuple(name for name, rule in LOSSES.items() if rule.teacher != "nothing")
+
+
+#: The loss that asks most of what a server gives.
+AUTO = {"hidden": "transfer_kl", "sums": "cover", "top": "cover", "none": "prior"}
+
+
+def _ways(rule: LossRule) -> tuple[str, ...]:
+    """Which of a server's rows a loss can be computed from; the cheapest first that lose nothing."""
+    if rule.teacher == "rows":
+        return ("hidden",)
+    if rule.teacher == "top":
+        return ("hidden", "top") if rule.keep else ("sums", "hidden", "top")
+    return ("none", "top", "sums", "hidden")
 
 
 def _doc(default: Any, text: str) -> Any:
@@ -43,6 +57,15 @@ class Config:
     )
     teacher_protocol: str = _doc("auto", f"of the server: auto (whichever answers), {', '.join(PROTOCOLS)}")
     teacher_model: str = _doc("", "the name under which the server has the teacher; empty: the only one that it has")
+    teacher_rows: str = _doc(
+        "auto",
+        "how much of the server's rows to ask for: hidden (states, of which whole rows are made here with the output "
+        "head of `teacher`), sums (what cover needs, exact), top (the likeliest tokens), none; auto: the most that the "
+        "server gives and the loss can use",
+    )
+    teacher_states_url: str = _doc(
+        "", "http://host:port of the server that gives the hidden states, if it is another one (vLLM's pooling runner)"
+    )
     teacher_topk: int = _doc(20, "likeliest tokens of every row to ask a server for; 0: none (vLLM: --max-logprobs)")
     teacher_concurrency: int = _doc(16, "most requests to the server at a time")
     teacher_timeout: float = _doc(60.0, "seconds for one request to the server")
@@ -84,7 +107,7 @@ class Config:
     )
     loss: str = _doc(
         "auto",
-        "auto (transfer_kl; of a server: cover, prior without top k), or one of "
+        "auto (transfer_kl; of a server what its rows allow: transfer_kl, cover, prior), or one of "
         + ", ".join(_TAUGHT)
         + " (the paper: prior)",
     )
@@ -146,14 +169,16 @@ class Config:
                     f"method={self.method!r} with teacher_url: a served teacher scores and does not sample; use "
                     "method='opd', or load the teacher here"
                 )
-            if self.loss_rule.teacher == "rows":
+            if self.teacher_rows not in ("auto", *ROWS):
+                raise XTokMapError(f"teacher_rows={self.teacher_rows!r}: use one of auto, {', '.join(ROWS)}")
+            if self.teacher_states_url:
+                check_url(self.teacher_states_url)
+            if not self.teacher_ways:
+                enough = ", ".join(_ways(self.loss_rule)) or "none"
+                topk = " (and teacher_topk=0 asks for no top k)" if not self.teacher_topk else ""
                 raise XTokMapError(
-                    f"loss={self.rule!r} with teacher_url: a served teacher gives no whole rows; use 'cover' (with top "
-                    "k) or a credit of logprobs alone, as 'prior', or load the teacher here"
-                )
-            if self.loss_rule.teacher == "top" and not self.teacher_topk:
-                raise XTokMapError(
-                    f"loss={self.rule!r} with teacher_topk=0: it needs rows; ask for some, or use 'prior'"
+                    f"loss={self.rule!r} with teacher_rows={self.teacher_rows!r}{topk}: it needs more of the teacher's "
+                    f"rows, one of {enough}; or use 'prior'"
                 )
         elif self.overlap:
             raise XTokMapError(
@@ -190,13 +215,20 @@ class Config:
     def rule(self) -> str:
         """The name of the loss itself: `imitation` for method sft; `auto` is the one that asks most of what there is.
 
-        That is transfer_kl of whole rows, cover of a server's top k, and prior of its logprobs.
+        That is transfer_kl of whole rows; of a server, what its rows allow (`AUTO`), which a run finds out.
         """
         if self.method == "sft":
             return "imitation"
         if self.loss == "auto" and self.teacher_url:
-            return "cover" if self.teacher_topk else "prior"
+            return AUTO.get(self.teacher_rows, AUTO["top" if self.teacher_topk else "none"])
         return "transfer_kl" if self.loss == "auto" else self.loss
+
+    @property
+    def teacher_ways(self) -> tuple[str, ...]:
+        """What of a server's rows is worth asking for, the best first; of `teacher_rows` alone, where that is set."""
+        ways = tuple(ROWS) if self.loss == "auto" else _ways(self.loss_rule)
+        asked = ways if self.teacher_rows == "auto" else (self.teacher_rows,)
+        return tuple(way for way in asked if way in ways and (self.teacher_topk or way != "top"))
 
     @property
     def loss_rule(self) -> LossRule:

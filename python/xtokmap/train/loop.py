@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,10 @@ from xtokmap.models import (
     without_wrapper,
 )
 from xtokmap.teachers.client import TeacherError
+from xtokmap.teachers.head import read_head
 from xtokmap.teachers.local import LocalTeacher, Teacher
-from xtokmap.teachers.remote import ServerTeacher
-from xtokmap.train.config import Config
+from xtokmap.teachers.remote import ROWS, ServerTeacher
+from xtokmap.train.config import AUTO, Config
 from xtokmap.train.evaluation import Evaluation, evaluate
 from xtokmap.train.prompts import read_prompts
 from xtokmap.train.run import Run
@@ -103,7 +104,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
             check_finite(teacher_model, f"teacher {config.teacher}")
         if config.lora_rank:
             student = with_adapter(student, config.lora_rank, config.lora_alpha, config.lora_targets)
-        teacher = _teacher(config, teacher_model, teacher_tokenizer, device)
+        teacher, config, taken = _teacher(config, teacher_model, teacher_tokenizer, device, processes)
         if config.shard:
             shard(student, processes, device)
         roller = Roller(student, tokenizer, teacher, config, processes)
@@ -121,6 +122,8 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         interrupted, failure = False, None
         try:
             with _progress(run) as (say, show), _asked_to_stop() as asked:
+                for text in taken:
+                    say(text)
                 if resumed:
                     say(f"going on from step {run.done} of {config.steps}")
                 elif heldout and config.eval_samples:
@@ -267,13 +270,46 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device) -> Teacher:
-    """The teacher that `config` names; a server has passed its self-test."""
+def _teacher(
+    config: Config, model: Any, tokenizer: Any, device: torch.device, processes: Processes
+) -> tuple[Teacher, Config, list[str]]:
+    """The teacher that `config` names; a server has passed its self-test.
+
+    Returns:
+        The teacher; the config with what a server's rows were found to allow; and what is to be said of that.
+    """
     if not config.teacher_url:
-        return LocalTeacher(model, tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template)
+        teacher = LocalTeacher(model, tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template)
+        return teacher, config, []
+    mine, problem = None, None
+    if processes.first:
+        try:
+            mine = _served(config, config.teacher_ways, tokenizer, device)
+        except XTokMapError as error:
+            problem = error
+    # What one process has found the others take, or say why they cannot.
+    rows, problem = processes.gather((mine.rows if mine else "", problem))[0]
+    if problem is not None:
+        raise problem
+    mine = mine or _served(config, (rows,), tokenizer, device)
+    loss = AUTO[mine.rows] if config.loss == "auto" else config.loss
+    said = [f"the teacher gives {ROWS[mine.rows]}; loss={loss}"]
+    if mine.rows == "top":
+        said[0] += f", teacher_topk={config.teacher_topk}"
+    if mine.bytes_per_token:
+        said[0] += f"; {mine.bytes_per_token:,} bytes a token"
+    said += [f"not {way}: {why}" for way, why in mine.refused.items()]
+    return mine, replace(config, loss=loss, teacher_rows=mine.rows), said
+
+
+def _served(config: Config, ways: Sequence[str], tokenizer: Any, device: torch.device) -> ServerTeacher:
+    """A served teacher that gives the first of these ways that it has."""
     teacher = ServerTeacher(
         config.teacher_url,
         tokenizer,
+        rows=ways,
+        head=lambda: read_head(config.teacher, device, config.dtype),
+        states_url=config.teacher_states_url,
         protocol=config.teacher_protocol,
         model=config.teacher_model,
         topk=config.teacher_topk,
@@ -284,7 +320,7 @@ def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device) -
         retries=config.teacher_retries,
     )
     if (unknown := teacher.self_test()) is not None:
-        warnings.warn(f"{config.teacher_url}: {unknown}", stacklevel=3)
+        warnings.warn(f"{config.teacher_url}: {unknown}", stacklevel=4)
     return teacher
 
 
@@ -321,7 +357,7 @@ def _environment(roller: Roller) -> dict[str, Any]:
         return f"{type(inner).__name__}, {parameters:,} parameters{part}, {inner.dtype}, {vocabulary:,} tokens"
 
     aligner, side = roller.aligner, roller.teacher
-    teacher = f"served, {len(aligner.teacher):,} tokens"
+    teacher = f"served ({roller.config.teacher_rows}), {len(aligner.teacher):,} tokens"
     if isinstance(side, LocalTeacher):
         teacher = model(side.model, len(aligner.teacher))
     return {

@@ -183,8 +183,7 @@ class Roller:
                     rollouts.teacher_prompt_ids,
                     rollouts.teacher_ids,
                     queries=self.pair.with_loss(config.rule).queries(rollouts.batch),
-                    # A server gives no whole rows; its top k are all that can be looked at.
-                    **({"keep" if isinstance(self.teacher, LocalTeacher) else "top": config.loss_rule.keep}),
+                    keep=config.loss_rule.keep,
                 )
         return rollouts
 

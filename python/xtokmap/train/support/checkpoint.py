@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 FREE = (
     *("steps", "output", "prompts", "micro_batch", "device", "save_every", "keep_checkpoints", "resume"),
     *("report_every", "track", "teacher_timeout", "teacher_concurrency", "teacher_retries", "teacher_failures"),
+    "teacher_states_url",
 )
 
 _FORMAT = 1
