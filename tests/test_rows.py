@@ -681,3 +681,19 @@ def test_faults_of_hidden_states_are_asked_again(model, folder, batch):
         got = teacher.score(prompts, rows, queries=queries).transferred
         assert len(plan.log) == 4
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_mass_that_the_likeliest_tokens_leave_out_is_warned_of(server, folder, tmp_path):
+    (tmp_path / "all").mkdir()
+    for where, topk, warns in ((tmp_path, 2, True), (tmp_path / "all", 380, False)):
+        lines = run(where, server, folder, teacher_rows="top", teacher_topk=topk)
+        said = [w["text"] for line in lines for w in line["warnings"] if w["name"] == "missing"]
+        assert len(said) == warns
+        assert (min(line["missing"] for line in lines) > 0.02) == warns
+    (text,) = [w["text"] for line in run_lines(tmp_path) for w in line["warnings"] if w["name"] == "missing"]
+    assert text.startswith("step 3: the 2 likeliest tokens of a row leave out ")
+    assert "teacher_states_url" in text
+
+
+def run_lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

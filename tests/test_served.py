@@ -147,10 +147,8 @@ def test_strict_kl_from_all_of_every_row_is_the_local_one(model, server, batch):
     assert losses[0].loss.item() > 0.1
 
 
-def test_whole_rows_are_refused(server, batch):
+def test_what_cannot_be_asked_is_named(server, batch):
     prompts, rows, _, queries = batch
-    with pytest.raises(xtokmap.XTokMapError, match="a served teacher gives no whole rows; take the credit 'cover'"):
-        teacher_of(server).score(prompts, rows, queries=queries, keep=True)
     with pytest.raises(xtokmap.XTokMapError, match="queries need rows: set topk"):
         teacher_of(server, topk=0).score(prompts, rows, queries=queries)
     with pytest.raises(xtokmap.XTokMapError, match="queries are of other completions"):
@@ -737,6 +735,8 @@ def config(prompts, **changes) -> Config:
         "device": "cpu",
         "save_every": 0,
     }
+    if "teacher_url" in changes:  # what more there is to have is another file's, test_rows.py
+        values["teacher_rows"] = "top" if changes.get("teacher_topk", 20) else "none"
     return Config(**{**values, **changes})
 
 
@@ -1043,11 +1043,11 @@ def test_auto_asks_what_there_is():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "transfer_kl"}, "loss='transfer_kl' with teacher_url: a served teacher gives no whole rows"),
-        ({"loss": "byte_kl"}, "loss='byte_kl' with teacher_url"),
+        ({"loss": "transfer_kl", "teacher_rows": "top"}, "loss='transfer_kl' with teacher_rows='top': it needs more"),
+        ({"loss": "byte_kl", "teacher_rows": "sums"}, "it needs more of the teacher's rows, one of hidden; or use"),
         ({"method": "kd"}, "method='kd' with teacher_url: a served teacher scores and does not sample"),
         ({"method": "sft"}, "method='sft' with teacher_url"),
-        ({"loss": "cover", "teacher_topk": 0}, "loss='cover' with teacher_topk=0: it needs rows"),
+        ({"loss": "cover", "teacher_rows": "top", "teacher_topk": 0}, "teacher_topk=0 asks for no top k"),
         ({"teacher_url": "localhost:8000"}, "teacher_url='localhost:8000': expected http://host:port"),
         ({"teacher_url": "http://"}, "expected http://host:port"),
         ({"teacher_url": "http://a:99999"}, "expected http://host:port"),

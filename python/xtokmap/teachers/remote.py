@@ -112,7 +112,6 @@ class ServerTeacher(Prompted):
         text = self.tokenizer(_KNOWN_TEXT).input_ids[:32]
         ids = [*self.render(["?"])[0][:8], *text]
         topk = self.topk if self.ways == ("top",) else 0
-        logprobs: Tensor | None = None
         try:
             self.client.connect(ids, topk)
         except TeacherUnreachableError:
@@ -124,8 +123,8 @@ class ServerTeacher(Prompted):
             return "it gives hidden states alone, and all that was seen is that they make a known text likely"
         others = [token for token in dict.fromkeys(text) if token != ids[len(ids) // 2]][:4]
         unknown = self_test(self.client, ids, others, topk=topk, spell=self._spell)
-        logprobs = torch.from_numpy(self.client.score([ids])[0].logprobs)
-        self._settle(self.ways, ids, logprobs)
+        if self.ways not in (("top",), ("none",)):
+            self._settle(self.ways, ids, torch.from_numpy(self.client.score([ids])[0].logprobs))
         return unknown
 
     def _settle(self, ways: Sequence[str], ids: list[int], logprobs: Tensor | None, silent: str = "") -> None:
