@@ -31,7 +31,7 @@ import transformers
 
 from xtokmap import Aligner, demo
 from xtokmap.losses.credit import chunk_credit
-from xtokmap.models import load
+from xtokmap.models import load, load_tokenizer
 from xtokmap.teachers import http1
 from xtokmap.teachers.head import read_head
 from xtokmap.teachers.local import LocalTeacher
@@ -45,7 +45,7 @@ from xtokmap.train.loop import train
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "wire.md"
 CPU = torch.device("cpu")
-ROWS, CHARACTERS = 8, 480
+ROWS, CHARACTERS = 4, 400
 #: Tokens of a row for which whole rows are asked as JSON: each is 20 MB.
 WHOLE = 3
 #: Hidden size and rows of the output head, from the models' configurations.
@@ -118,6 +118,7 @@ class Case:
         start = time.perf_counter()
         self.want = teacher.score(self.prompts, self.rows, queries=self.queries)
         self.seconds = time.perf_counter() - start
+        print(f"{self.tokens} tokens; here {self.plain_seconds:.1f} s, {self.seconds:.1f} s with cover", flush=True)
         own = torch.full(self.index.student_chunk.shape, -3.0)
         self.own = own
         self.advantages = self.cover(self.want)
@@ -163,19 +164,21 @@ def chosen(case: Case) -> float:
     return float(listed[used].sum() / case.tokens)
 
 
-def computed(upload: float) -> list[str]:
-    """Bytes a token of other models."""
-    lines = ["| model | top 20 (JSON) | sums | hidden states, bf16 | whole rows, bf16 | the head, once |", "|" + "---|" * 6]
+def computed(top: float, sets: float) -> list[str]:
+    """Bytes a token of other models, up and down."""
+    lines = [
+        "| model | top 20, JSON | sums | hidden states, bf16 | whole rows, bf16 | the head, once |",
+        "|" + "---|" * 6,
+    ]
     for name, (width, size) in MODELS.items():
-        lines.append(
-            f"| {name} | 1,459 | {upload + 11:,.0f} | {2 * width:,} | {2 * size:,} | {2 * width * size / 1e9:.2f} GB |"
-        )
+        head = f"{2 * width * size / 1e9:.2f} GB"
+        lines.append(f"| {name} | {top:,.0f} | {sets:,.0f} | {2 * width:,} | {2 * size:,} | {head} |")
     return lines
 
 
 def five_steps(folder: Path, teacher: str, **changes: Any) -> list[dict[str, Any]]:
     prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(f"What is {a} plus {b}?" for a, b in zip(range(3, 43), range(50, 10, -1), strict=True)))
+    prompts.write_text("\n".join(f"What is {a} plus {50 - a}?" for a in range(3, 43)))
     config = Config(
         student=str(demo.fetch(demo.STUDENT)), teacher=teacher, prompts=str(prompts), output=str(folder / "out"),
         steps=5, batch_size=4, max_new_tokens=24, learning_rate=1e-5, device="cpu", save_every=0, report_every=0,
@@ -200,8 +203,6 @@ def main() -> None:
         if not args.teacher:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        from xtokmap.models import load_tokenizer
-
         case = Case(load_tokenizer(str(demo.fetch(demo.STUDENT))), tokenizer, model)
         head = read_head(folder, CPU)
         found = []
@@ -221,51 +222,56 @@ def main() -> None:
                 teacher = ServerTeacher(args.vllm, tokenizer, rows="top", topk=topk, timeout=600.0)
                 found.append(case.measured(f"vLLM, top {topk}", teacher))
         if args.pooling:
-            options = {"states_url": args.pooling} if args.vllm else {}
-            teacher = ServerTeacher(args.vllm or args.pooling, tokenizer, rows="hidden", head=head, timeout=600.0, **options)
+            options = {"rows": "hidden", "head": head, "timeout": 600.0}
+            options |= {"states_url": args.pooling} if args.vllm else {}
+            teacher = ServerTeacher(args.vllm or args.pooling, tokenizer, **options)  # type: ignore[arg-type]
             found.append(case.measured("vLLM's pooling runner, hidden states", teacher))
-        upload = next(one["up"] for one in found if one["name"].endswith("sums"))
+        by_name = {one["name"].partition(", ")[2]: one["up"] + one["down"] for one in found[:5]}
+        command = " ".join(["python benches/wire.py", *sys.argv[1:]])
         lines = [
             "# A served teacher's rows over the wire",
             "",
-            f"`python {' '.join(['benches/wire.py', *sys.argv[1:]])}`, {platform.machine()}, {os.cpu_count()} cores, torch "
-            f"{torch.__version__}, transformers {transformers.__version__}. Gemma 3 270M in float32 scores {len(case.rows)} "
-            f"texts of {case.tokens} tokens together, over HTTP on this machine; the student's tokenizer is SmolLM2's. In "
-            f"this process that takes {case.plain_seconds:.1f} s for logprobs and {case.seconds:.1f} s with `cover`.",
+            f"`{command}`, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}. Gemma 3 270M in float32 scores {len(case.rows)} texts, {case.tokens} tokens "
+            "together, over HTTP on this machine; the student's tokenizer is SmolLM2's. In this process that takes "
+            f"{case.plain_seconds:.1f} s for logprobs and {case.seconds:.1f} s with `cover`. Bytes are of bodies, a "
+            "teacher token.",
             "",
-            "| what is asked | bytes up | bytes down | seconds | requests/s | logprobs: largest | mean | `cover`: cosine | missing |",
-            "|" + "---|" * 9,
+            "| what is asked | bytes up | down | seconds | logprobs: largest gap | mean | `cover`: cosine | missing |",
+            "|" + "---|" * 8,
         ]
         for one in found:
             missing = "-" if one["missing"] is None else f"{one['missing']:.3f}"
             angle = "-" if one["cosine"] is None else f"{one['cosine']:.4f}"
+            sizes = f"{one['up']:,.0f} | {one['down']:,.0f} | {one['seconds']:.1f}"
             lines.append(
-                f"| {one['name']} | {one['up']:,.0f} | {one['down']:,.0f} | {one['seconds']:.1f} | {one['requests']:.1f} | "
-                f"{one['largest']:.1e} | {one['mean']:.1e} | {angle} | {missing} |"
+                f"| {one['name']} | {sizes} | {one['largest']:.1e} | {one['mean']:.1e} | {angle} | {missing} |"
             )
         lines += [
             "",
-            f"Bytes are of bodies, a teacher token. Whole rows as JSON: {row_bytes / 1e6:.1f} MB and {row_seconds:.1f} s a "
-            f"token ({WHOLE + 1} asked for). Chosen tokens: the sets of `cover` have {chosen(case):,.0f} ids a token here, "
-            f"{8 * chosen(case) / 1e3:,.0f} kB as two binary numbers each (computed): more than hidden states.",
+            f"Whole rows as JSON: {row_bytes / 1e6:.1f} MB and {row_seconds:.1f} s a token ({WHOLE + 1} asked for). "
+            f"Chosen tokens: the sets of `cover` have {chosen(case):,.0f} ids a token here, "
+            f"{8 * chosen(case) / 1e3:,.0f} kB as two binary numbers each (computed).",
             "",
             "## Other models, computed",
             "",
-            "Bytes a token: hidden states and rows from the configurations, top 20 and sums as measured above (they do not "
-            "depend on the model's size).",
+            "Bytes a token: hidden states and rows from the configurations; top 20 and sums as measured above, as they "
+            "depend on vocabularies and texts, and not on the model's size.",
             "",
-            *computed(upload),
+            *computed(by_name["top 20"], by_name["sums"]),
         ]
         if args.train:
             here = five_steps(Path(tempfile.mkdtemp(dir=scratch)), folder)
             lines += ["", "## Five steps with transfer_kl", "", "| teacher | losses | seconds |", "|---|---|---|"]
             runs = [("in this process", here)]
             with serving(model, tokenizer) as url:
-                runs.append(("serve-teacher", five_steps(Path(tempfile.mkdtemp(dir=scratch)), folder, teacher_url=url)))
+                place = Path(tempfile.mkdtemp(dir=scratch))
+                runs.append(("serve-teacher", five_steps(place, folder, teacher_url=url, teacher_timeout=600.0)))
             if args.pooling:
                 changes = {"teacher_url": args.vllm or args.pooling, "teacher_timeout": 600.0}
                 changes |= {"teacher_states_url": args.pooling} if args.vllm else {}
-                runs.append(("vLLM's pooling runner", five_steps(Path(tempfile.mkdtemp(dir=scratch)), folder, **changes)))
+                place = Path(tempfile.mkdtemp(dir=scratch))
+                runs.append(("vLLM's pooling runner", five_steps(place, folder, **changes)))
             for name, metrics in runs:
                 losses = ", ".join(f"{line['loss']:.6f}" for line in metrics)
                 lines.append(f"| {name} | {losses} | {sum(line['seconds'] for line in metrics):.0f} |")

@@ -18,7 +18,7 @@ import xtokmap
 from test_serve import post, serving
 from xtokmap import Aligner, byte_table
 from xtokmap.chat import render
-from xtokmap.losses.transfer import plan
+from xtokmap.losses.transfer import plan, transfer, transfer_masses
 from xtokmap.teachers import binary, sums
 from xtokmap.teachers.client import TeacherError
 from xtokmap.teachers.head import Head, read_head
@@ -28,6 +28,7 @@ from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.teachers.scorer import Limits
 from xtokmap.teachers.states import VLLMPooling, XtokmapStates, verified
 from xtokmap.torch.completions import completion_rows
+from xtokmap.torch.logits import Logits
 from xtokmap.train import loop
 from xtokmap.train.config import Config
 from xtokmap.train.loop import train
@@ -169,6 +170,27 @@ def test_terms_are_the_sets_of_the_queries(batch):
     assert any((terms.set >= 0).any() for terms in found)
 
 
+@pytest.mark.parametrize("sides", ["teacher, student", "student, student", "teacher, teacher"])
+def test_sums_give_the_cover_of_any_two_tokenizers(sides):
+    student, teacher = (getattr(tiny, f"{side}_tokenizer")() for side in sides.split(", "))
+    aligner = Aligner(student, teacher)
+    ids = [student(text, add_special_tokens=False).input_ids for text in tiny.TEXT]
+    teacher_ids, batch = aligner.retokenize([[*row, student.eos_token_id] for row in ids])
+    queries, order = aligner.cover_queries(batch), torch.from_numpy(aligner.vocab_map.teacher_order).long()
+    rows = [row.tolist() for row in teacher_ids]
+    n, size = sum(len(row) + 1 for row in rows), len(teacher) + 5
+    whole = torch.randn(n, size, generator=torch.Generator().manual_seed(0)) * 4
+    want = transfer(Logits(whole), torch.tensor([i for row in rows for i in row]), queries)
+    parts, first = [], 0
+    for row, terms in zip(rows, sums.terms_of(queries), strict=True):
+        checked = sums.Terms.of(terms.tensors(), len(row) + 1, size, len(order))
+        parts.append(sums.masses(Logits(whole[first : first + len(row) + 1]), torch.tensor(row), checked, order))
+        first += len(row) + 1
+    got = transfer_masses(*(torch.cat([part[k] for part in parts]) for k in (0, 1)), queries)
+    torch.testing.assert_close(got.transferred, want.transferred, atol=1e-4, rtol=1e-5, equal_nan=True)
+    assert torch.isfinite(got.transferred).sum() > 50
+
+
 def test_masses_are_sums_of_probabilities_and_small_ones_lose_nothing():
     torch.manual_seed(0)
     rows, order = torch.randn(3, 37, dtype=torch.float64) * 30, torch.randperm(37)[:33]
@@ -179,7 +201,7 @@ def test_masses_are_sums_of_probabilities_and_small_ones_lose_nothing():
         np.array([[0, 5], [7, 32], [13, 14]], np.int32),
         np.array([True, False, True]),
     )
-    logprobs, found = sums.masses(sums.Logits(rows.float()), torch.tensor([3, 4]), terms, order)
+    logprobs, found = sums.masses(Logits(rows.float()), torch.tensor([3, 4]), terms, order)
     p = rows.float().double().log_softmax(-1)
     others = torch.tensor(sorted(set(range(37)) - set(order.tolist())))
     sets = [torch.cat([order[:5], order[7:32], others]), order[13:14], others, torch.tensor([5]), order[13:14]]

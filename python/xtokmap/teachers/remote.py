@@ -149,8 +149,6 @@ class ServerTeacher(Prompted):
     ) -> str | None:
         try:
             attempt(ids, logprobs)
-        except TeacherUnreachableError:
-            raise
         except XTokMapError as error:
             return str(error).removeprefix(self.client.url)
         return None
@@ -161,8 +159,6 @@ class ServerTeacher(Prompted):
         for source in SOURCES:
             try:
                 [states] = client.ask([source.question(ids, 1, client.model, None)])
-            except TeacherUnreachableError:
-                raise
             except TeacherError as error:
                 refusals.append(f"{source.name}: {str(error).removeprefix(client.url)}")
                 continue
