@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ ROWS = {
     "top": "the likeliest tokens of each row: what they leave out is lost (`missing`)",
     "none": "logprobs of the sampled tokens alone: nothing is known of what else could stand there",
 }
+
+
+#: Asks about some ids, and looks at the answer beside the server's own logprobs of them, if it gives any.
+_Attempt: TypeAlias = "Callable[[list[int], Callable[[], Tensor | None]], None]"
 
 
 class ServerTeacher(Prompted):
@@ -119,41 +123,39 @@ class ServerTeacher(Prompted):
         except TeacherError as error:
             if "hidden" not in self.ways or self.states_client is not self.client:
                 raise
-            self._settle(("hidden",), ids, None, silent=str(error))
+            self._settle(("hidden",), ids, lambda: None, silent=str(error))
             return "it gives hidden states alone, and all that was seen is that they make a known text likely"
         others = [token for token in dict.fromkeys(text) if token != ids[len(ids) // 2]][:4]
         unknown = self_test(self.client, ids, others, topk=topk, spell=self._spell)
         if self.ways not in (("top",), ("none",)):
-            self._settle(self.ways, ids, torch.from_numpy(self.client.score([ids])[0].logprobs))
+            self._settle(self.ways, ids, lambda: torch.from_numpy(self.client.score([ids])[0].logprobs))
         return unknown
 
-    def _settle(self, ways: Sequence[str], ids: list[int], logprobs: Tensor | None, silent: str = "") -> None:
-        """Takes the first of these ways that the server has and that gives what it says of some ids."""
-        tried: dict[str, Callable[[list[int], Tensor | None], None]] = {
+    def _settle(self, ways: Sequence[str], ids: list[int], own: Callable[[], Tensor | None], silent: str = "") -> None:
+        """Takes the first of these ways that the server has and that gives its own logprobs of some ids."""
+        tried: dict[str, _Attempt] = {
             "hidden": self._try_hidden,
             "sums": self._try_sums,
             "top": self._try_top,
-            "none": lambda ids, logprobs: None,
+            "none": lambda ids, own: None,
         }
         self.refused = {}
         for way in ways:
-            if (refusal := self._refusal(tried[way], ids, logprobs)) is None:
+            if (refusal := self._refusal(tried[way], ids, own)) is None:
                 self.rows = way
                 return
             self.refused[way] = refusal
         reasons = "; ".join(f"{way}: {why}" for way, why in self.refused.items())
         raise TeacherError(f"{self.client.url}: gives no rows that could be used: {reasons}{silent and f'; {silent}'}")
 
-    def _refusal(
-        self, attempt: Callable[[list[int], Tensor | None], None], ids: list[int], logprobs: Tensor | None
-    ) -> str | None:
+    def _refusal(self, attempt: _Attempt, ids: list[int], own: Callable[[], Tensor | None]) -> str | None:
         try:
-            attempt(ids, logprobs)
+            attempt(ids, own)
         except XTokMapError as error:
             return str(error).removeprefix(self.client.url)
         return None
 
-    def _try_hidden(self, ids: list[int], logprobs: Tensor | None) -> None:
+    def _try_hidden(self, ids: list[int], own: Callable[[], Tensor | None]) -> None:
         client, refusals = self.states_client, []
         client.find_model()
         for source in SOURCES:
@@ -170,10 +172,10 @@ class ServerTeacher(Prompted):
         head = self.head if isinstance(self.head, Head) else self.head()
         if states.shape[1] != head.width:
             raise TeacherError(f"they have {states.shape[1]} numbers, the output head takes {head.width}")
-        self.head, self._source = verified(head, states, ids, logprobs), source
+        self.head, self._source = verified(head, states, ids, own()), source
         self.bytes_per_token = states.shape[1] * states.element_size()
 
-    def _try_sums(self, ids: list[int], logprobs: Tensor | None) -> None:
+    def _try_sums(self, ids: list[int], own: Callable[[], Tensor | None]) -> None:
         order = sums.byte_order(self._table)
         n, half = len(ids) - 1, len(order) // 2
         # Of every row the token that is there, and two halves of the vocabulary.
@@ -185,18 +187,19 @@ class ServerTeacher(Prompted):
             np.array([True, False]),
         )
         asked = sums.question(ids, 1, terms, sums.digest(order), self.client.model)
-        [(own, masses)] = self.client.ask([asked])
+        [(logprobs, masses)] = self.client.ask([asked])
+        want = own()
+        assert want is not None
         single, one, other = masses.view(n, 3).unbind(1)
         whole = (one.exp() + other.exp() - 1).abs().max()
-        assert logprobs is not None
-        apart = max(float((x - logprobs[1:]).nan_to_num().abs().mean()) for x in (own, single))
+        apart = max(float((x - want[1:]).nan_to_num().abs().mean()) for x in (logprobs, single))
         if not float(whole) < 1e-3 or not apart < _SUMS_APART:
             raise TeacherError(
                 f"the sums over two halves of the vocabulary are off 1 by up to {whole:.3g}, the logprobs {apart:.3g} "
                 "nats from its own, in the mean"
             )
 
-    def _try_top(self, ids: list[int], logprobs: Tensor | None) -> None:
+    def _try_top(self, ids: list[int], own: Callable[[], Tensor | None]) -> None:
         if not self.topk:
             raise XTokMapError("queries need rows: set topk, or take a credit of logprobs alone, as 'prior'")
         self.client.score([ids], self.topk)
