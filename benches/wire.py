@@ -1,13 +1,13 @@
 """What a served teacher's rows cost over the wire, and what they are worth.
 
-    python benches/wire.py [--teacher DIR] [--vllm URL] [--pooling URL] [--train]
+    python benches/wire.py [--teacher DIR] [--student DIR] [--vllm URL] [--pooling URL] [--train]
 
-Gemma 3 270M scores texts as SmolLM2 would have written them, over HTTP on this machine, by every way that a server may
-have: bytes and seconds a teacher token, and how far logprobs and `cover` advantages are from those of the same model in
-this process. `xtokmap serve-teacher` is started here; with --vllm and --pooling, servers of vLLM that have the same
-model (`vllm serve DIR --max-logprobs 200`, and with `--runner pooling --convert embed --pooler-config
-'{"task":"token_embed"}'`) are measured too. --train also makes five steps with transfer_kl over hidden states and with
-the teacher here. Prints the tables and writes them to benches/results/wire.md.
+Gemma 3 270M scores samples of SmolLM2 135M, over HTTP on this machine, by every way that a server may have: bytes a
+teacher token, seconds, and how far logprobs and `cover` advantages are from those of the same model in this process.
+`xtokmap serve-teacher` is started here; with --vllm and --pooling, servers of vLLM that have the same model are
+measured too (`vllm serve DIR --max-logprobs 200`, and with `--runner pooling --convert embed --pooler-config
+'{"task":"token_embed"}'`). --train also makes five steps with transfer_kl, the teacher here and over hidden states.
+Prints the tables and writes them to benches/results/wire.md.
 """
 
 from __future__ import annotations
@@ -30,22 +30,30 @@ import torch
 import transformers
 
 from xtokmap import Aligner, demo
+from xtokmap.chat import render
 from xtokmap.losses.credit import chunk_credit
-from xtokmap.models import load, load_tokenizer
+from xtokmap.models import load
 from xtokmap.teachers import http1
 from xtokmap.teachers.head import read_head
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.teachers.scorer import Limits
 from xtokmap.teachers.server import TeacherServer
+from xtokmap.torch.completions import batched_logprobs
 from xtokmap.torch.index import ChunkIndex
 from xtokmap.train.config import Config
 from xtokmap.train.loop import train
+from xtokmap.train.sampling import sample
 
-ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "wire.md"
 CPU = torch.device("cpu")
-ROWS, CHARACTERS = 4, 400
+LENGTH = 120  # student tokens of a sample
+PROMPTS = [
+    "What is a rainbow?",
+    "Write a function that adds two numbers.",
+    "Who was Ada Lovelace?",
+    "Why is ice slippery?",
+]
 #: Tokens of a row for which whole rows are asked as JSON: each is 20 MB.
 WHOLE = 3
 #: Hidden size and rows of the output head, from the models' configurations.
@@ -89,26 +97,22 @@ def serving(model: Any, tokenizer: Any) -> Iterator[str]:
         thread.join()
 
 
-def texts() -> list[str]:
-    """Prose and code of this repository."""
-    found = [(ROOT / name).read_text() for name in ("docs/how-it-works.md", "python/xtokmap/losses/transfer.py")]
-    return [text[a : a + CHARACTERS] for text in found for a in range(1000, 1000 + ROWS // 2 * 900, 900)]
-
-
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()))
 
 
 class Case:
-    """The texts as both sides have them, and what the teacher here says of them."""
+    """Samples as both sides have them, and what the teacher here says of them."""
 
-    def __init__(self, student: Any, tokenizer: Any, model: Any) -> None:
+    def __init__(self, student: Any, student_tokenizer: Any, model: Any, tokenizer: Any) -> None:
         self.tokenizer, self.model = tokenizer, model
-        self.aligner = Aligner(student, tokenizer)
-        ids = [student(text).input_ids for text in texts()]
+        self.aligner = Aligner(student_tokenizer, tokenizer)
+        asked = render(student_tokenizer, PROMPTS)
+        torch.manual_seed(0)
+        ids, _ = sample(student, asked, self.aligner.student.stop_ids, Config(max_new_tokens=LENGTH))
+        self.own = batched_logprobs(student, asked, ids, 4)
         teacher_ids, batch = self.aligner.retokenize(ids)
-        self.rows = [row.tolist() for row in teacher_ids]
-        self.prompts = [tokenizer("A text:\n").input_ids] * len(self.rows)
+        self.rows, self.prompts = [row.tolist() for row in teacher_ids], render(tokenizer, PROMPTS)
         self.index, self.queries = ChunkIndex.from_alignment(batch), self.aligner.cover_queries(batch)
         self.tokens = sum(map(len, self.rows))
         teacher = LocalTeacher(model, tokenizer)
@@ -119,8 +123,6 @@ class Case:
         self.want = teacher.score(self.prompts, self.rows, queries=self.queries)
         self.seconds = time.perf_counter() - start
         print(f"{self.tokens} tokens; here {self.plain_seconds:.1f} s, {self.seconds:.1f} s with cover", flush=True)
-        own = torch.full(self.index.student_chunk.shape, -3.0)
-        self.own = own
         self.advantages = self.cover(self.want)
 
     def cover(self, scores: Any) -> torch.Tensor:
@@ -176,11 +178,12 @@ def computed(top: float, sets: float) -> list[str]:
     return lines
 
 
-def five_steps(folder: Path, teacher: str, **changes: Any) -> list[dict[str, Any]]:
+def five_steps(folder: Path, student: str, teacher: str, **changes: Any) -> list[dict[str, Any]]:
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"What is {a} plus {50 - a}?" for a in range(3, 43)))
     config = Config(
-        student=str(demo.fetch(demo.STUDENT)), teacher=teacher, prompts=str(prompts), output=str(folder / "out"),
+        student=student or str(demo.fetch(demo.STUDENT)), teacher=teacher, prompts=str(prompts),
+        output=str(folder / "out"),
         steps=5, batch_size=4, max_new_tokens=24, learning_rate=1e-5, device="cpu", save_every=0, report_every=0,
         loss="transfer_kl", **changes,
     )  # fmt: skip
@@ -190,6 +193,7 @@ def five_steps(folder: Path, teacher: str, **changes: Any) -> list[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default="", help="Gemma 3 270M as safetensors; else made of the demo's file")
+    parser.add_argument("--student", default="", help="SmolLM2 135M Instruct; else the demo's file")
     parser.add_argument("--vllm", default="", help="URL of a vLLM server that has it")
     parser.add_argument("--pooling", default="", help="URL of vLLM's pooling runner that has it")
     parser.add_argument("--train", action="store_true", help="also make five steps")
@@ -203,7 +207,7 @@ def main() -> None:
         if not args.teacher:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        case = Case(load_tokenizer(str(demo.fetch(demo.STUDENT))), tokenizer, model)
+        case = Case(*load(args.student or str(demo.fetch(demo.STUDENT)), CPU), model, tokenizer)
         head = read_head(folder, CPU)
         found = []
         with serving(model, tokenizer) as url:
@@ -232,8 +236,8 @@ def main() -> None:
             "# A served teacher's rows over the wire",
             "",
             f"`{command}`, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, transformers "
-            f"{transformers.__version__}. Gemma 3 270M in float32 scores {len(case.rows)} texts, {case.tokens} tokens "
-            "together, over HTTP on this machine; the student's tokenizer is SmolLM2's. In this process that takes "
+            f"{transformers.__version__}. Gemma 3 270M in float32 scores {len(case.rows)} samples of SmolLM2 135M, "
+            f"{case.tokens} tokens together, over HTTP on this machine. In this process that takes "
             f"{case.plain_seconds:.1f} s for logprobs and {case.seconds:.1f} s with `cover`. Bytes are of bodies, a "
             "teacher token.",
             "",
@@ -261,17 +265,19 @@ def main() -> None:
             *computed(by_name["top 20"], by_name["sums"]),
         ]
         if args.train:
-            here = five_steps(Path(tempfile.mkdtemp(dir=scratch)), folder)
+            here = five_steps(Path(tempfile.mkdtemp(dir=scratch)), args.student, folder)
             lines += ["", "## Five steps with transfer_kl", "", "| teacher | losses | seconds |", "|---|---|---|"]
             runs = [("in this process", here)]
             with serving(model, tokenizer) as url:
                 place = Path(tempfile.mkdtemp(dir=scratch))
-                runs.append(("serve-teacher", five_steps(place, folder, teacher_url=url, teacher_timeout=600.0)))
+                runs.append(
+                    ("serve-teacher", five_steps(place, args.student, folder, teacher_url=url, teacher_timeout=600.0))
+                )
             if args.pooling:
                 changes = {"teacher_url": args.vllm or args.pooling, "teacher_timeout": 600.0}
                 changes |= {"teacher_states_url": args.pooling} if args.vllm else {}
                 place = Path(tempfile.mkdtemp(dir=scratch))
-                runs.append(("vLLM's pooling runner", five_steps(place, folder, **changes)))
+                runs.append(("vLLM's pooling runner", five_steps(place, args.student, folder, **changes)))
             for name, metrics in runs:
                 losses = ", ".join(f"{line['loss']:.6f}" for line in metrics)
                 lines.append(f"| {name} | {losses} | {sum(line['seconds'] for line in metrics):.0f} |")

@@ -310,8 +310,8 @@ def test_states_before_the_norm_are_normed_here(known):
 @pytest.mark.parametrize(
     ("change", "shift", "message"),
     [
-        ({}, 1, r"its rows are shifted: row i is the one that scored token i - 1"),
-        ({}, -1, r"its rows are shifted: row i is the one that scores token i \+ 1 more"),
+        ({}, 1, "its rows are shifted by one: each is that of the place behind"),
+        ({}, -1, "its rows are shifted by one: each is that of the place before"),
         ({"scale": 4.0}, 0, r"the logits are to be scaled by 1 \(capped at 3\), the configuration says 4"),
         ({"softcap": None}, 0, "the logits are capped at 3; the configuration says no cap"),
         ({"softcap": 6.0}, 0, "the logits are capped at 3; the configuration says a cap of 6"),
@@ -571,8 +571,8 @@ def test_a_body_that_is_no_safetensors_is_refused(server, content):
 
 
 def test_ranges_are_bounded_together(monkeypatch, server):
-    monkeypatch.setattr(sums, "_RANGES", 2)
-    with pytest.raises(xtokmap.XTokMapError, match="the terms have more than 2 ranges together"):
+    monkeypatch.setattr(sums, "_RANGES", 0)
+    with pytest.raises(xtokmap.XTokMapError, match="the terms have more than 0 ranges for each of 4 places"):
         sums.Terms.of({name: x for name, x in TERMS.items() if name != "ids"}, 4, 380, 376)
 
 

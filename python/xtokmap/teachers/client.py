@@ -455,8 +455,8 @@ def check_url(url: str) -> None:
 class Client:
     """Asks a server for the logprobs of rows of token ids: several at once, and again where that can help.
 
-    A request is made again after a time-out, a cut connection, a status of 408, 425, 429 or 5xx, and an answer that is
-    no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long as the server's
+    A request is made again after a time-out, a cut connection, a status of 408, 425, 429 or 5xx (but 501), and an
+    answer that is no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long as the server's
     Retry-After says (a minute at most), which then holds for all requests. Other statuses are for good.
 
     A server is believed in nothing: a request's time and the bytes that come back are bounded as a whole, whatever
@@ -722,7 +722,7 @@ class Client:
     def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
         said = self._repeated(_said(content))
         said = f": {said}" if said else ""
-        if status in (408, 425, 429) or status >= 500:
+        if status in (408, 425, 429) or (status >= 500 and status != 501):
             return _AgainError(f"status {status}", f"status {status}{said}", _retry_after(headers.get("retry-after")))
         hint = ""
         if status in (401, 403):

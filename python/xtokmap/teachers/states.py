@@ -207,8 +207,8 @@ def _readings(
             yield "they come before the final norm, and with its weights in them", None, _rows(head, plain)
     rows = _rows(head, states)
     behind = torch.cat([rows[1:], head.logits(states[-1:]).slice(0, 1)])
-    yield "its rows are shifted: row i is the one that scores token i + 1 more", None, behind
-    yield "its rows are shifted: row i is the one that scored token i - 1", None, torch.cat([rows[:1], rows[:-1]])
+    yield "its rows are shifted by one: each is that of the place before", None, behind
+    yield "its rows are shifted by one: each is that of the place behind", None, torch.cat([rows[:1], rows[:-1]])
     raw = _rows(replace(head, scale=1.0, softcap=None), states)
     if not exact:
         scale = _best(lambda s: badness(_capped(raw * s, head.softcap)), 2.0**-8, 2.0**8, 0.05)

@@ -29,9 +29,9 @@ from xtokmap.torch.logits import _SLICE, Logits
 #: Where this package's servers are asked.
 PATH = "/v1/sums"
 
-#: Terms of a row for each of its places, and their ranges all together, that a server works on: real requests have
-#: two, and a few hundred for each place.
-_TERMS, _RANGES = 64, 2**24
+#: Terms, and ranges of them, that a server works on for each place of a row, and how many more than that: real
+#: requests have two, and some two hundred ranges.
+_TERMS, _RANGES, _MORE = 64, 4096, 2**10
 
 #: Ranges that are summed up at a time.
 _AT_ONCE = 2**20
@@ -80,7 +80,7 @@ class Terms:
                 found = "missing" if x is None else f"{x.dtype} {tuple(x.shape)}"
                 raise XTokMapError(f"{name} is {found}; it must be {dtype} of shape {shape}")
         row, which, indptr, ranges, special = (tensors[name].numpy() for name in shapes)
-        if len(row) != len(which) or len(row) > _TERMS * places + 1024:
+        if len(row) != len(which) or len(row) > _TERMS * places + _MORE:
             raise XTokMapError(f"{len(row)} rows and {len(which)} sets of terms for {places} places")
         if (
             len(indptr) != len(special) + 1
@@ -99,8 +99,8 @@ class Terms:
         if len(flat) and not (flat.min() >= 0 and flat.max() <= ordered and rises.all()):
             raise XTokMapError(f"ranges do not rise from 0 to {ordered}")
         counts = np.diff(indptr)
-        if len(counts) and int(counts[which[which >= 0]].astype(np.int64).sum()) > _RANGES:
-            raise XTokMapError(f"the terms have more than {_RANGES} ranges together")
+        if len(counts) and int(counts[which[which >= 0]].astype(np.int64).sum()) > _RANGES * (places + _TERMS):
+            raise XTokMapError(f"the terms have more than {_RANGES} ranges for each of {places} places")
         return cls(row, which, indptr, ranges, special)
 
 
