@@ -71,7 +71,7 @@ def head(request: str, *headers: str) -> bytes:
     return "\r\n".join([f"{request} HTTP/1.1", "Host: x", *headers, "", ""]).encode("latin-1")
 
 
-def post(content: bytes, *headers: str, path: str = "/generate", key: str = KEY) -> bytes:
+def post(content: bytes, *headers: str, path: str = "/v1/completions", key: str = KEY) -> bytes:
     own = (f"Authorization: Bearer {key}", f"Content-Length: {len(content)}", "Connection: close")
     return head(f"POST {path}", *own, *headers) + content
 
@@ -126,7 +126,7 @@ def drips(first: bytes) -> Callable[[Server], str]:
 def leaves(server: Server) -> str:
     with server.connect() as connection:
         rows = ",".join(["[" + ",".join(["7"] * 1000) + "]"] * 200)
-        connection.sendall(post(b'{"input_ids": [' + rows.encode() + b"]}"))
+        connection.sendall(post(b'{"prompt": [' + rows.encode() + b"]}"))
         time.sleep(1)
     return "gone"
 
@@ -143,26 +143,26 @@ ATTACKS: dict[str, Callable[[Server], str]] = {
     "64 MiB of `[],` with the key": sends(lambda: post(b"[" + b"[]," * (64 * 2**20 // 3 - 1) + b"1]")),
     "4 MiB of `[],` with the key": sends(lambda: post(b"[" + b"[]," * (4 * 2**20 // 3 - 1) + b"1]")),
     "headers in drops": drips(b"GET /health HTTP/1.1\r\nHost: "),
-    "a body in drops, without the key": drips(head("POST /generate", "Content-Length: 99999")),
+    "a body in drops, without the key": drips(head("POST /v1/completions", "Content-Length: 99999")),
     "a body in drops, with the key": drips(
-        head("POST /generate", "Content-Length: 99999", f"Authorization: Bearer {KEY}")
+        head("POST /v1/completions", "Content-Length: 99999", f"Authorization: Bearer {KEY}")
     ),
     "300 idle connections": idles,
     "200 rows, and gone": leaves,
-    "1,025 rows, queue of 1,024": sends(lambda: post(b'{"input_ids": [' + b"[1]," * 1024 + b"[1]]}")),
-    "a model of NaN": sends(lambda: post(b'{"input_ids": [1, 2], "return_logprob": true, "logprob_start_len": 0}')),
+    "1,025 rows, queue of 1,024": sends(lambda: post(b'{"prompt": [' + b"[1]," * 1024 + b"[1]]}")),
+    "a model of NaN": sends(lambda: post(b'{"prompt": [1, 2], "return_logprob": true, "logprob_start_len": 0}')),
     "`Content-Length: ²`": sends(
-        lambda: head("POST /generate", f"Authorization: Bearer {KEY}", "Content-Length: \xb2")
+        lambda: head("POST /v1/completions", f"Authorization: Bearer {KEY}", "Content-Length: \xb2")
     ),
     "Content-Length and Transfer-Encoding": sends(
         lambda: (
             head(
-                "POST /generate",
+                "POST /v1/completions",
                 f"Authorization: Bearer {KEY}",
                 f"Content-Length: {17 + 5}",
                 "Transfer-Encoding: chunked",
             )
-            + b'{"input_ids":[1]}     '
+            + b'{"prompt":[1]}     '
             + SECOND
         )
     ),
@@ -175,12 +175,12 @@ ATTACKS: dict[str, Callable[[Server], str]] = {
         )
     ),
     "garbage after a request": sends(
-        lambda: post(b'{"input_ids": [1]}').replace(b"Connection: close\r\n", b"") + b"\0 \0\r\n"
+        lambda: post(b'{"prompt": [1]}').replace(b"Connection: close\r\n", b"") + b"\0 \0\r\n"
     ),
     "half a character": sends(lambda: post(b'{"text": "\\ud800"}')),
     "half a character, raw": sends(lambda: post(b'{"text": "\xed\xa0\x80"}')),
     "100,000 times `[`": sends(lambda: post(b"[" * 100_000)),
-    "an integer of 5,000 digits": sends(lambda: post(b'{"input_ids": [' + b"1" * 5000 + b"]}")),
+    "an integer of 5,000 digits": sends(lambda: post(b'{"prompt": [' + b"1" * 5000 + b"]}")),
     "9,000 headers": sends(lambda: head("GET /health", *["a: b"] * 9000)),
 }
 
@@ -211,7 +211,7 @@ def main() -> None:
             with serving(broken if "NaN" in what else sound) as server:
                 honest = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 120.0}
                 url = f"http://127.0.0.1:{server.port}"
-                httpx.post(url + "/generate", json={"input_ids": [1, 2, 3]}, **honest)  # type: ignore[arg-type]
+                httpx.post(url + "/v1/completions", json={"prompt": [1, 2, 3]}, **honest)  # type: ignore[arg-type]
                 before, start = server.peak(), time.monotonic()
                 found = attack(server)
                 took, start = time.monotonic() - start, time.monotonic()
@@ -219,8 +219,8 @@ def main() -> None:
                     if "NaN" in what:
                         status = httpx.get(url + "/v1/models", **honest).status_code  # type: ignore[arg-type]
                     else:
-                        body = {"input_ids": [1, 2, 3]}
-                        status = httpx.post(url + "/generate", json=body, **honest).status_code  # type: ignore[arg-type]
+                        body = {"prompt": [1, 2, 3]}
+                        status = httpx.post(url + "/v1/completions", json=body, **honest).status_code  # type: ignore[arg-type]
                     next_one = f"{time.monotonic() - start:.2f}" + ("" if status == 200 else f" ({status})")
                 except httpx.HTTPError as error:
                     next_one = f"none in {time.monotonic() - start:.0f} ({type(error).__name__})"

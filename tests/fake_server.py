@@ -1,6 +1,6 @@
 """`serve-teacher` on Python's own http.server, for what only a server that lies needs: a hand in every answer.
 
-The scorer and the words of the three protocols are the real ones; HTTP is not, and nothing is bounded.
+The scorer is the real one and speaks three protocols (`dialects.py`); HTTP is not, and nothing is bounded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from xtokmap.teachers.scorer import Answers, Limits, RefusedError, Scorer
+from dialects import EveryDialect
+from xtokmap.teachers import sums
+from xtokmap.teachers.scorer import Limits, RefusedError, Scorer
 
 
 class TeacherServer(ThreadingHTTPServer):
@@ -24,7 +26,7 @@ class TeacherServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), self.handler())
         self.name, self.key, self.answered = name, key, 0
         self.scorer = Scorer(model, limits or Limits())
-        self.answers = Answers(self.scorer, tokenizer, name)
+        self.answers = EveryDialect(self.scorer, tokenizer, name)
         self._lock, self._busy = threading.Lock(), 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -45,8 +47,9 @@ class TeacherServer(ThreadingHTTPServer):
         self.scorer.close()
 
     def answer(self, method, path, body):
-        asked = self.answers.route(method, path)(body)
-        return asked.answer([row.result() for row in self.scorer.submit(asked.rows, asked.topk)])
+        route = self.answers.route(method, path)
+        asked = route.understand(body)
+        return asked.answer([row.result() for row in self.scorer.submit(asked.rows, asked.read)])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,7 +74,9 @@ class Handler(BaseHTTPRequestHandler):
             path = self.path.partition("?")[0].rstrip("/")
             try:
                 length = int(self.headers.get("Content-Length", "0"))
-                body = json.loads(self.rfile.read(length)) if method == "POST" else None
+                body = self.rfile.read(length) if method == "POST" else None
+                if body is not None and path != sums.PATH:
+                    body = json.loads(body)
                 if self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
                     raise RefusedError(401, "the API key is missing or not the one of this server")
                 status, found, headers = 200, self.server.answer(method, path, body), {}
@@ -89,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status, found, headers):
         """Sends an answer."""
-        content = json.dumps(found, allow_nan=False).encode()
+        content = found if isinstance(found, bytes) else json.dumps(found, allow_nan=False).encode()
         self.send_response(status)
         for name, value in {**headers, "Content-Type": "application/json", "Content-Length": str(len(content))}.items():
             self.send_header(name, value)

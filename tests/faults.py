@@ -231,7 +231,7 @@ class FaultyHandler(Handler):
             self.connection.shutdown(socket.SHUT_RDWR)
         elif fault in LIES:
             self.close_connection = True
-            for part in LIES[fault](found):
+            for part in LIES[fault]({} if isinstance(found, bytes) else found):
                 self.wfile.write(part)
                 self.wfile.flush()
         elif fault in ("cut body", "broken JSON"):
@@ -250,7 +250,7 @@ class FaultyHandler(Handler):
                 time.sleep(plan.slow)
             elif fault is not None:
                 found = damaged(found, fault)
-            content = json.dumps(found).encode()  # NaN may be in it
+            content = found if isinstance(found, bytes) else json.dumps(found).encode()  # NaN may be in it
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

@@ -66,7 +66,7 @@ def url():
         yield server.url
 
 
-@pytest.mark.parametrize("how", ["plain", "sharded", "overlap"])
+@pytest.mark.parametrize("how", ["plain", "sharded", "overlap", "states"])
 def test_two_processes_stop_together_and_resume_to_the_bit(tmp_path, how, url):
     sharded = how == "sharded"
     prompts = tmp_path / "p.jsonl"
@@ -75,6 +75,9 @@ def test_two_processes_stop_together_and_resume_to_the_bit(tmp_path, how, url):
     values = killable.settings(tmp_path, prompts=str(prompts), steps=4, batch_size=3, shard=sharded)
     if how == "overlap":
         values |= {"teacher_url": url, "overlap": True}
+    if how == "states":
+        tiny.teacher_model().save_pretrained(tmp_path / "teacher")
+        values |= {"teacher": str(tmp_path / "teacher"), "teacher_url": url, "loss": "transfer_kl", "overlap": True}
     whole = {**values, "output": str(tmp_path / "whole")}
     (steps, interrupted, after), other = several.launch(several.loop_of, tmp_path, whole, None, "float32")
     assert (steps, interrupted, after) == tuple(other) == (4, False, after)

@@ -97,7 +97,7 @@ def test_self_test_and_what_it_refuses(server, local):
 def test_logprobs_are_the_local_teachers(server, local, figure):
     prompts, completions = rows_of(local.tokenizer)
     want = local.score(prompts, completions)
-    got = teacher_of(server, local.tokenizer).score(prompts, completions, top=True)
+    got = teacher_of(server, local.tokenizer).score(prompts, completions, keep=True)
     gap = (got.logprobs - want.logprobs)[want.mask].abs()
     figure(f"logprobs against LocalTeacher, float32, {len(gap)} tokens: largest {gap.max():.2g}, mean {gap.mean():.2g}")
     assert gap.max() < 2e-3
@@ -149,7 +149,7 @@ def test_bytes_and_requests_a_second(server, local, figure, monkeypatch):
         teacher.client.connect(prompts[0])
         for k in (0, 20):
             read[0], start = 0, time.perf_counter()
-            got = teacher.score(prompts, completions, top=k > 0)
+            got = teacher.score(prompts, completions, keep=k > 0)
             seconds = time.perf_counter() - start
             assert torch.isfinite(got.logprobs).all()
             figure(
@@ -169,7 +169,7 @@ def test_rows_at_the_limit(server, local):
     rows = [[token] * n for n in lengths]
     longer, _ = teacher.too_long([[2]] * 4, rows)
     assert longer == [2, 3]
-    scores = teacher.score([[2]] * 2, rows[:2], top=True)
+    scores = teacher.score([[2]] * 2, rows[:2], keep=True)
     assert scores.mask.sum(1).tolist() == lengths[:2]
     # One that it is asked all the same is named, and the others have their answers: also one of exactly its length.
     for n in (LONGEST, LONGEST + 50):

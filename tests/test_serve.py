@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import httpx
 import pytest
@@ -22,12 +23,13 @@ import torch
 import tiny
 import xtokmap
 from xtokmap.teachers import server as serve
-from xtokmap.teachers.client import PROTOCOLS, Client
-from xtokmap.teachers.scorer import Limits, RefusedError
+from xtokmap.teachers.client import Client
+from xtokmap.teachers.scorer import Limits, RefusedError, score_row
 from xtokmap.teachers.server import TeacherServer
 
 KEY = "sk-of-the-server"
 ROW = [5, 6, 7, 300, 301]
+POST, GET = "POST /v1/completions", "GET /health"
 WAIT = 60.0  # seconds, for what a busy machine may take; nothing that works takes them
 
 
@@ -82,36 +84,6 @@ def test_prompt_logprobs_are_the_models_own(model, server):
     assert body["model"] == "tiny"
 
 
-def test_echo_has_the_same_as_texts_or_as_ids(model, server):
-    want = rows_of(model, ROW)
-    asked = {"prompt": ROW, "echo": True, "logprobs": 2, "max_tokens": 1}
-    given = post(server, "/v1/completions", **asked, return_tokens_as_token_ids=True).json()["choices"][0]["logprobs"]
-    assert given["tokens"] == [f"token_id:{i}" for i in [*ROW, want[-1].argmax().item()]]
-    assert given["token_logprobs"][0] is None
-    assert given["top_logprobs"][0] is None
-    for i, value in enumerate(given["token_logprobs"][1:-1]):
-        assert value == pytest.approx(want[i, ROW[i + 1]].item(), abs=2e-5)
-    choice = post(server, "/v1/completions", **asked).json()["choices"][0]
-    assert choice["logprobs"]["tokens"] == [tiny.teacher_tokenizer().decode([i]) for i in [*ROW, want[-1].argmax()]]
-    assert choice["logprobs"]["token_logprobs"] == given["token_logprobs"]
-    assert choice["text"].startswith(tiny.teacher_tokenizer().decode(ROW))
-    alone = post(server, "/v1/completions", prompt=ROW, logprobs=2, max_tokens=1).json()["choices"][0]["logprobs"]
-    assert alone["token_logprobs"] == [pytest.approx(want[-1].max().item(), abs=2e-5)]
-
-
-def test_generate_has_triples(model, server):
-    asked = {"input_ids": ROW, "sampling_params": {"max_new_tokens": 1}, "return_logprob": True}
-    meta = post(server, "/generate", **asked, logprob_start_len=2, top_logprobs_num=2).json()["meta_info"]
-    want = rows_of(model, ROW)
-    assert [(token, text) for _, token, text in meta["input_token_logprobs"]] == [(7, None), (300, None), (301, None)]
-    assert meta["input_token_logprobs"][1][0] == pytest.approx(want[2, 300].item(), abs=2e-5)
-    assert [token for _, token, _ in meta["input_top_logprobs"][0]] == want[1].topk(2).indices.tolist()
-    assert meta["output_token_logprobs"][0][1] == want[-1].argmax().item()
-    assert post(server, "/generate", **asked).json()["meta_info"]["input_token_logprobs"] == []
-    both = post(server, "/generate", **{**asked, "input_ids": [ROW, ROW[:2]]}, logprob_start_len=0).json()
-    assert [len(answer["meta_info"]["input_token_logprobs"]) for answer in both] == [5, 2]
-
-
 def test_several_prompts_and_texts(model, server):
     text = "the sky is blue"
     ids = tiny.teacher_tokenizer()(text).input_ids
@@ -139,7 +111,7 @@ def test_several_prompts_and_texts(model, server):
         ("/v1/completions", {"prompt": [1] * 64}, 400, "prompt has 64 tokens, and 1 new; the model takes 64 together"),
         ("/v1/completions", {"prompt": [1], "max_tokens": 16}, 400, "max_tokens is 16; this server takes 0 to 1"),
         ("/v1/completions", {"prompt": [1], "prompt_logprobs": 51}, 400, "prompt_logprobs is 51; this server takes 0"),
-        ("/v1/completions", {"prompt": [1], "logprobs": "5"}, 400, "logprobs is '5'"),
+        ("/v1/completions", {"prompt": [1], "prompt_logprobs": "5"}, 400, "prompt_logprobs is '5'"),
         ("/v1/completions", {"prompt": [1], "stream": True}, 400, "stream: this server scores prompts"),
         (
             "/v1/completions",
@@ -147,8 +119,9 @@ def test_several_prompts_and_texts(model, server):
             404,
             "the model 'big' does not exist; this server has 'ti",
         ),
-        ("/generate", {"input_ids": [1], "sampling_params": 3}, 400, "sampling_params must be a JSON object"),
-        ("/generate", {"input_ids": [999]}, 400, "input_ids[0] is 999"),
+        ("/v1/completions", {"prompt": [1], "echo": True}, 400, "echo: this server has vLLM's prompt_logprobs instead"),
+        ("/v1/completions", {"prompt": [1], "logprobs": 0}, 400, "logprobs: this server has vLLM's prompt_logprobs"),
+        ("/generate", {"prompt": [999]}, 404, "there is no /generate here"),
         ("/v1/chat/completions", {}, 404, "there is no /v1/chat/completions here; this server has /health, /v1/models"),
         ("/health", {}, 405, "/health takes GET"),
     ],
@@ -163,15 +136,15 @@ def test_what_cannot_be_done_is_refused_by_name(server, path, body, status, mess
 
 @pytest.mark.parametrize(("content", "message"), [(b"{", "the body is no JSON"), (b"[1]", "must be a JSON object")])
 def test_a_body_that_is_no_object_is_refused(server, content, message):
-    for path in ("/v1/completions", "/generate"):
+    for path in ("/v1/completions", "/v1/hidden_states"):
         answer = httpx.post(server.url + path, content=content)
         assert answer.status_code == 400
         assert message in answer.json()["error"]["message"]
 
 
 def test_bodies_that_say_no_length_or_too_much(server):
-    assert httpx.post(server.url + "/generate", content=iter([b"{}"])).status_code == 411
-    said = refused(server, head("POST /generate", "Content-Length: 1099511627776"), 413)
+    assert httpx.post(server.url + "/v1/completions", content=iter([b"{}"])).status_code == 411
+    said = refused(server, head("POST /v1/completions", "Content-Length: 1099511627776"), 413)
     assert said == f"a body of 1099511627776 bytes; this server takes {server.max_body}"
     assert_answers(server)
 
@@ -196,16 +169,16 @@ def test_requests_that_wait_share_a_pass(model):
 
 def test_a_pass_that_fails_costs_the_request_that_is_to_blame(model):
     with serving(model) as server:
-        score = server.scorer._score
+        own = server.scorer._pass
 
-        def fails(rows, topk):
+        def fails(rows):
             if any(13 in row for row in rows):
                 raise RuntimeError("out of\nmemory")
-            return score(rows, topk)
+            return own(rows)
 
-        server.scorer._score = fails
+        server.scorer._pass = fails
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda i: post(server, "/generate", input_ids=[i, 1]), range(8, 16)))
+            found = list(pool.map(lambda i: post(server, "/v1/completions", prompt=[i, 1]), range(8, 16)))
     assert [answer.status_code for answer in found] == [200] * 5 + [500] + [200] * 2
     assert found[5].json()["error"]["message"] == "the model failed: out of memory"
 
@@ -267,10 +240,9 @@ def test_a_missing_package_is_named(package, monkeypatch, capsys):
     assert "pip install 'xtokmap[serve]'" in said
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_client_of_this_package_gets_the_models_numbers(model, server, protocol):
+def test_the_client_of_this_package_gets_the_models_numbers(model, server):
     rows = [ROW, [9, 8, 7, 6]]
-    answers = Client(server.url, protocol=protocol, model="tiny").score(rows, topk=2)
+    answers = Client(server.url, protocol="vllm", model="tiny").score(rows, topk=2)
     for row, answer in zip(rows, answers, strict=True):
         want = rows_of(model, row)
         assert answer.logprobs[1:] == pytest.approx([want[i, t].item() for i, t in enumerate(row[1:])], abs=2e-5)
@@ -284,7 +256,7 @@ def head(request, *headers):
     return "\r\n".join([f"{request} HTTP/1.1", "Host: x", *headers, "", ""]).encode("latin-1")
 
 
-def whole(body, path="/generate"):
+def whole(body, path="/v1/completions"):
     """A request that is in order."""
     content = json.dumps(body).encode()
     return head(f"POST {path}", f"Content-Length: {len(content)}") + content
@@ -323,9 +295,9 @@ def refused(server, sent, status):
 
 def assert_answers(server, headers=None):
     """The server is there for an honest client."""
-    answer = httpx.post(server.url + "/generate", json={"input_ids": ROW}, headers=headers, timeout=WAIT)
+    answer = httpx.post(server.url + "/v1/completions", json={"prompt": ROW}, headers=headers, timeout=WAIT)
     assert answer.status_code == 200
-    assert answer.json()["meta_info"]["prompt_tokens"] == 5
+    assert answer.json()["usage"]["prompt_tokens"] == 5
 
 
 def until(true):
@@ -338,14 +310,14 @@ def until(true):
 @contextmanager
 def held(server):
     """A model that keeps its first batch until it may go on; yields what lets it, and the rows it was given."""
-    go, seen, score = threading.Event(), [], server.scorer._score
+    go, seen, own = threading.Event(), [], server.scorer._pass
 
-    def waits(rows, topk):
+    def waits(rows):
         seen.extend(rows)
         assert go.wait(WAIT)
-        return score(rows, topk)
+        return own(rows)
 
-    server.scorer._score = waits
+    server.scorer._pass = waits
     try:
         yield go, seen
     finally:
@@ -367,7 +339,7 @@ def test_a_body_may_have_what_its_rows_need(model):
     with serving(model, limits=Limits(max_length=2**20)) as server:
         assert server.max_body == 2**22 + 2**16
     with serving(model, limits=Limits(max_body=100)) as server:
-        assert refused(server, head("POST /generate", "Content-Length: 101"), 413) == (
+        assert refused(server, head("POST /v1/completions", "Content-Length: 101"), 413) == (
             "a body of 101 bytes; this server takes 100"
         )
         assert_answers(server)
@@ -375,7 +347,12 @@ def test_a_body_may_have_what_its_rows_need(model):
 
 @pytest.mark.parametrize(
     "sent",
-    [b"", b"G" * 999, head("GET /health")[:-2] + b"a: b\r\n" * 999, head("POST /generate", "Content-Length: 999")],
+    [
+        b"",
+        b"G" * 999,
+        head("GET /health")[:-2] + b"a: b\r\n" * 999,
+        head("POST /v1/completions", "Content-Length: 999"),
+    ],
     ids=["nothing", "a line", "headers", "a body"],
 )
 def test_what_comes_in_drops_is_cut(model, sent):
@@ -398,8 +375,8 @@ def test_what_comes_in_drops_is_cut(model, sent):
 def test_an_answer_that_nobody_reads_is_cut(model, monkeypatch):
     with serving(model, limits=Limits(max_seconds=0.3)) as server, connect(server) as connection:
         with monkeypatch.context() as patch:
-            patch.setattr(serve, "_content", lambda *_: b" " * 2**25)
-            connection.sendall(whole({"input_ids": ROW}))
+            patch.setattr(serve, "_content", lambda *_: (b" " * 2**25, "text/plain"))
+            connection.sendall(whole({"prompt": ROW}))
             until(lambda: server.answered)
             until(lambda: not server._server.server_state.connections)
         assert_answers(server)
@@ -411,7 +388,7 @@ def test_a_request_whose_client_is_gone_is_not_worked_off(model):
             first = pool.submit(assert_answers, server)
             until(lambda: seen)
             with connect(server) as connection:
-                connection.sendall(whole({"input_ids": [[9, 9]] * 40}))
+                connection.sendall(whole({"prompt": [[9, 9]] * 40}))
                 until(lambda: len(server.scorer._waiting) == 40)
             until(lambda: not server.scorer._waiting)
             go.set()
@@ -425,9 +402,9 @@ def test_rows_wait_all_or_none_and_too_many_never(model):
         with ThreadPoolExecutor(2) as pool, held(server) as (_, seen):
             first = pool.submit(assert_answers, server)
             until(lambda: seen)
-            second = pool.submit(post, server, "/generate", input_ids=[ROW] * 2)
+            second = pool.submit(post, server, "/v1/completions", prompt=[ROW] * 2)
             until(lambda: len(server.scorer._waiting) == 2)
-            full = post(server, "/generate", input_ids=[ROW] * 3)
+            full = post(server, "/v1/completions", prompt=[ROW] * 3)
             assert full.status_code == 429
             assert full.headers["Retry-After"] == "1"
             assert "2 rows wait already; with these 3 there would be more than 4" in full.json()["error"]["message"]
@@ -448,7 +425,7 @@ def test_nan_is_said_in_words_and_costs_its_own_row():
     model.get_output_embeddings().weight = own
     bodies = {
         "/v1/completions": {"prompt": [[1, 13, 2], ROW], "prompt_logprobs": 1},
-        "/generate": {"input_ids": [1, 13, 2], "return_logprob": True, "logprob_start_len": 0},
+        "/v1/hidden_states": {"prompt": [1, 13, 2]},
     }
     with serving(model) as server:
         for path, body in bodies.items():
@@ -456,13 +433,12 @@ def test_nan_is_said_in_words_and_costs_its_own_row():
             assert answer.status_code == 500
             assert answer.json()["error"]["message"] == "the model failed: its logprobs after token 0 of 3 are NaN"
             assert_answers(server)
-        first, second = server.scorer.submit([[1, 13, 2], ROW], 1)  # one pass
+        first, second = server.scorer.submit([[1, 13, 2], ROW], partial(score_row, topk=1))  # one pass
         with pytest.raises(RefusedError, match="are NaN"):
             first.result()
         assert len(second.result().logprobs) == 5
 
 
-POST, GET = "POST /generate", "GET /health"
 CHUNKED = "Transfer-Encoding: chunked"
 
 
@@ -482,8 +458,8 @@ CHUNKED = "Transfer-Encoding: chunked"
         (head(POST, CHUNKED) + b"1\r\n{\r\n" * 999, 411, "a body needs a Content-Length"),
         (head(POST, "Transfer-Encoding: chunked, identity"), 501, "Only Transfer-Encoding: chunked"),
         (head(POST, "Connection: close"), 411, "a POST needs a Content-Length"),
-        (whole({"input_ids": ROW}) + head(GET), 400, "bytes after the request"),
-        (whole({"input_ids": ROW}) + b"X", 400, "bytes after the request"),
+        (whole({"prompt": ROW}) + head(GET), 400, "bytes after the request"),
+        (whole({"prompt": ROW}) + b"X", 400, "bytes after the request"),
         (head(GET, "Content-Length: 0") + head(GET), 400, "bytes after the request"),
         (head(GET) + b"\0" * 99999, 400, "bytes after the request"),
         (b"\0" * 9, 400, "no request of HTTP"),
@@ -516,36 +492,35 @@ def test_a_path_that_is_no_unicode_is_refused(server, path):
     [
         (b"[" * 100000, "the body is nested too deeply"),
         (b'{"a":' * 20000, "the body is nested too deeply"),
-        (b'{"input_ids":' + b"[" * 900 + b"]" * 900 + b"}", "input_ids"),
+        (b'{"prompt":' + b"[" * 900 + b"]" * 900 + b"}", "prompt"),
         (b'{"model":' + b"[" * 900 + b"]" * 900 + b"}", "model is [[["),
-        (b'{"input_ids": [' + b"1" * 5000 + b"]}", "the body is no JSON: Exceeds the limit"),
-        (b'{"input_ids": [' + b"1" * 400 + b"]}", "input_ids[0] is 1111"),
-        (b'{"input_ids": [1], "top_logprobs_num": ' + b"1" * 400 + b"}", "top_logprobs_num is 111"),
-        (b'{"input_ids": [1], "logprob_start_len": 1e999}', "logprob_start_len is inf"),
-        (b'{"input_ids": [1e0]}', "input_ids[0] is 1.0"),
-        (b'{"input_ids": [1, 1e999]}', "input_ids[1] is inf"),
-        (b'{"input_ids": [1, true]}', "input_ids[1] is True"),
-        (b'{"input_ids": [1, null]}', "input_ids[1] is None"),
-        (b'{"input_ids": [1, "2"]}', "input_ids[1] is '2'"),
-        (b'{"input_ids": [NaN]}', "the body is no JSON: NaN in it"),
-        (b'{"input_ids": [1], "x": -Infinity}', "the body is no JSON: -Infinity in it"),
-        (b'{"text": "a\\ud800b"}', "the body is no Unicode: it has half a character, \\ud800"),
-        (b'{"text": "\\udc00\\ud800"}', "half a character, \\udc00"),
-        (b'{"text": "a", "\\uDFFF": 1}', "half a character, \\udfff"),
+        (b'{"prompt": [' + b"1" * 5000 + b"]}", "the body is no JSON: Exceeds the limit"),
+        (b'{"prompt": [' + b"1" * 400 + b"]}", "prompt[0] is 1111"),
+        (b'{"prompt": [1], "prompt_logprobs": ' + b"1" * 400 + b"}", "prompt_logprobs is 111"),
+        (b'{"prompt": [1], "max_tokens": 1e999}', "max_tokens is inf"),
+        (b'{"prompt": [1e0]}', "prompt[0] is 1.0"),
+        (b'{"prompt": [1, 1e999]}', "prompt[1] is inf"),
+        (b'{"prompt": [1, true]}', "prompt[1] is True"),
+        (b'{"prompt": [1, null]}', "prompt[1] is None"),
+        (b'{"prompt": [1, "2"]}', "prompt[1] is '2'"),
+        (b'{"prompt": [NaN]}', "the body is no JSON: NaN in it"),
+        (b'{"prompt": [1], "x": -Infinity}', "the body is no JSON: -Infinity in it"),
+        (b'{"prompt": "a\\ud800b"}', "the body is no Unicode: it has half a character, \\ud800"),
+        (b'{"prompt": "\\udc00\\ud800"}', "half a character, \\udc00"),
+        (b'{"prompt": "a", "\\uDFFF": 1}', "half a character, \\udfff"),
         (b'{"model": "\\ud800", "prompt": [1]}', "half a character"),
-        (b'{"text": "\xed\xa0\x80"}', "the body is no JSON: 'utf-8' codec"),
-        (b'{"text": "\xff"}', "the body is no JSON: 'utf-8' codec"),
-        ('{"input_ids": [1]}'.encode("utf-16"), "the body is no JSON"),
-        (b'\xef\xbb\xbf{"input_ids": [1]}', "the body is no JSON: Unexpected UTF-8 BOM"),
+        (b'{"prompt": "\xed\xa0\x80"}', "the body is no JSON: 'utf-8' codec"),
+        (b'{"prompt": "\xff"}', "the body is no JSON: 'utf-8' codec"),
+        ('{"prompt": [1]}'.encode("utf-16"), "the body is no JSON"),
+        (b'\xef\xbb\xbf{"prompt": [1]}', "the body is no JSON: Unexpected UTF-8 BOM"),
         (b"", "the body must be a JSON object"),
         (b"null", "the body must be a JSON object"),
-        (b'{"text": ""}', "input_ids must be a text or a list of token ids"),
-        (b'{"input_ids": [[1], 2]}', "input_ids[1] must be a text or a list"),
+        (b'{"prompt": ""}', "prompt must be a text or a list of token ids"),
+        (b'{"prompt": [[1], 2]}', "prompt[1] must be a text or a list"),
     ],
 )
 def test_a_body_that_is_no_request_is_refused_in_words(server, content, said):
-    path = "/v1/completions" if b"model" in content else "/generate"
-    answer = httpx.post(server.url + path, content=content, headers={"Content-Length": str(len(content))})
+    answer = httpx.post(server.url + "/v1/completions", content=content, headers={"Content-Length": str(len(content))})
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
     assert_answers(server)
@@ -559,11 +534,10 @@ def test_a_model_that_is_no_name_is_refused(server, model_name):
 
 
 def test_whole_characters_that_json_spells_in_halves_are_texts(server):
-    content = b'{"text": "\\ud83d\\ude00", "return_logprob": true, "logprob_start_len": 0}'
-    answer = httpx.post(server.url + "/generate", content=content)
+    content = b'{"prompt": "\\ud83d\\ude00", "return_token_ids": true}'
+    answer = httpx.post(server.url + "/v1/completions", content=content)
     assert answer.status_code == 200
-    ids = [token for _, token, _ in answer.json()["meta_info"]["input_token_logprobs"]]
-    assert ids == tiny.teacher_tokenizer()("\U0001f600").input_ids
+    assert answer.json()["choices"][0]["prompt_token_ids"] == tiny.teacher_tokenizer()("\U0001f600").input_ids
 
 
 def test_json_is_read_and_written_beside_the_loop(server, monkeypatch):
@@ -618,8 +592,8 @@ def test_connections_at_work_are_not_cut_for_others(model):
 
 def test_long_bodies_are_held_up_to_a_bound(model, monkeypatch):
     monkeypatch.setattr(serve, "_BODIES", 1)
-    content = json.dumps({"input_ids": ROW}).encode().ljust(1000)
-    request = head("POST /generate", "Content-Length: 1000", "Connection: close") + content
+    content = json.dumps({"prompt": ROW}).encode().ljust(1000)
+    request = head("POST /v1/completions", "Content-Length: 1000", "Connection: close") + content
     with serving(model, limits=Limits(max_body=1000)) as server, connect(server) as first:
         first.sendall(request[:-1])
         until(lambda: server._held == 999)
@@ -648,7 +622,7 @@ def test_what_was_taken_is_answered_before_the_end(model):
 def test_patience_has_an_end(model):
     with serving(model) as server, ThreadPoolExecutor(1) as pool:
         with held(server) as (_, seen):
-            first = pool.submit(post, server, "/generate", input_ids=ROW)
+            first = pool.submit(post, server, "/v1/completions", prompt=ROW)
             until(lambda: seen)
             server.close(patience=0.1)
             answer = first.result()

@@ -139,7 +139,7 @@ def test_a_small_k_leaves_mass_out_and_never_the_token_that_is_there(model, serv
 
 def test_strict_kl_from_all_of_every_row_is_the_local_one(model, server, batch):
     prompts, rows, index, _ = batch
-    got = teacher_of(server, protocol="vllm", topk=model.config.vocab_size).score(prompts, rows, top=True)
+    got = teacher_of(server, protocol="vllm", topk=model.config.vocab_size).score(prompts, rows, keep=True)
     assert got.transferred is None
     assert got.top.shape == got.mask.shape
     assert got.missing.abs().max() < 1e-5
@@ -155,10 +155,8 @@ def test_strict_kl_from_all_of_every_row_is_the_local_one(model, server, batch):
     assert losses[0].loss.item() > 0.1
 
 
-def test_whole_rows_are_refused(server, batch):
+def test_what_cannot_be_asked_is_named(server, batch):
     prompts, rows, _, queries = batch
-    with pytest.raises(xtokmap.XTokMapError, match="a served teacher gives no whole rows; take the credit 'cover'"):
-        teacher_of(server).score(prompts, rows, queries=queries, keep=True)
     with pytest.raises(xtokmap.XTokMapError, match="queries need rows: set topk"):
         teacher_of(server, topk=0).score(prompts, rows, queries=queries)
     with pytest.raises(xtokmap.XTokMapError, match="queries are of other completions"):
@@ -310,7 +308,7 @@ def test_without_a_pause_of_the_servers_there_is_ones_own(said, monkeypatch):
             client._connections() as http,
             pytest.raises(TeacherError, match="gave up after 9 attempts, the last: status 429"),
         ):
-            client._ask(http, PROTOCOLS["sglang"], [1, 2], 0, threading.Event())
+            client._answer(http, client.question([1, 2]), threading.Event())
     own = [seconds for seconds in pauses if seconds is not None and seconds > 0]
     assert len(own) == 8
     for k, seconds in enumerate(own):
@@ -339,7 +337,7 @@ def test_a_lie_is_a_bad_answer_and_asked_again(model, protocol, lie):
         teacher = teacher_of(server, protocol=protocol, topk=2, timeout=0.5 if lie in faults.SLOW else 20.0)
         teacher.client.connect(PROMPTS[0])
         plan.faults = [lie, None, lie]
-        got = teacher.score(PROMPTS, COMPLETIONS, top=True)
+        got = teacher.score(PROMPTS, COMPLETIONS, keep=True)
         torch.testing.assert_close(got.logprobs, want, atol=2e-5, rtol=0)
         assert plan.log == [lie] * 2
         figures = dict(teacher.client.figures)
@@ -443,7 +441,7 @@ def test_smallest_lies(protocol, answer, message):
 
     client.retries, client.pause = 1, 0.0
     with pytest.raises(TeacherError, match=f"gave up after 2 attempts, the last: .*({message})"):
-        client._ask(Said(), PROTOCOLS[protocol], IDS, 3, threading.Event())
+        client._answer(Said(), client.question(IDS, 3), threading.Event())
     assert client.figures["bad answer"] == 2
 
 
@@ -744,6 +742,8 @@ def config(prompts, **changes) -> Config:
         "save_every": 0,
         "teacher_patience": 0.0,
     }
+    if "teacher_url" in changes:  # what more there is to have is another file's, test_rows.py
+        values["teacher_rows"] = "top" if changes.get("teacher_topk", 20) else "none"
     return Config(**{**values, **changes})
 
 
@@ -1042,11 +1042,11 @@ def test_auto_asks_what_there_is():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "transfer_kl"}, "loss='transfer_kl' with teacher_url: a served teacher gives no whole rows"),
-        ({"loss": "byte_kl"}, "loss='byte_kl' with teacher_url"),
+        ({"loss": "transfer_kl", "teacher_rows": "top"}, "loss='transfer_kl' with teacher_rows='top': it needs more"),
+        ({"loss": "byte_kl", "teacher_rows": "sums"}, "it needs more of the teacher's rows, one of hidden; or use"),
         ({"method": "kd"}, "method='kd' with teacher_url: a served teacher scores and does not sample"),
         ({"method": "sft"}, "method='sft' with teacher_url"),
-        ({"loss": "cover", "teacher_topk": 0}, "loss='cover' with teacher_topk=0: it needs rows"),
+        ({"loss": "cover", "teacher_rows": "top", "teacher_topk": 0}, "teacher_topk=0 asks for no top k"),
         ({"teacher_url": "localhost:8000"}, "teacher_url='localhost:8000': expected http://host:port"),
         ({"teacher_url": "http://"}, "expected http://host:port"),
         ({"teacher_url": "http://a:99999"}, "expected http://host:port"),

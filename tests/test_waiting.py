@@ -104,7 +104,7 @@ def test_patience_is_of_the_server_and_not_of_each_batch(monkeypatch):
     ends = []
     for _ in range(4):
         with client._connections() as http, pytest.raises(TeacherError, match="gave up after"):
-            client._ask(http, served.PROTOCOLS["vllm"], [1, 2], 0, threading.Event())
+            client._answer(http, client.question([1, 2]), threading.Event())
         ends.append(now[0])
     assert 300 <= ends[0] <= 330
     assert ends[3] - ends[0] <= 3 * 16
@@ -217,7 +217,7 @@ def test_rows_that_are_too_long_are_known_before_they_are_asked(model):
             assert rows == ([2] if topk == 0 else [1, 2])
             assert "max_model_len is 8); start it with a larger --max-model-len" in why
             kept = [[2] * n for n in (3, 4) if not (topk and n == 4)]
-            teacher.score([[1] * 3] * len(kept), kept, top=topk > 0)  # the longest that fit are taken
+            teacher.score([[1] * 3] * len(kept), kept, keep=topk > 0)  # the longest that fit are taken
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -308,7 +308,7 @@ def test_a_row_that_is_refused_is_left_out_as_a_row(prompts, model, loss):
     assert "rows are not taken, the first: " in scored.refusal
     assert f"the model takes {LONGEST} together" in scored.refusal
     assert scored.old_logprobs.shape == scored.batch.completion_mask.shape
-    assert scored.teacher.mask.sum(1).tolist() == [len(row) for row in scored.teacher_ids]
+    assert scored.teacher.mask.sum(1).tolist() == [len(row) for row in scored.batch.teacher_ids]
 
 
 def test_rows_that_are_refused_are_named_when_all_others_are_answered(model):

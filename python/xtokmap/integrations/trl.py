@@ -29,6 +29,7 @@ from xtokmap.torch.completions import body_and_head, headed, padded_places
 from xtokmap.torch.logits import Logits
 from xtokmap.torch.mixture import View, shares
 from xtokmap.torch.pair import Pair
+from xtokmap.train.config import AUTO
 from xtokmap.train.support.health import entropy_sum
 
 _KNOWN = "1.16.*"
@@ -85,8 +86,8 @@ class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
         args: TRL's `DistillationConfig`.
         teacher_processing_class: the tokenizer of a teacher that is a model, or a list of them, one a teacher; None:
             the one that lies where the model is from.
-        loss: a name of `xtokmap.losses.LOSSES` or a `LossRule`; None: transfer_kl, or of a server cover (prior, without
-            top k).
+        loss: a name of `xtokmap.losses.LOSSES` or a `LossRule`; None: transfer_kl, or of a server what its rows allow
+            (transfer_kl, cover, prior).
         loss_settings: of `LossSettings`: clamp, score_stop, ...
 
     Raises:
@@ -276,6 +277,7 @@ def _asked(row: Mapping[str, Any]) -> Any:
 
 
 def _default_loss(teacher: Teacher) -> str:
-    if isinstance(teacher, ServerTeacher):
-        return "cover" if teacher.topk else "prior"
-    return "transfer_kl"
+    """The loss that asks most of what a teacher gives; a server has said so in its self-test."""
+    if not isinstance(teacher, ServerTeacher):
+        return "transfer_kl"
+    return AUTO["none" if teacher.rows == "top" and not teacher.topk else teacher.rows]

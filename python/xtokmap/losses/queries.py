@@ -172,16 +172,43 @@ def transfer(
         at = on(p.row[terms] - a)
         kept[on(p.row[terms])] = rows.mass_without(on(p.row[terms][owner] - a), on(ids))[at]
 
-    before = _sums_before(logprobs, p, on)
     # Terms: those that are one row but some tokens, and those that are elements.
     values = torch.zeros(len(p.row), device=device, dtype=dtype)
     values[on(kept_terms)] = kept[on(p.row[kept_terms])]
     values[on(p.sparse)] = _logsumexp(elements, on(p.element_term), len(p.sparse))
+    return _joined(p, logprobs, values, elements, missing)
+
+
+@torch.no_grad()
+def transfer_masses(logprobs: Tensor, masses: Tensor, queries: CoverQueries) -> Transferred:
+    """As `transfer`, from what somebody else has found in the rows: then there are no elements.
+
+    Args:
+        logprobs: float `[N]`, flat; of the teacher's own tokens.
+        masses: float `[K]`; the log of the mass of every term, in the order of `plan`.
+        queries: of the same batch.
+
+    Raises:
+        XTokMapError: another number of logprobs or masses.
+    """
+    p = plan(queries)
+    if tuple(logprobs.shape) != (len(p.token_row),) or tuple(masses.shape) != (len(p.row),):
+        raise XTokMapError(
+            f"{tuple(logprobs.shape)} logprobs and {tuple(masses.shape)} masses; these queries have "
+            f"{len(p.token_row)} teacher tokens and {len(p.row)} terms"
+        )
+    return _joined(p, logprobs, masses, logprobs.new_zeros(0), logprobs.new_zeros(p.rows))
+
+
+def _joined(p: Plan, logprobs: Tensor, values: Tensor, elements: Tensor, missing: Tensor) -> Transferred:
+    """What follows from the masses of the terms."""
+    on = partial(on_device, device=logprobs.device)
+    before = _sums_before(logprobs, p, on)
     phi = _logsumexp(before[on(p.row)] + values, on(p.owner), p.students)
     previous = torch.cat([phi.new_zeros(1), phi[:-1]])
     base = on(p.base)
     previous = torch.where(base >= 0, before[base.clamp(min=0)], previous) if p.rows else previous
-    transferred = torch.where(on(p.known), phi - previous, torch.nan).to(dtype)
+    transferred = torch.where(on(p.known), phi - previous, torch.nan).to(logprobs.dtype)
     return Transferred(logprobs, transferred, phi, before, elements, missing)
 
 

@@ -130,19 +130,23 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A request of another kind than for logprobs.
+    """A request, and how its answer is read.
 
     Attributes:
         path: behind the URL.
         payload: the body; None: there is none, and it is a GET.
         most: bytes that may come back.
-        read: what to make of the answer, checked; raises `BadAnswerError`.
+        read: what to make of the answer's JSON, checked; raises `BadAnswerError`.
+        kind: the type of the body.
+        binary: whether `read` is given the answer itself, which is no JSON.
     """
 
     path: str
     payload: bytes | None
     most: int
     read: Callable[[Any], Any]
+    kind: str = "application/json"
+    binary: bool = False
 
 
 # ---- protocols ---------------------------------------------------------------------------------------------------
@@ -476,11 +480,12 @@ def check_url(url: str, name: str = "teacher_url", key: str = KEY_VARIABLE) -> N
 class Client:
     """Asks a server for the logprobs of rows of token ids: several at once, and again where that can help.
 
-    A request is made again after a time-out, a cut connection, a status of 408, 425, 429 or 5xx, and an answer that is
-    no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long as the server's
-    Retry-After says (a minute at most), which then holds for all requests. Other statuses are for good. A server that
-    cannot be connected to, or is not there behind its proxy (502, 503, 504), is waited for as long as `patience` says.
-    When it is back, and when nobody has heard of it for a while, it must say of a known text what it said before.
+    A request is made again after a time-out, a cut connection, a status of 408, 425, 429 or 5xx (but 501), and an
+    answer that is no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long
+    as the server's Retry-After says (a minute at most), which then holds for all requests. Other statuses are for good.
+    A server that cannot be connected to, or is not there behind its proxy (502, 503, 504), is waited for as long as
+    `patience` says. When it is back, and when nobody has heard of it for a while, it must say of a known text what it
+    said before.
 
     A server is believed in nothing: a request's time and the bytes that come back are bounded as a whole, whatever
     comes is checked, and what is repeated of it in a message is escaped.
@@ -533,7 +538,7 @@ class Client:
         self.patience, self.max_length = patience, 0
         self.figures: Counter[str] = Counter()
         self.say: Callable[[str], None] = lambda text: None
-        self._known: tuple[list[int], int, Answer] | None = None
+        self._known: tuple[Question, Callable[[Any], float]] | None = None
         self._heard, self._doubted, self._looking = time.monotonic(), False, threading.Lock()
         self._gone: float | None = None
         self._said = 0.0
@@ -562,16 +567,22 @@ class Client:
         """What the server speaks; `auto` where nobody has asked yet."""
         return self._dialect.name if self._dialect else "auto"
 
-    def name_model(self) -> None:
-        """Finds the name of the one model that the server has, and how long its rows may be.
+    def name_model(self, *, optional: bool = False) -> None:
+        """Finds the model's name, where it is open, and how long its rows may be.
+
+        Args:
+            optional: whether the server need not say.
 
         Raises:
-            TeacherError: it does not say, or has several.
+            TeacherError: there is no server; or several models and no name of one; or it does not say.
         """
         with self._connections() as http:
-            models = self._models(http, optional=False)
-        self.model = self._only_model(models)
-        self.max_length = models.get(self.model, 0)
+            models = self._models(http, optional=optional)
+        self.model = self.model or self._only_model(models)
+        self._set_longest(models)
+
+    def _set_longest(self, models: Mapping[str, int]) -> None:
+        self.max_length = models.get(self.model, next(iter(models.values())) if len(models) == 1 else 0)
 
     def connect(self, ids: Sequence[int], topk: int = 0) -> str:
         """Finds the protocol and the model's name, where they are open, by asking about some ids; returns the protocol.
@@ -585,9 +596,9 @@ class Client:
             models = self._models(http, optional=not named)
             if not self.model and any(dialect.path.startswith("/v1") for dialect in dialects):
                 self.model = self._only_model(models)
-            self.max_length = models.get(self.model, next(iter(models.values())) if len(models) == 1 else 0)
+            self._set_longest(models)
             if self._dialect is not None:
-                self._ask(http, self._dialect, ids, topk, threading.Event())
+                self._answer(http, self._question(self._dialect, ids, topk), threading.Event())
                 return self._dialect.name
             refusals = []
             for dialect in dialects:
@@ -600,7 +611,7 @@ class Client:
 
     def _refusal_of(self, http: http1.Connections, dialect: Dialect, ids: Sequence[int], topk: int) -> str | None:
         try:
-            self._ask(http, dialect, ids, topk, threading.Event(), probing=True)
+            self._answer(http, self._question(dialect, ids, topk), threading.Event(), probing=True)
         except TeacherUnreachableError:
             raise
         except TeacherError as error:
@@ -620,40 +631,37 @@ class Client:
         """
         if self._dialect is None and rows:
             self.connect(rows[0], topk)
-        dialect = self._dialect
-        assert dialect is not None or not rows
-        return self._every(lambda http, row, stop: self._ask(http, dialect, row, topk, stop), rows)
+        return self.ask([self.question(row, topk) for row in rows])
+
+    def question(self, ids: Sequence[int], topk: int = 0) -> Question:
+        """The request for the logprobs of a row, in the protocol that was found."""
+        assert self._dialect is not None
+        return self._question(self._dialect, ids, topk)
+
+    def _question(self, dialect: Dialect, ids: Sequence[int], topk: int) -> Question:
+        def read(body: Any) -> Answer:
+            found = dialect.parse(body, ids, topk, self.spell)
+            largest = int(found.top_ids.max(initial=-1))
+            if self.vocab_size and largest >= max(self.vocab_size, max(ids) + 1):
+                raise BadAnswerError(f"token {largest} is among the likeliest; the vocabulary has {self.vocab_size}")
+            return found
+
+        payload = json.dumps(dialect.payload(ids, topk, self.model)).encode()
+        return Question(dialect.path, payload, _ROOM + _ENTRY * len(ids) * (topk + 2), read)
 
     def ask(self, questions: Sequence[Question]) -> list[Any]:
-        """What each question's `read` gives, in their order.
+        """What each question's `read` gives, in their order. Several are asked at a time.
 
         Raises:
             RowRefusedError: as `score`.
             TeacherError: as `score`.
         """
-
-        def answer(http: http1.Connections, question: Question, stop: threading.Event) -> Any:
-            def attempt() -> Any:
-                method = "GET" if question.payload is None else "POST"
-                return self._asked(http, method, question.path, question.payload, question.most, question.read)
-
-            found = self._again(attempt, stop, question.path)
-            with self._lock:
-                self.figures["answers"] += 1
-            return found
-
-        return self._every(answer, questions)
-
-    def _every(
-        self, ask: Callable[[http1.Connections, Any, threading.Event], Found], what: Sequence[Any]
-    ) -> list[Found]:
-        """Asks several at a time; when one fails for good the others are given up."""
         stop = threading.Event()
         self._batches.add(stop)
-        pool = ThreadPoolExecutor(min(self.concurrency, max(len(what), 1)), thread_name_prefix="teacher")
+        pool = ThreadPoolExecutor(min(self.concurrency, max(len(questions), 1)), thread_name_prefix="teacher")
         http = self._connections()
         try:
-            futures = [pool.submit(_or_refusal, ask, http, one, stop) for one in what]
+            futures = [pool.submit(_or_refusal, self._answer, http, one, stop) for one in questions]
             done = wait(futures, return_when=FIRST_EXCEPTION).done
             failed = next((e for f in futures if f in done and (e := f.exception()) is not None), None)
             if failed is not None:
@@ -670,47 +678,29 @@ class Client:
         for stop in list(self._batches):
             stop.set()
 
-    def _ask(
-        self,
-        http: http1.Connections,
-        dialect: Dialect | None,
-        ids: Sequence[int],
-        topk: int,
-        stop: threading.Event,
-        *,
-        probing: bool = False,
-    ) -> Answer:
-        assert dialect is not None
-        payload = json.dumps(dialect.payload(ids, topk, self.model)).encode()
-        most = _ROOM + _ENTRY * len(ids) * (topk + 2)
-
-        def read(body: Any) -> Answer:
-            found = dialect.parse(body, ids, topk, self.spell)
-            largest = int(found.top_ids.max(initial=-1))
-            if self.vocab_size and largest >= max(self.vocab_size, max(ids) + 1):
-                raise BadAnswerError(f"token {largest} is among the likeliest; the vocabulary has {self.vocab_size}")
-            return found
-
-        def attempt() -> Answer:
-            return self._asked(http, "POST", dialect.path, payload, most, read)
-
-        answer: Answer = self._again(attempt, stop, dialect.path, probing=probing)
+    def _answer(
+        self, http: http1.Connections, question: Question, stop: threading.Event, *, probing: bool = False
+    ) -> Any:
+        found = self._again(http, question, stop, probing=probing)
         with self._lock:
             self.figures["answers"] += 1
-        return answer
+        return found
 
-    def _again(self, attempt: Callable[[], Any], stop: threading.Event, path: str, *, probing: bool = False) -> Any:
-        """What the attempt gives, made again where that may help; the only place from which errors go out."""
+    def _again(
+        self, http: http1.Connections, question: Question, stop: threading.Event, *, probing: bool = False
+    ) -> Any:
+        """An answer, asked for again where that may help; the only place from which errors go out."""
         pause = self.pause
         for number in count(1):
             stop.wait(self._not_before - time.monotonic())
             if stop.is_set():
                 raise TeacherError(f"{self.url}: given up, as another request of the batch failed or the run ended")
             start = time.monotonic()
-            found, error = self._caught(attempt, path)
+            found, error = self._caught(http, question)
             if error is None:
                 self._hear(start)
-                self._look_again(stop)
+                if self._known is None or question is not self._known[0]:
+                    self._look_again(stop)
                 return found
             if probing and number > 1 and isinstance(error, BadAnswerError):
                 break  # another protocol's, and not by chance
@@ -721,11 +711,11 @@ class Client:
             stop.wait(min(pause, _LONGEST_LOOK if waits else _LONGEST_PAUSE) * (1 + random.random()) / 2)
             pause = min(2 * pause, _LONGEST_PAUSE)
         kind = TeacherError if isinstance(error, BadAnswerError) else TeacherUnreachableError
-        raise kind(self._clean(f"{self.url}{path}: gave up after {number} attempts, the last: {error}"))
+        raise kind(self._clean(f"{self.url}{question.path}: gave up after {number} attempts, the last: {error}"))
 
-    def _caught(self, attempt: Callable[[], Any], path: str) -> tuple[Any, _AgainError | None]:
+    def _caught(self, http: http1.Connections, question: Question) -> tuple[Any, _AgainError | None]:
         try:
-            return attempt(), None
+            return self._asked(http, question), None
         except _AgainError as error:
             with self._lock:
                 self.figures[error.kind] += 1
@@ -733,7 +723,7 @@ class Client:
                     self._not_before = max(self._not_before, time.monotonic() + error.after)
             return None, error
         except TeacherError as error:
-            raise type(error)(self._clean(f"{self.url}{path}: {error}")) from None
+            raise type(error)(self._clean(f"{self.url}{question.path}: {error}")) from None
 
     def _waits(self, why: str) -> bool:
         """Whether to wait for a server that is gone, and says so from time to time."""
@@ -762,9 +752,14 @@ class Client:
         if says and gone is not None:
             self.say(f"{self.url} answers, after {now - gone:.0f} s")
 
-    def remember(self, ids: Sequence[int], topk: int, answer: Answer) -> None:
-        """What the server says of a known text, which it must say again when it may have become another one."""
-        self._known, self._doubted = (list(ids), topk, answer), False
+    def remember(self, question: Question, apart: Callable[[Any], float]) -> None:
+        """Asks this again when there may be another model behind the URL.
+
+        Args:
+            question: about a known text.
+            apart: nats that the text's logprobs are from what they were, in the mean, by the answer.
+        """
+        self._known, self._doubted = (question, apart), False
 
     def _look_again(self, stop: threading.Event) -> None:
         """Whether the model is the same, where that is in doubt; answers wait for it.
@@ -777,14 +772,12 @@ class Client:
         with self._looking:
             if not self._doubted:
                 return
-            ids, topk, before = self._known
-            self._doubted = False  # this request's own answer is not looked at
+            question, apart_of = self._known
+            self._doubted = False
             try:
                 with self._connections() as http:
-                    now = self._ask(http, self._dialect, ids, topk, stop)
-                    self.figures["answers"] -= 1
-                apart = _apart(before, now)
-                if apart > _SAME:
+                    apart = apart_of(self._again(http, question, stop))
+                if not apart <= _SAME:
                     raise OtherTeacherError(
                         f"{self.url} has another model than at the start: the logprobs of a known text are "
                         f"{apart:.2g} nats from what they were, in the mean"
@@ -793,20 +786,15 @@ class Client:
                 self._doubted = True
                 raise
 
-    def _asked(
-        self,
-        http: http1.Connections,
-        method: str,
-        path: str,
-        payload: bytes | None,
-        most: int,
-        read: Callable[[Any], Found],
-    ) -> Found:
-        """What `read` makes of an answer's JSON; raises `_AgainError` or, without the URL, `TeacherError`."""
+    def _asked(self, http: http1.Connections, question: Question) -> Any:
+        """One attempt; raises `_AgainError` or, without the URL, `TeacherError`."""
+        method, most = "GET" if question.payload is None else "POST", question.most
         with self._lock:
             self.figures["requests"] += 1
         try:
-            answer = http.ask(method, path, payload, seconds=self.timeout, most=most)
+            answer = http.ask(
+                method, question.path, question.payload, seconds=self.timeout, most=most, kind=question.kind
+            )
         except http1.LateError as error:
             raise _AgainError("time-out", str(error)) from None
         except http1.UnfitError as error:
@@ -819,7 +807,7 @@ class Client:
         # One at a time: only one of them is in memory as Python's objects, which are larger than its bytes.
         with self._reading:
             try:
-                return read(_json(answer.content, most))
+                return question.read(answer if question.binary else _json(answer.content, most))
             except (TeacherError, _AgainError):
                 raise
             except Exception as error:  # what no check above has thought of
@@ -828,7 +816,7 @@ class Client:
     def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
         said = self._repeated(_said(content))
         said = f": {said}" if said else ""
-        if status in (408, 425, 429) or status >= 500:
+        if status in (408, 425, 429) or (status >= 500 and status != 501):
             after = _retry_after(headers.get("retry-after"))
             return _AgainError(f"status {status}", f"status {status}{said}", after, gone=status in _GONE)
         hint = ""
@@ -848,14 +836,9 @@ class Client:
         Raises:
             TeacherError: there is no server; or no list that can be read, and it is not optional.
         """
-        path = "/v1/models"
+        question = Question("/v1/models", None, _LIST_ROOM, _models_in)
         try:
-            found: dict[str, int] = self._again(
-                lambda: self._asked(http, "GET", path, None, _LIST_ROOM, _models_in),
-                threading.Event(),
-                path,
-                probing=optional,
-            )
+            found: dict[str, int] = self._again(http, question, threading.Event(), probing=optional)
         except TeacherUnreachableError:
             raise
         except TeacherError:
@@ -976,7 +959,7 @@ def self_test(
     # Of every row something that does not depend on the token that is there. OpenAI's dialect has that anyway.
     topk = topk if client.protocol == OpenAI.name else max(topk, 1)
     first, second, *rest = client.score([ids, ids, *variants], topk)
-    client.remember(ids, topk, first)
+    client.remember(client.question(ids, topk), lambda now: _apart(first, now))
     with np.errstate(invalid="ignore"):
         gap = np.nan_to_num(np.abs(first.logprobs - second.logprobs))
     apart = float(gap.max())

@@ -28,6 +28,8 @@ from xtokmap._core import XTokMapError
 #: Bytes of the head of an answer, and of an error's body that are read.
 _HEAD, _ERROR = 64 * 2**10, 64 * 2**10
 
+_JSON = "application/json"
+
 #: Answers of status 1xx before the one that counts.
 _INFORMATIONAL = 100
 
@@ -97,7 +99,7 @@ class Connections:
         self._prefix = quote(parts.path, safe="/%:@!$&'()*+,;=~")
         self._headers = {
             "Host": name if parts.port is None else self._authority,
-            "Accept": "application/json",
+            "Accept": "*/*",
             "Accept-Encoding": "identity",
             **headers,
         }
@@ -123,15 +125,18 @@ class Connections:
             for sock in self._sockets:
                 _shut(sock)  # whoever uses it closes it
 
-    def ask(self, method: str, path: str, body: bytes | None = None, *, seconds: float, most: int) -> Answer:
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, *, seconds: float, most: int, kind: str = _JSON
+    ) -> Answer:
         """One request and its answer.
 
         Args:
             method: `GET` or `POST`.
             path: behind the URL.
-            body: JSON, or None.
+            body: of that kind, or None.
             seconds: for all of it. Names are looked up in the time that the system takes for that.
             most: bytes that may come back, all together.
+            kind: the type of the body.
 
         Raises:
             LateError: it took longer.
@@ -142,7 +147,7 @@ class Connections:
         deadline = time.monotonic() + seconds
         headers = {**self._headers, **(self._proxy_headers if not self._tls else {})}
         if body is not None:
-            headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            headers |= {"Content-Type": kind, "Content-Length": str(len(body))}
         target = self._prefix + path
         if self._proxy and not self._tls:
             target = f"http://{self._authority}{target}"

@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.chat import PLAIN_TEMPLATE
-from xtokmap.losses.queries import transfer
-from xtokmap.teachers.client import Answer, Client, RowRefusedError, self_test
-from xtokmap.teachers.scores import Prompted, Scores, check_queries, padded_found
+from xtokmap.losses.queries import transfer, transfer_masses
+from xtokmap.teachers import sums
+from xtokmap.teachers.client import (
+    Answer,
+    Client,
+    OtherTeacherError,
+    RowRefusedError,
+    TeacherError,
+    TeacherUnreachableError,
+    self_test,
+)
+from xtokmap.teachers.head import Head
+from xtokmap.teachers.scores import Prompted, Scores, check_queries, padded_found, scores_of
+from xtokmap.teachers.states import SOURCES, nats_apart, verified
 from xtokmap.tokenizers import byte_table
 from xtokmap.torch.completions import check_pairs, flat_ids, row_ends, token_mask
-from xtokmap.torch.logits import TopK
+from xtokmap.torch.logits import Logits, TopK
+
+#: What may be had of a server's rows, from the most to the least, and what is lost with each.
+ROWS = {
+    "hidden": "hidden states, from which whole rows are made here: exact",
+    "sums": "sums over sets of tokens: cover is exact, and no loss sees whole rows",
+    "top": "the likeliest tokens of each row: what they leave out is lost (`missing`)",
+    "none": "logprobs of the sampled tokens alone: nothing is known of what else could stand there",
+}
+
+Found = TypeVar("Found")
+
+#: Asks about some ids, and looks at the answer beside the server's own logprobs of them, if it gives any.
+_Attempt: TypeAlias = "Callable[[list[int], Callable[[], Tensor | None]], None]"
 
 
 class ServerTeacher(Prompted):
     """A causal language model behind HTTP that scores token ids: vLLM, SGLang, or whatever speaks their protocols.
 
-    Its tokenizer is here, its weights are not: it gives logprobs and the top k of every row, never whole rows, so that
-    the credits of logprobs and `cover` work with it, and losses of whole distributions do not.
+    Its tokenizer is here, its weights are not. How much of its rows can be had depends on the server (`ROWS`): with
+    hidden states everything works as with a teacher that is here.
 
     Args:
         url: of the server, `http://host:port`.
         tokenizer: the served model's own.
+        rows: names of `ROWS`, one or several, the best first: the self-test takes the first that can be had.
+        head: the model's output head, or what reads it, for hidden states.
+        states_url: of the server that gives hidden states, where that is another one (vLLM's pooling runner).
         protocol: `vllm`, `sglang`, `openai`, or `auto`, which finds out.
         model: the name under which the server has the model; empty: the only one that it has.
-        topk: likeliest tokens of every row to ask for where queries are to be answered; 0: none.
+        topk: likeliest tokens of every row to ask for, with `rows="top"`.
         plain_template: the prompt format where the tokenizer has no chat template; must contain `{prompt}`.
         device: of the scores.
-        options: of `xtokmap.teachers.client.Client`: concurrency, timeout, retries, key, pause.
+        options: of `xtokmap.teachers.client.Client`: concurrency, timeout, retries, patience, key, pause.
+
+    Attributes:
+        rows: what is had of the server's rows; empty where the self-test is to find out.
+        refused: why what would be better is not had, by name.
+        bytes_per_token: of hidden states, over the wire; 0: none.
 
     Raises:
-        XTokMapError: a URL or protocol that cannot be.
+        XTokMapError: a URL, protocol or rows that cannot be.
     """
 
     def __init__(
@@ -45,6 +78,9 @@ class ServerTeacher(Prompted):
         url: str,
         tokenizer: Any,
         *,
+        rows: str | Sequence[str] = "top",
+        head: Head | Callable[[], Head] | None = None,
+        states_url: str = "",
         protocol: str = "auto",
         model: str = "",
         topk: int = 20,
@@ -54,41 +90,152 @@ class ServerTeacher(Prompted):
     ) -> None:
         super().__init__(tokenizer, plain_template)
         self.topk, self.device = topk, torch.device(device)
+        self.ways = (rows,) if isinstance(rows, str) else tuple(rows)
+        for name in self.ways:
+            if name not in ROWS:
+                raise XTokMapError(f"rows={name!r}: use one or several of {', '.join(ROWS)}")
+        self.rows = self.ways[0] if self.ways in (("top",), ("none",)) else ""
+        self.head, self._source = head, SOURCES[0]
+        self.refused: dict[str, str] = {}
+        self.bytes_per_token = 0
         self._table = byte_table(tokenizer)
         # Many models have some more rows than their tokenizers have tokens, in round numbers; a server may show them.
-        rows = len(self._table) + len(self._table) // 32
-        self.client = Client(url, protocol=protocol, model=model, spell=self._spell, vocab_size=rows, **options)
+        size = len(self._table) + len(self._table) // 32
+        self.client = Client(url, protocol=protocol, model=model, spell=self._spell, vocab_size=size, **options)
+        self.states_client = Client(states_url, **options) if states_url else self.client
 
     def __repr__(self) -> str:
-        return f"ServerTeacher({self.client!r}, topk={self.topk})"
+        return f"ServerTeacher({self.client!r}, rows={self.rows or self.ways!r}, topk={self.topk})"
+
+    @property
+    def clients(self) -> list[Client]:
+        """Of the one server, or of the two."""
+        return [self.client] if self.states_client is self.client else [self.client, self.states_client]
 
     def _spell(self, token: int) -> bytes | None:
         return self._table[token] if token < len(self._table) else None
 
     def self_test(self) -> str | None:
-        """Whether the server can be believed, from a known text; see `xtokmap.teachers.client.self_test`.
+        """Whether the server can be believed, from a known text, and how much of its rows it gives.
+
+        See `xtokmap.teachers.client.self_test`; hidden states must give the server's own logprobs (`states.verified`).
+        A server that has nothing but hidden states is believed where they make the text likely.
 
         Returns:
             None, or what could not be told, and why.
 
         Raises:
-            TeacherError: it does not answer, or must not be a teacher.
+            TeacherError: it does not answer, must not be a teacher, or gives nothing of what `rows` names.
         """
         text = self.tokenizer(_KNOWN_TEXT).input_ids[:32]
         ids = [*self.render(["?"])[0][:8], *text]
-        self.client.connect(ids[:8], self.topk)
+        topk = self.topk if self.ways == ("top",) else 0
+        try:
+            self.client.connect(ids[:8], topk)
+        except TeacherUnreachableError:
+            raise
+        except TeacherError as error:
+            if "hidden" not in self.ways or self.states_client is not self.client:
+                raise
+            self._settle(("hidden",), ids, lambda: None, silent=str(error))
+            return "it gives hidden states alone, and all that was seen is that they make a known text likely"
         if self.client.max_length:
             ids = ids[: max(2, self.client.max_length - 1)]
         others = [token for token in dict.fromkeys(text) if token != ids[len(ids) // 2]][:4]
-        return self_test(self.client, ids, others, topk=self.topk, spell=self._spell)
+        unknown = self_test(self.client, ids, others, topk=topk, spell=self._spell)
+        if self.ways not in (("top",), ("none",)):
+            self._settle(self.ways, ids, lambda: torch.from_numpy(self.client.score([ids])[0].logprobs))
+        return unknown
+
+    def _settle(self, ways: Sequence[str], ids: list[int], own: Callable[[], Tensor | None], silent: str = "") -> None:
+        """Takes the first of these ways that the server has and that gives its own logprobs of some ids."""
+        tried: dict[str, _Attempt] = {
+            "hidden": self._try_hidden,
+            "sums": self._try_sums,
+            "top": self._try_top,
+            "none": lambda ids, own: None,
+        }
+        self.refused = {}
+        for way in ways:
+            if (refusal := self._refusal(tried[way], ids, own)) is None:
+                self.rows = way
+                return
+            self.refused[way] = refusal
+        reasons = "; ".join(f"{way}: {why}" for way, why in self.refused.items())
+        raise TeacherError(f"{self.client.url}: gives no rows that could be used: {reasons}{silent and f'; {silent}'}")
+
+    def _refusal(self, attempt: _Attempt, ids: list[int], own: Callable[[], Tensor | None]) -> str | None:
+        try:
+            attempt(ids, own)
+        except OtherTeacherError:
+            raise
+        except XTokMapError as error:
+            return str(error).removeprefix(self.client.url)
+        return None
+
+    def _try_hidden(self, ids: list[int], own: Callable[[], Tensor | None]) -> None:
+        client, refusals = self.states_client, []
+        client.name_model(optional=True)
+        ids = ids[: client.max_length or None]
+        for source in SOURCES:
+            asked = source.question(ids, 1, client.model, None)
+            try:
+                [states] = client.ask([asked])
+            except TeacherError as error:
+                refusals.append(f"{source.name}: {str(error).removeprefix(client.url)}")
+                continue
+            break
+        else:
+            raise TeacherError(f"there are none: {'; '.join(refusals)}")
+        if self.head is None:
+            raise TeacherError("it gives them, and there is no output head here to make rows of them")
+        head = self.head if isinstance(self.head, Head) else self.head()
+        if states.shape[1] != head.width:
+            raise TeacherError(f"they have {states.shape[1]} numbers, the output head takes {head.width}")
+        logprobs = own()
+        head = verified(head, states, ids, None if logprobs is None else logprobs[: len(ids)])
+        client.remember(asked, lambda now: nats_apart(head, ids, states, now))
+        self.head, self._source = head, source
+        self.bytes_per_token = states.shape[1] * states.element_size()
+
+    def _try_sums(self, ids: list[int], own: Callable[[], Tensor | None]) -> None:
+        order = sums.byte_order(self._table)
+        n, half = len(ids) - 1, len(order) // 2
+        # Of every row the token that is there, and two halves of the vocabulary.
+        terms = sums.Terms(
+            np.repeat(np.arange(n, dtype=np.int32), 3),
+            np.stack([-1 - np.array(ids[1:]), np.zeros(n), np.ones(n)], 1).reshape(-1).astype(np.int32),
+            np.array([0, 1, 2], np.int32),
+            np.array([[0, half], [half, len(order)]], np.int32),
+            np.array([True, False]),
+        )
+        asked = sums.question(ids, 1, terms, sums.digest(order), self.client.model)
+        [(logprobs, masses)] = self.client.ask([asked])
+        want = own()
+        assert want is not None
+        single, one, other = masses.view(n, 3).unbind(1)
+        whole = (one.exp() + other.exp() - 1).abs().max()
+        apart = max(float((x - want[1:]).nan_to_num().abs().mean()) for x in (logprobs, single))
+        if not float(whole) < 1e-3 or not apart < _SUMS_APART:
+            raise TeacherError(
+                f"the sums over two halves of the vocabulary are off 1 by up to {whole:.3g}, the logprobs {apart:.3g} "
+                "nats from its own, in the mean"
+            )
+
+    def _try_top(self, ids: list[int], own: Callable[[], Tensor | None]) -> None:
+        if not self.topk:
+            raise XTokMapError("queries need rows: set topk, or take a credit of logprobs alone, as 'prior'")
+        self.client.score([ids], self.topk)
 
     def too_long(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
     ) -> tuple[list[int], str]:
         """Which rows are longer than the server takes, as far as it has said how long they may be; and what to do."""
-        longest = self.client.max_length
-        # Behind the completion, the token that makes a row of what follows it, and the one that is generated.
-        room = longest - (2 if self.topk else 1)
+        client = self.states_client if self.rows == "hidden" else self.client
+        longest = client.max_length
+        # Of logprobs, behind the completion: the token that is generated, and the one that makes a row of what follows.
+        more = {"top": 2 if self.topk else 1, "none": 1}
+        room = longest - more.get(self.rows, 0)
         rows = [
             b for b, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)) if c and len(p) + len(c) > room
         ]
@@ -106,48 +253,44 @@ class ServerTeacher(Prompted):
         queries: CoverQueries | None = None,
         transferred: bool | None = None,
         keep: bool = False,
-        top: bool = False,
     ) -> Scores:
         """Logprobs of the completions' tokens, as `LocalTeacher.score`.
 
-        Queries are evaluated from the top k of every row and the token that is there (`TopK`): mass that these do not
-        show counts as none, except where all of a row but some tokens is asked for.
+        With `rows="top"` queries are evaluated from the top k of every row and the token that is there (`TopK`): mass
+        that these do not show counts as none, except where all of a row but some tokens is asked for.
 
         Args:
             prompt_ids: B rows, each of at least one id.
             completion_ids: B rows.
             queries: of the batch in which these completions were aligned, from `Aligner.cover_queries`.
             transferred: whether to evaluate them. None: where there are queries.
-            keep: must be False.
-            top: whether to ask for the top k without queries, too.
+            keep: whether to keep what is had of the rows: all of them from hidden states, else the top k.
 
         Raises:
             RowRefusedError: the server does not take some of the rows.
             TeacherError: it gives no answer that can be used for one of them.
-            XTokMapError: whole rows are asked for, and what `LocalTeacher.score` names.
+            XTokMapError: more is asked than `rows` has, and what `LocalTeacher.score` names.
         """
         check_pairs(prompt_ids, completion_ids)
-        if keep:
-            raise XTokMapError(
-                "keep=True: a served teacher gives no whole rows; take the credit 'cover' (with top k) or one of "
-                "logprobs alone, as 'prior', or load the teacher here (LocalTeacher)"
-            )
         if transferred is False:
             queries = None
         check_queries(queries, completion_ids, transferred is True)
-        asked = top or queries is not None
-        if asked and not self.topk:
+        if not self.rows:
+            self.self_test()
+        if self.rows == "hidden":
+            return scores_of(self._hidden(prompt_ids, completion_ids), completion_ids, queries, keep=keep)
+        asked = keep or queries is not None
+        if asked and (self.rows == "none" or (self.rows == "top" and not self.topk)):
             raise XTokMapError("queries need rows: set topk, or take a credit of logprobs alone, as 'prior'")
+        if asked and keep and self.rows == "sums":
+            raise XTokMapError("keep=True: sums over sets of tokens are no rows; take the credit 'cover'")
+        if queries is not None and self.rows == "sums":
+            return self._summed(prompt_ids, completion_ids, queries)
         # One more token, so that there is a row after the last one. Which does not matter: it is among that row's.
         after = [self.stop_id or 0] if asked else []
         rows = [[*p, *c, *after] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        wanted = [b for b, row in enumerate(completion_ids) if row]
-        try:
-            found_rows = self.client.score([rows[b] for b in wanted], self.topk if asked else 0)
-        except RowRefusedError as error:
-            error.rows = [wanted[b] for b in error.rows]
-            raise
-        answers = dict(zip(wanted, found_rows, strict=True))
+        top = self.topk if asked else 0
+        answers = _asked(completion_ids, lambda wanted: self.client.score([rows[b] for b in wanted], top))
         mask = token_mask(completion_ids, torch.device("cpu"))
         logprobs = torch.zeros(mask.shape)
         for b, answer in answers.items():
@@ -168,9 +311,62 @@ class ServerTeacher(Prompted):
             found = padded_found(part.transferred.float(), queries)
         return Scores(logprobs, mask, found, top=shown, missing=missing)
 
+    def _hidden(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Logits:
+        """Whole rows, flat `[N + B]`, from hidden states."""
+        head, client = self.head, self.states_client
+        assert isinstance(head, Head)
+
+        def ask(wanted: list[int]) -> list[Tensor]:
+            rows = [([*prompt_ids[b], *completion_ids[b]], len(prompt_ids[b])) for b in wanted]
+            return client.ask([self._source.question(*row, client.model, head) for row in rows])
+
+        found = _asked(completion_ids, ask)
+        dtype = next((part.dtype for part in found.values()), torch.float32)
+        # Of an empty completion nobody looks at the row behind it.
+        nothing = torch.zeros(1, head.width, dtype=dtype)
+        states = torch.cat([nothing[:0], *(found.get(b, nothing) for b in range(len(completion_ids)))])
+        return head.logits(states)
+
+    def _summed(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], queries: CoverQueries
+    ) -> Scores:
+        """Scores for `cover`, exact, from sums over sets of tokens."""
+        order = sums.digest(queries.vocab_map.teacher_order)
+        terms = sums.terms_of(queries)
+
+        def ask(wanted: list[int]) -> list[tuple[Tensor, Tensor]]:
+            rows = [([*prompt_ids[b], *completion_ids[b]], len(prompt_ids[b]), terms[b]) for b in wanted]
+            return self.client.ask([sums.question(*row, order, self.client.model) for row in rows])
+
+        answers = _asked(completion_ids, ask)
+        parts = [answers.get(b) or (torch.zeros(0), torch.zeros(len(terms[b].row))) for b in range(len(completion_ids))]
+        logprobs, masses = (torch.cat([torch.zeros(0), *(part[k] for part in parts)]) for k in (0, 1))
+        found = transfer_masses(logprobs, masses, queries)
+        mask = token_mask(completion_ids, torch.device("cpu"))
+        padded = torch.zeros(mask.shape).masked_scatter(mask, logprobs)
+        transferred = padded_found(found.transferred.float(), queries).to(self.device)
+        return Scores(padded.to(self.device), mask.to(self.device), transferred)
+
+
+#: Nats that a server's sums may be from its logprobs, in the mean: two passes of it in bfloat16, other batches.
+_SUMS_APART = 0.15
 
 #: What the self-test asks about: letters, digits, other scripts.
 _KNOWN_TEXT = "The quick brown fox jumps over 13 lazy dogs, und 7 schöne Grüße: the sky is blue, the grass is green."
+
+
+def _asked(completions: Sequence[Sequence[int]], ask: Callable[[list[int]], list[Found]]) -> dict[int, Found]:
+    """What is found of every completion that is not empty; nothing is asked about the others.
+
+    Raises:
+        RowRefusedError: the server does not take some of them, by their numbers among all.
+    """
+    wanted = [b for b, row in enumerate(completions) if row]
+    try:
+        return dict(zip(wanted, ask(wanted), strict=True))
+    except RowRefusedError as error:
+        error.rows = [wanted[b] for b in error.rows]
+        raise
 
 
 def _top_rows(answers: Sequence[tuple[Answer | None, int]]) -> TopK:

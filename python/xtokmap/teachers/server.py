@@ -1,9 +1,9 @@
 """`xtokmap serve-teacher`: any transformers causal language model as a teacher behind HTTP.
 
-It scores; it does not chat. Of three protocols it speaks what a teacher is asked: vLLM's and OpenAI's completions and
-SGLang's generate, each with the logprobs of the prompt and at most one new token (the likeliest). Requests that come at
-the same time share a forward pass. It is for models that no server takes and for machines without one; where vLLM or
-SGLang run, they are faster.
+It scores; it does not chat. It speaks what a teacher is asked of vLLM's completions: the logprobs of the prompt and at
+most one new token (the likeliest). And it gives what whole rows are made of, in few bytes: hidden states, and sums over
+sets of tokens (`xtokmap.teachers.answers`). Requests that come at the same time share a forward pass. It is for models
+that no server takes and for machines without one; where vLLM or SGLang run, they are faster.
 
 HTTP is uvicorn's, and nobody who asks is trusted: every request has a bound on its size, its time and its company, the
 key comes before the body, and what nobody waits for any more is not scored (`xtokmap.teachers.scorer`).
@@ -21,15 +21,16 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from xtokmap._core import XTokMapError
 from xtokmap.models import one_line
+from xtokmap.teachers.answers import Answers, Asked, Route
 from xtokmap.teachers.client import KEY_VARIABLE
-from xtokmap.teachers.scorer import Answers, Asked, Limits, RefusedError, Scored, Scorer
+from xtokmap.teachers.scorer import Limits, RefusedError, Scored, Scorer
 
 try:
     import h11
@@ -54,6 +55,9 @@ _BODIES = 16
 
 #: Bytes of a request's headers; more than twice as many are never looked at.
 _HEADERS = 2**14
+
+#: Types of answers.
+_JSON, _BINARY = "application/json", "application/octet-stream"
 
 #: A surrogate that JSON spells; most are one half of a character.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -216,7 +220,7 @@ def _no_constant(name: str) -> None:
 
 
 class TeacherServer:
-    """Scores token ids behind HTTP, as vLLM, SGLang and OpenAI do; see the module.
+    """Scores token ids behind HTTP, as vLLM does; see the module.
 
     Args:
         model: a transformers causal language model.
@@ -310,14 +314,14 @@ class TeacherServer:
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers a request; uvicorn calls it as soon as the headers are there."""
-        request, body, status = Request(scope, receive), bytearray(), 200
+        request, body, status, kind = Request(scope, receive), bytearray(), 200, _JSON
         # What is refused by its headers is not read.
         headers = {"Connection": "close"} if request.headers.get("content-length", "0") != "0" else {}
         try:
-            understand = self._admit(request)
+            route = self._admit(request)
             await self._read(request, body)
             headers = {}
-            content = await self._answer(understand, bytes(body), receive)
+            content, kind = await self._answer(route, bytes(body), receive)
         except ClientDisconnect:
             return
         except RefusedError as error:
@@ -329,11 +333,11 @@ class TeacherServer:
             status, content = 500, error_content(500, f"internal error: {one_line(error)}")
         finally:
             self._held -= len(body)
-        await Response(content, status, headers, "application/json")(scope, receive, send)
+        await Response(content, status, headers, kind)(scope, receive, send)
         self.answered += status == 200
 
-    def _admit(self, request: Request) -> Callable[[Any], Asked]:
-        """What is to understand the body, as far as the headers allow one.
+    def _admit(self, request: Request) -> Route:
+        """How the body is to be understood, as far as the headers allow one.
 
         Raises:
             RefusedError: they do not.
@@ -346,13 +350,13 @@ class TeacherServer:
         wanted = f"Bearer {self.key}".encode()
         if self.key and path != "/health" and not hmac.compare_digest(given, wanted):
             raise RefusedError(401, "the API key is missing or not the one of this server")
-        understand = self.answers.route(request.method, path)
+        route = self.answers.route(request.method, path)
         length = request.headers.get("content-length")
         if length is None and request.method == "POST":
             raise RefusedError(411, "a POST needs a Content-Length")
         if int(length or 0) > self.max_body:
             raise RefusedError(413, f"a body of {length} bytes; this server takes {self.max_body}")
-        return understand
+        return route
 
     async def _read(self, request: Request, body: bytearray) -> None:
         async for piece in request.stream():
@@ -361,23 +365,23 @@ class TeacherServer:
             if self._held > _BODIES * self.max_body:
                 raise RefusedError(503, "too many long requests at a time", {"Retry-After": "1"})
 
-    async def _answer(self, understand: Callable[[Any], Asked], body: bytes, receive: Any) -> bytes:
-        """The JSON that answers a request, unless whoever asked goes away before the model has answered.
+    async def _answer(self, route: Route, body: bytes, receive: Any) -> tuple[bytes, str]:
+        """What answers a request and its type, unless whoever asked goes away before the model has answered.
 
         Raises:
             ClientDisconnect: nobody waits any more; none of the rows is scored that was not at it already.
             RefusedError: a request that cannot be answered.
         """
         if not body:
-            asked = understand(None)
+            asked = route.understand(b"" if route.binary else None)
             return _content(asked, [])
         loop = asyncio.get_running_loop()
         gone = loop.create_task(_gone(receive))
         try:
-            asked = await loop.run_in_executor(self._pool, _understood, understand, body)
+            asked = await loop.run_in_executor(self._pool, _understood, route, body)
             if gone.done():
                 raise ClientDisconnect
-            rows = self.scorer.submit(asked.rows, asked.topk)
+            rows = self.scorer.submit(asked.rows, asked.read)
             found = loop.create_task(_all(rows))
             first: set[asyncio.Task[Any]] = {found, gone}
             try:
@@ -392,7 +396,7 @@ class TeacherServer:
             gone.cancel()
 
 
-async def _all(rows: Sequence[Future[Scored]]) -> list[Scored]:
+async def _all(rows: Sequence[Future[Any]]) -> list[Any]:
     return [await asyncio.wrap_future(row) for row in rows]
 
 
@@ -402,15 +406,18 @@ async def _gone(receive: Any) -> None:
         pass
 
 
-def _understood(understand: Callable[[Any], Asked], body: bytes) -> Asked:
+def _understood(route: Route, body: bytes) -> Asked:
     try:
-        return understand(json_of(body))
+        return route.understand(body if route.binary else json_of(body))
     except RecursionError:
         raise RefusedError(400, "the body is nested too deeply") from None
 
 
-def _content(asked: Asked, found: Sequence[Scored]) -> bytes:
-    return json.dumps(asked.answer(found), allow_nan=False).encode()
+def _content(asked: Asked, found: Sequence[Any]) -> tuple[bytes, str]:
+    content = asked.answer(found)
+    if isinstance(content, bytes):
+        return content, _BINARY
+    return json.dumps(content, allow_nan=False).encode(), _JSON
 
 
 def serve(
@@ -453,7 +460,7 @@ def serve(
 
     threading.Thread(target=run, daemon=True).start()
     secured = f"; a key is asked for ({KEY_VARIABLE})" if key else ""
-    print(f"serving {server.name} at {server.url} (vLLM, SGLang and OpenAI completions){secured}", flush=True)
+    print(f"serving {server.name} at {server.url} (vLLM's completions, hidden states, sums){secured}", flush=True)
     try:
         stop.wait()
     finally:

@@ -27,7 +27,8 @@ from xtokmap.losses.measured import PairLoss, measured
 from xtokmap.losses.rule import LossInput, LossRule, LossSettings
 from xtokmap.losses.table import rule_of
 from xtokmap.teachers.local import LocalTeacher
-from xtokmap.teachers.scores import Prompted, Scores, scores_of
+from xtokmap.teachers.remote import ServerTeacher
+from xtokmap.teachers.scores import Scores, scores_of
 from xtokmap.torch.batch import SIDES, Ids, PairBatch
 from xtokmap.torch.completions import flat_ids, output_rows, padded_inputs, padded_places, ragged, token_mask
 from xtokmap.torch.index import ChunkIndex, VocabTensors
@@ -220,12 +221,12 @@ class Pair:
             raise XTokMapError("this loss needs a teacher: its output, its logits, Logits or Scores")
         if isinstance(teacher, Scores):
             return teacher
-        if isinstance(teacher, Prompted):
-            # A server gives no whole rows; its top k are all that can be looked at.
-            whole = isinstance(teacher, LocalTeacher) or self.rule.teacher == "rows"
-            looked_at = {"keep" if whole else "top": self.rule.keep}
+        if isinstance(teacher, LocalTeacher | ServerTeacher):
             ids = batch.teacher_prompt_ids, batch.teacher_ids
-            return teacher.score(*ids, queries=self.queries(batch), **looked_at)  # type: ignore[no-any-return, attr-defined]
+            scores = teacher.score(*ids, queries=self.queries(batch), keep=self.rule.keep)
+            if self.rule.teacher == "rows" and scores.rows is None:
+                raise XTokMapError("this server gives no whole rows: ask for hidden states, or take 'cover'")
+            return scores
         rows = output_rows(teacher, batch.teacher_prompt_ids, batch.teacher_ids, after=True)
         with torch.no_grad():
             return scores_of(rows.detach(), batch.teacher_ids, self.queries(batch), keep=self.rule.keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,6 +14,7 @@ from xtokmap.files import check_name
 from xtokmap.losses.rule import LossRule, LossSettings
 from xtokmap.losses.table import LOSSES
 from xtokmap.teachers.client import KEY_VARIABLE, PROTOCOLS, check_url
+from xtokmap.teachers.remote import ROWS
 from xtokmap.train.support.track import TRACKERS
 
 #: The environment variable with the API key of the student's server.
@@ -26,6 +28,63 @@ DECAYS = ("none", "linear", "cosine")
 
 #: Losses that learn from a teacher's logprobs; what needs none is `method="sft"`.
 _TAUGHT = tuple(name for name, rule in LOSSES.items() if rule.teacher != "nothing")
+
+#: The loss that asks most of what a server gives.
+AUTO = {"hidden": "transfer_kl", "sums": "cover", "top": "cover", "none": "prior"}
+
+
+def _ways(rule: LossRule) -> tuple[str, ...]:
+    """Which of a server's rows a loss can be computed from; the cheapest first that lose nothing."""
+    if rule.teacher == "rows":
+        return ("hidden",)
+    if rule.teacher == "top":
+        return ("hidden", "top") if rule.keep else ("sums", "hidden", "top")
+    return ("none", "top", "sums", "hidden")
+
+
+#: Names of fields, what their numbers must be, and how to say it.
+_NUMBERS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (
+        (
+            *("steps", "batch_size", "max_new_tokens", "updates", "micro_batch", "max_prompt_tokens"),
+            *("keep_checkpoints", "teacher_concurrency", "sampler_every", "sampler_concurrency"),
+        ),
+        lambda x: x >= 1,
+        "be at least 1",
+    ),
+    (
+        (
+            *("temperature", "learning_rate", "grad_clip", "clamp", "lora_alpha"),
+            *("teacher_timeout", "sampler_timeout"),
+        ),
+        lambda x: 0 < x < math.inf,
+        "be positive and finite",
+    ),
+    (
+        (
+            *("warmup_steps", "weight_decay", "anchor", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high"),
+            *("save_every", "report_every", "lora_rank", "teacher_topk", "teacher_retries", "teacher_failures"),
+            "teacher_patience",
+        ),
+        lambda x: 0 <= x < math.inf,
+        "be finite and not negative",
+    ),
+    (("clip_dual",), lambda x: 1 < x < math.inf, "be more than 1 and finite"),
+    (("seed",), lambda x: -(2**63) <= x < 2**63, "fit into 64 bits"),
+    (("beta",), lambda x: 0 <= x <= 1, "lie between 0 and 1"),
+)
+
+#: What the fields that name something may name.
+_NAMES = {
+    "method": METHODS,
+    "loss": ("auto", *_TAUGHT),
+    "teacher_protocol": ("auto", *PROTOCOLS),
+    "teacher_rows": ("auto", *ROWS),
+    "track": ("", *TRACKERS),
+    "decay": DECAYS,
+    "aggregate": ("response", "scored"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
 
 
 def _doc(default: Any, text: str) -> Any:
@@ -49,6 +108,15 @@ class Config:
     )
     teacher_protocol: str = _doc("auto", f"of the server: auto (the one that answers), {', '.join(PROTOCOLS)}")
     teacher_model: str = _doc("", "the name under which the server has the teacher; empty: the only one that it has")
+    teacher_rows: str = _doc(
+        "auto",
+        "how much of the server's rows to ask for: hidden (states, of which whole rows are made here with the output "
+        "head of `teacher`), sums (what cover needs, exact), top (the likeliest tokens), none; auto: the most that the "
+        "server gives and the loss can use",
+    )
+    teacher_states_url: str = _doc(
+        "", "http://host:port of the server that gives the hidden states, if it is another one (vLLM's pooling runner)"
+    )
     teacher_topk: int = _doc(20, "likeliest tokens of every row to ask a server for; 0: none (vLLM: --max-logprobs)")
     teacher_concurrency: int = _doc(16, "most requests to the server at a time")
     teacher_timeout: float = _doc(60.0, "seconds for one request to the server")
@@ -112,7 +180,7 @@ class Config:
     )
     loss: str = _doc(
         "auto",
-        "auto (transfer_kl; of a server: cover, prior without top k), or one of "
+        "auto (transfer_kl; of a server what its rows allow: transfer_kl, cover, prior), or one of "
         + ", ".join(_TAUGHT)
         + " (the paper: prior)",
     )
@@ -145,93 +213,66 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             self._check_kind(f.name, getattr(self, f.name), type(f.default))
-        counts = ("steps", "batch_size", "max_new_tokens", "updates", "micro_batch", "max_prompt_tokens")
-        for name in (*counts, "keep_checkpoints", "teacher_concurrency", "sampler_every", "sampler_concurrency"):
-            if getattr(self, name) < 1:
-                raise XTokMapError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in (
-            "temperature",
-            "learning_rate",
-            "grad_clip",
-            "clamp",
-            "teacher_timeout",
-            "lora_alpha",
-            "sampler_timeout",
-        ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise XTokMapError(f"{name}={getattr(self, name)}: must be positive and finite")
-        amounts = (
-            "warmup_steps",
-            "weight_decay",
-            "anchor",
-            "max_chunk_tokens",
-            "eval_samples",
-            "clip_low",
-            "clip_high",
-        )
-        more = ("save_every", "report_every", "lora_rank", "teacher_topk", "teacher_retries", "teacher_failures")
-        for name in (*amounts, *more, "teacher_patience"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise XTokMapError(f"{name}={getattr(self, name)}: must be finite and not negative")
-        if not 1 < self.clip_dual < math.inf:
-            raise XTokMapError(f"clip_dual={self.clip_dual}: must be more than 1 and finite")
-        if not -(2**63) <= self.seed < 2**63:
-            raise XTokMapError(f"seed={self.seed}: must fit into 64 bits")
-        if self.method not in METHODS:
-            raise XTokMapError(f"method={self.method!r}: use one of {', '.join(METHODS)}")
-        if self.loss not in ("auto", *_TAUGHT):
-            raise XTokMapError(f"loss={self.loss!r}: use one of auto, {', '.join(_TAUGHT)}")
-        if self.teacher_protocol not in ("auto", *PROTOCOLS):
-            raise XTokMapError(f"teacher_protocol={self.teacher_protocol!r}: use one of auto, {', '.join(PROTOCOLS)}")
+        self._check_numbers()
+        self._check_names()
         if self.teacher_url:
-            check_url(self.teacher_url)
-            if self.method != "opd":
-                raise XTokMapError(
-                    f"method={self.method!r} with teacher_url: a served teacher scores and does not sample; use "
-                    "method='opd', or load the teacher here"
-                )
-            if self.loss_rule.teacher == "rows":
-                raise XTokMapError(
-                    f"loss={self.rule!r} with teacher_url: a served teacher gives no whole rows; use 'cover' (with top "
-                    "k) or a credit of logprobs alone, as 'prior', or load the teacher here"
-                )
-            if self.loss_rule.teacher == "top" and not self.teacher_topk:
-                raise XTokMapError(
-                    f"loss={self.rule!r} with teacher_topk=0: it needs rows; ask for some, or use 'prior'"
-                )
+            self._check_served()
         elif self.overlap:
             raise XTokMapError(
                 "overlap=True without teacher_url: a teacher that is loaded here computes where the student does, and "
                 "there is nothing to wait for; serve it, or leave overlap out"
             )
         if self.sampler_url:
-            check_url(self.sampler_url, "sampler_url", SAMPLER_KEY)
-            if self.method != "opd":
-                raise XTokMapError(f"method={self.method!r} with sampler_url: only the student samples there")
-            if self.lora_rank:
-                raise XTokMapError(
-                    "lora_rank with sampler_url: the server is given whole weights, and an adapter is not merged into "
-                    "them yet; train all weights (lora_rank=0), or sample here"
-                )
+            self._check_sampler()
         if self.method == "kd" and self.loss_rule.on_policy:
             raise XTokMapError(
                 f"loss={self.loss!r} with method='kd': a policy gradient needs the student's own samples; use one of "
                 f"{', '.join(name for name in _TAUGHT if not LOSSES[name].on_policy)}, or method='opd'"
             )
-        if self.track not in ("", *TRACKERS):
-            raise XTokMapError(f"track={self.track!r}: use one of {', '.join(TRACKERS)}, or nothing")
-        if self.decay not in DECAYS:
-            raise XTokMapError(f"decay={self.decay!r}: use one of {', '.join(DECAYS)}")
         if self.anchor and self.shard:
             raise XTokMapError("anchor with shard: what the student was is not sharded; leave one of them out")
-        if not 0 <= self.beta <= 1:
-            raise XTokMapError(f"beta={self.beta}: must lie between 0 and 1")
-        if self.aggregate not in ("response", "scored"):
-            raise XTokMapError(f"aggregate={self.aggregate!r}: use 'response' or 'scored'")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise XTokMapError(f"dtype={self.dtype!r}: use auto, float32, bfloat16 or float16")
+
+    def _check_numbers(self) -> None:
+        for names, fits, what in _NUMBERS:
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise XTokMapError(f"{name}={getattr(self, name)}: must {what}")
+
+    def _check_names(self) -> None:
+        for name, known in _NAMES.items():
+            if getattr(self, name) not in known:
+                others = ", ".join(filter(None, known)) + (", or nothing" if "" in known else "")
+                raise XTokMapError(f"{name}={getattr(self, name)!r}: use one of {others}")
         if "{prompt}" not in self.plain_template:
             raise XTokMapError(f"plain_template={self.plain_template!r} must contain {{prompt}}")
+
+    def _check_served(self) -> None:
+        """What a served teacher allows."""
+        check_url(self.teacher_url)
+        if self.teacher_states_url:
+            check_url(self.teacher_states_url, "teacher_states_url")
+        if self.method != "opd":
+            raise XTokMapError(
+                f"method={self.method!r} with teacher_url: a served teacher scores and does not sample; use "
+                "method='opd', or load the teacher here"
+            )
+        if not self.teacher_ways:
+            enough = ", ".join(_ways(self.loss_rule))
+            topk = " (and teacher_topk=0 asks for no top k)" if not self.teacher_topk else ""
+            raise XTokMapError(
+                f"loss={self.rule!r} with teacher_rows={self.teacher_rows!r}{topk}: it needs more of the teacher's "
+                f"rows, one of {enough}; or use 'prior'"
+            )
+
+    def _check_sampler(self) -> None:
+        check_url(self.sampler_url, "sampler_url", SAMPLER_KEY)
+        if self.method != "opd":
+            raise XTokMapError(f"method={self.method!r} with sampler_url: only the student samples there")
+        if self.lora_rank:
+            raise XTokMapError(
+                "lora_rank with sampler_url: the server is given whole weights, and an adapter is not merged into "
+                "them yet; train all weights (lora_rank=0), or sample here"
+            )
 
     def _check_kind(self, name: str, value: Any, kind: type) -> None:
         if kind is str and isinstance(value, os.PathLike):
@@ -254,13 +295,20 @@ class Config:
     def rule(self) -> str:
         """The name of the loss itself: `imitation` for method sft; `auto` is the one that asks most of what there is.
 
-        That is transfer_kl of whole rows, cover of a server's top k, and prior of its logprobs.
+        That is transfer_kl of whole rows; of a server, what its rows allow (`AUTO`), which a run finds out.
         """
         if self.method == "sft":
             return "imitation"
         if self.loss == "auto" and self.teacher_url:
-            return "cover" if self.teacher_topk else "prior"
+            return AUTO.get(self.teacher_rows, AUTO["top" if self.teacher_topk else "none"])
         return "transfer_kl" if self.loss == "auto" else self.loss
+
+    @property
+    def teacher_ways(self) -> tuple[str, ...]:
+        """What of a server's rows is worth asking for, the best first; of `teacher_rows` alone, where that is set."""
+        ways = tuple(ROWS) if self.loss == "auto" else _ways(self.loss_rule)
+        asked = ways if self.teacher_rows == "auto" else (self.teacher_rows,)
+        return tuple(way for way in asked if way in ways and (self.teacher_topk or way != "top"))
 
     @property
     def loss_rule(self) -> LossRule:

@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,10 @@ from xtokmap.models import (
     without_wrapper,
 )
 from xtokmap.teachers.client import TeacherError
+from xtokmap.teachers.head import read_head
 from xtokmap.teachers.local import LocalTeacher, Teacher
-from xtokmap.teachers.remote import ServerTeacher
-from xtokmap.train.config import Config
+from xtokmap.teachers.remote import ROWS, ServerTeacher
+from xtokmap.train.config import AUTO, Config
 from xtokmap.train.evaluation import Evaluation, evaluate
 from xtokmap.train.prompts import read_prompts
 from xtokmap.train.run import Run
@@ -95,7 +96,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
             check_finite(teacher_model, f"teacher {config.teacher}")
         if config.lora_rank:
             student = with_adapter(student, config.lora_rank, config.lora_alpha, config.lora_targets)
-        teacher = _teacher(config, teacher_model, teacher_tokenizer, device, _plain if processes.first else _nothing)
+        teacher, config, taken = _teacher(config, teacher_model, teacher_tokenizer, device, processes)
         if config.shard:
             shard(student, processes, device)
         roller = Roller(student, tokenizer, teacher, config, processes, _sampler(config, processes))
@@ -116,26 +117,17 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         try:
             with _progress(run) as (say, show), _asked_to_stop() as asked:
                 run.say = say
-                for side in (teacher, roller.sampler):
-                    if isinstance(side, (ServerTeacher, ServerSampler)):
-                        side.client.say = say
+                for client in roller.clients:
+                    client.say = say
+                for text in taken:
+                    say(text)
                 if resumed:
                     say(f"resuming at step {run.done} of {config.steps}")
                 elif heldout and config.eval_samples:
                     say(f"evaluating on {len(heldout)} held-out prompts")
                     run.before = _evaluated("before", roller, heldout, say)
                 while run.done < config.steps and not processes.any(asked()):
-                    line = run.step()
-                    if processes.first:
-                        _log(output, line)
-                    show(line)
-                    for warning in line["warnings"]:
-                        say(f"warning: {warning['text']}")
-                    if processes.first and config.report_every and run.done % config.report_every == 0:
-                        with writing(output):
-                            _report(run, output)
-                    if config.save_every and run.done % config.save_every == 0:
-                        save(run, checkpoints, keep=config.keep_checkpoints)
+                    _step(run, output, checkpoints, say, show)
                 if config.save_every:
                     save(run, checkpoints, keep=config.keep_checkpoints)
                 interrupted = run.done < config.steps
@@ -163,6 +155,24 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                 f"ended after {run.done} steps, which are saved in {output}; {how}: {failure}"
             ) from failure
         return Result(output, run.history, run.before, after, interrupted)
+
+
+def _step(
+    run: Run, output: Path, checkpoints: Path, say: Callable[[str], None], show: Callable[[dict[str, Any]], None]
+) -> None:
+    """One step of the run, and what is written and said of it."""
+    config, first = run.config, run.processes.first
+    line = run.step()
+    if first:
+        _log(output, line)
+    show(line)
+    for warning in line["warnings"]:
+        say(f"warning: {warning['text']}")
+    if first and config.report_every and run.done % config.report_every == 0:
+        with writing(output):
+            _report(run, output)
+    if config.save_every and run.done % config.save_every == 0:
+        save(run, checkpoints, keep=config.keep_checkpoints)
 
 
 def _models(config: Config, device: torch.device) -> tuple[Any, Any, Any, Any]:
@@ -287,13 +297,48 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device, say: Callable[[str], None]) -> Teacher:
-    """The teacher that `config` names; a server has passed its self-test."""
+def _teacher(
+    config: Config, model: Any, tokenizer: Any, device: torch.device, processes: Processes
+) -> tuple[Teacher, Config, list[str]]:
+    """The teacher that `config` names; a server has passed its self-test.
+
+    Returns:
+        The teacher; the config with what a server's rows were found to allow; and what is to be said of that.
+    """
     if not config.teacher_url:
-        return LocalTeacher(model, tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template)
+        teacher = LocalTeacher(model, tokenizer, micro_batch=config.micro_batch, plain_template=config.plain_template)
+        return teacher, config, []
+    mine, problem = None, None
+    if processes.first:
+        try:
+            mine = _served(config, config.teacher_ways, tokenizer, device, _plain)
+        except XTokMapError as error:
+            problem = error
+    # What one process has found the others take, or say why they cannot.
+    rows, problem = processes.gather((mine.rows if mine else "", problem))[0]
+    if problem is not None:
+        raise problem
+    mine = mine or _served(config, (rows,), tokenizer, device, _nothing)
+    loss = AUTO[mine.rows] if config.loss == "auto" else config.loss
+    said = [f"the teacher gives {ROWS[mine.rows]}; loss={loss}"]
+    if mine.rows == "top":
+        said[0] += f", teacher_topk={config.teacher_topk}"
+    if mine.bytes_per_token:
+        said[0] += f"; {mine.bytes_per_token:,} bytes a token"
+    said += [f"not {way}: {why}" for way, why in mine.refused.items()]
+    return mine, replace(config, loss=loss, teacher_rows=mine.rows), said
+
+
+def _served(
+    config: Config, ways: Sequence[str], tokenizer: Any, device: torch.device, say: Callable[[str], None]
+) -> ServerTeacher:
+    """A served teacher that gives the first of these ways that it has."""
     teacher = ServerTeacher(
         config.teacher_url,
         tokenizer,
+        rows=ways,
+        head=lambda: read_head(config.teacher, device, config.dtype),
+        states_url=config.teacher_states_url,
         protocol=config.teacher_protocol,
         model=config.teacher_model,
         topk=config.teacher_topk,
@@ -304,9 +349,10 @@ def _teacher(config: Config, model: Any, tokenizer: Any, device: torch.device, s
         retries=config.teacher_retries,
         patience=config.teacher_patience,
     )
-    teacher.client.say = say
+    for client in teacher.clients:
+        client.say = say
     if (unknown := teacher.self_test()) is not None:
-        warnings.warn(f"{config.teacher_url}: {unknown}", stacklevel=3)
+        warnings.warn(f"{config.teacher_url}: {unknown}", stacklevel=4)
     return teacher
 
 
@@ -377,7 +423,7 @@ def _environment(roller: Roller) -> dict[str, Any]:
         return f"{type(inner).__name__}, {parameters:,} parameters{part}, {inner.dtype}, {vocabulary:,} tokens"
 
     aligner, side = roller.aligner, roller.teacher
-    teacher = f"served, {len(aligner.teacher):,} tokens"
+    teacher = f"served ({roller.config.teacher_rows}), {len(aligner.teacher):,} tokens"
     if isinstance(side, LocalTeacher):
         teacher = model(side.model, len(aligner.teacher))
     return {

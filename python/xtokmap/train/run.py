@@ -22,7 +22,6 @@ from xtokmap.models import (
 )
 from xtokmap.teachers.client import OtherTeacherError, TeacherError
 from xtokmap.teachers.local import LocalTeacher
-from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.train.evaluation import Evaluation, coverage_shares, ratio_with_error
 from xtokmap.train.rollouts import Rollouts
 from xtokmap.train.sampling import Roller
@@ -228,10 +227,8 @@ class Run:
 
     def close(self) -> None:
         """Cancels open requests to a server; the checkpoint has the next batch, which is sampled already."""
-        if isinstance(self.roller.teacher, ServerTeacher):
-            self.roller.teacher.client.give_up()
-        if self.roller.sampler is not None:
-            self.roller.sampler.client.give_up()
+        for client in self.roller.clients:
+            client.give_up()
         self.ahead = None
 
     def step(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from xtokmap._core import XTokMapError
 from xtokmap.aligner import Aligner
 from xtokmap.chat import PromptLike, prompts_of, render, stop_id
-from xtokmap.teachers.client import RowRefusedError
+from xtokmap.teachers.client import Client, RowRefusedError
 from xtokmap.teachers.local import LocalTeacher, Teacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.torch.completions import batched_logprobs, completion_rows, emptied
@@ -60,6 +60,12 @@ class Roller:
     def from_teacher(self) -> Aligner:
         """The other way round, for samples of the teacher."""
         return Aligner(self.teacher.tokenizer, self.tokenizer)
+
+    @property
+    def clients(self) -> list[Client]:
+        """Of all servers that are asked."""
+        of_teacher = self.teacher.clients if isinstance(self.teacher, ServerTeacher) else []
+        return of_teacher + ([self.sampler.client] if self.sampler is not None else [])
 
     def roll(self, prompts: Sequence[PromptLike], config: Config | None = None) -> Rollouts:
         """One batch: sampled, retokenized, aligned, scored by the teacher; by `config` instead of the roller's own."""

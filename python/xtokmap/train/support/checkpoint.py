@@ -46,6 +46,7 @@ FREE = (
     *("steps", "output", "prompts", "micro_batch", "device", "save_every", "keep_checkpoints", "resume"),
     *("report_every", "track", "teacher_timeout", "teacher_concurrency", "teacher_retries", "teacher_failures"),
     *("teacher_patience", "sampler_url", "sampler_folder", "sampler_concurrency", "sampler_timeout"),
+    "teacher_states_url",
 )
 
 _FORMAT = 1
