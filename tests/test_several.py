@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import math
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ import xtokmap
 from xtokmap.teachers import LocalTeacher
 from xtokmap.torch import Pair
 from xtokmap.torch.mixture import View, mixed, shares
+from xtokmap.train import Config
+from xtokmap.train.loop import train
 from xtokmap.train.several import named_teachers, shares_by_domain
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
@@ -117,3 +122,71 @@ def test_micro_batches_add_up(views):
         found = list(shares(both, flat, rows, denominator=denominator))
         loss += mixed(found, 9, len(rows)).loss.item()
     assert loss == pytest.approx(whole.loss.item(), rel=1e-5)
+
+
+def saved(folder, model, tokenizer):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
+    torch.manual_seed(9)
+    rows = [
+        {"prompt": p, "domain": d} for p, d in zip(PROMPTS * 2, ["sums", "chat", "", "sums", "chat"] * 2, strict=True)
+    ]
+    rows += [{"prompt": "the fox", "split": "heldout", "domain": "sums"}]
+    (base / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return base, saved(base / "student", student, tokenizer), saved(base / "teacher", teacher, teacher_tokenizer)
+
+
+@pytest.mark.parametrize("loss", ["auto", "prior"])
+def test_a_run_learns_from_all_of_them(folders, tmp_path, loss):
+    base, student, teacher = folders
+    config = Config(
+        student=student,
+        teacher=teacher,
+        more_teachers=f"other={student}",
+        domains="sums: other; chat: teacher=1 other=3",
+        prompts=str(base / "prompts.jsonl"),
+        output=str(tmp_path / "run"),
+        steps=3,
+        batch_size=4,
+        micro_batch=3,
+        max_new_tokens=10,
+        learning_rate=1e-3,
+        loss=loss,
+        save_every=2,
+        device="cpu",
+    )
+    result = train(config)
+    for line in result.metrics:
+        assert set(line["kl_by_teacher"]) == {"teacher", "other"}
+        assert line["flops"]["teacher"] > 0
+        assert all(map(math.isfinite, line["kl_by_teacher"].values()))
+    # The held-out prompt is of a domain in which the other one counts alone.
+    alone = dataclasses.replace(
+        config, teacher=student, more_teachers="", domains="", steps=1, output=str(tmp_path / "alone")
+    )
+    want = train(alone).before
+    assert result.before is not None
+    assert want is not None
+    assert result.before.nats == pytest.approx(want.nats, rel=1e-4)
+    assert result.before.nbytes == want.nbytes
+    again = train(dataclasses.replace(config, steps=4, resume=True))
+    assert len(again.metrics) == 4
+    assert "all 2 teachers count the same" not in json.dumps(again.metrics)
+
+
+def test_a_config_names_what_does_not_go_together():
+    for values, message in (
+        ({"more_teachers": "x=y", "method": "sft"}, "method='sft' with more_teachers"),
+        ({"domains": "a: teacher"}, "domains without more_teachers"),
+        ({"domains": "a: x"}, "'x' is no weight of a teacher"),
+        ({"more_teachers": "=y"}, "is no NAME=MODEL"),
+    ):
+        with pytest.raises(xtokmap.XTokMapError, match=message):
+            Config(**values)

@@ -15,6 +15,7 @@ from xtokmap.boundary.cover import CoverQueries
 from xtokmap.chat import PromptLike, render, stop_id
 from xtokmap.losses.queries import transfer
 from xtokmap.losses.target import TransferTarget
+from xtokmap.teachers.client import Client
 from xtokmap.torch.batch import PairBatch
 from xtokmap.torch.completions import flat_ids, flat_logprobs, row_ends, spans, token_mask
 from xtokmap.torch.logits import Logits, TopK
@@ -80,6 +81,17 @@ class Prompted:
         self.tokenizer = tokenizer
         self.plain_template = plain_template
         self.stop_id = stop_id(tokenizer)
+
+    @property
+    def clients(self) -> list[Client]:
+        """Of the servers that are asked: of a teacher here none."""
+        return []
+
+    def too_long(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> tuple[list[int], str]:
+        """Which rows it does not take, and what to do about them: none."""
+        return [], ""
 
     def render(self, prompts: Sequence[PromptLike]) -> list[list[int]]:
         """Every prompt as the ids after which this model would answer."""

@@ -15,6 +15,7 @@ from xtokmap.losses.rule import LossRule, LossSettings
 from xtokmap.losses.table import LOSSES
 from xtokmap.teachers.client import KEY_VARIABLE, PROTOCOLS, check_url
 from xtokmap.teachers.remote import ROWS
+from xtokmap.train.several import FIRST, named_teachers, shares_by_domain
 from xtokmap.train.support.track import TRACKERS
 
 #: The environment variable with the API key of the student's server.
@@ -127,6 +128,16 @@ class Config:
         300.0, "seconds to wait for a server that is not there (not started yet, or killed and started again)"
     )
     teacher_failures: int = _doc(3, "batches in a row that the server may fail on before the run ends")
+    more_teachers: str = _doc(
+        "",
+        "teachers beside the first: NAME=MODEL, or NAME=MODEL@http://host:port of one that is served, parted by "
+        "commas; each of any family. The first is called teacher, and is the one that health and samples show",
+    )
+    domains: str = _doc(
+        "",
+        "how much the teachers count by a prompt's `domain`, parted by semicolons: 'math: NAME; chat: teacher=1 "
+        "NAME=3'; in a domain that is not named all count the same",
+    )
     overlap: bool = _doc(
         False,
         "with teacher_url: sample the next batch while the server scores this one, update while it scores the next; "
@@ -229,6 +240,12 @@ class Config:
                 f"loss={self.loss!r} with method='kd': a policy gradient needs the student's own samples; use one of "
                 f"{', '.join(name for name in _TAUGHT if not LOSSES[name].on_policy)}, or method='opd'"
             )
+        names = (FIRST, *named_teachers(self.more_teachers))
+        shares_by_domain(self.domains, names)
+        if len(names) > 1 and self.method != "opd":
+            raise XTokMapError(f"method={self.method!r} with more_teachers: only the student's own samples are scored")
+        if self.domains and len(names) == 1:
+            raise XTokMapError("domains without more_teachers: one teacher counts everywhere")
         if self.anchor and self.shard:
             raise XTokMapError("anchor with shard: what the student was is not sharded; leave one of them out")
 

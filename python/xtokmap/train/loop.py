@@ -30,7 +30,7 @@ import torch
 import xtokmap
 from xtokmap import report as page
 from xtokmap._core import XTokMapError
-from xtokmap.chat import PromptLike, render
+from xtokmap.chat import Prompt, PromptLike, render
 from xtokmap.files import alone_in, in_use
 from xtokmap.models import (
     check_finite,
@@ -50,6 +50,7 @@ from xtokmap.train.prompts import read_prompts
 from xtokmap.train.run import Run
 from xtokmap.train.sampler import ServerSampler
 from xtokmap.train.sampling import Roller
+from xtokmap.train.several import FIRST, Others, named_teachers, shares_by_domain
 from xtokmap.train.support.checkpoint import CheckpointError, found, restore, save, writing
 from xtokmap.train.support.distributed import Processes, gathered, launched, shard, whole_weights
 from xtokmap.train.support.progress import Progress, evaluation_line
@@ -100,8 +101,12 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         if config.shard:
             shard(student, processes, device)
         roller = Roller(student, tokenizer, teacher, config, processes, _sampler(config, processes))
+        if config.more_teachers:
+            roller.others, said = _others(roller, [*prompts, *heldout])
+            taken += said
         run = Run(roller, prompts)
-        teacher.render([*prompts, *heldout])  # what its template cannot put is found here, not in mid-run
+        for side in run.teachers:
+            side.render([*prompts, *heldout])  # what its template cannot put is found here, not in mid-run
         if processes.count > 1:
             torch.manual_seed(processes.seed(config.seed))  # answers of its own in each
         resumed = config.resume and restore(run, checkpoints)
@@ -117,7 +122,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         try:
             with _progress(run) as (say, show), _asked_to_stop() as asked:
                 run.say = say
-                for client in roller.clients:
+                for client in run.clients:
                     client.say = say
                 for text in taken:
                     say(text)
@@ -327,6 +332,28 @@ def _teacher(
         said[0] += f"; {mine.bytes_per_token:,} bytes a token"
     said += [f"not {way}: {why}" for way, why in mine.refused.items()]
     return mine, replace(config, loss=loss, teacher_rows=mine.rows), said
+
+
+def _others(roller: Roller, prompts: Sequence[Prompt]) -> tuple[Others, list[str]]:
+    """The teachers beside the first one, and what is to be said of them."""
+    config, device, teachers, said = roller.config, roller.device, {}, []
+    for name, (model, url) in named_teachers(config.more_teachers).items():
+        own = replace(config, teacher=model, teacher_url=url, teacher_states_url="", more_teachers="", domains="")
+        if not url:
+            loaded = load(model, device, config.dtype)
+            check_finite(loaded[0], f"teacher {name}={model}")
+        else:
+            loaded = (None, load_tokenizer(model))
+        teachers[name], _, found = _teacher(own, *loaded, device, roller.processes)
+        said += [f"{name}: {text}" for text in found]
+    domains = shares_by_domain(config.domains, (FIRST, *teachers))
+    others = Others(roller.pair, teachers, domains)
+    unknown = sorted({prompt.domain for prompt in prompts} - {*domains})
+    if unknown:
+        said.append(
+            f"all {len(teachers) + 1} teachers count the same where the domain is {', '.join(map(repr, unknown[:5]))}"
+        )
+    return others, said
 
 
 def _served(

@@ -20,8 +20,8 @@ from xtokmap.models import (
     float32_parameters,
     write_back,
 )
-from xtokmap.teachers.client import OtherTeacherError, TeacherError
-from xtokmap.teachers.local import LocalTeacher
+from xtokmap.teachers.client import Client, OtherTeacherError, TeacherError
+from xtokmap.teachers.local import LocalTeacher, Teacher
 from xtokmap.train.evaluation import Evaluation, coverage_shares, ratio_with_error
 from xtokmap.train.rollouts import Rollouts
 from xtokmap.train.sampling import Roller
@@ -123,6 +123,18 @@ class Run:
             for name, teacher in roller.others.local().items():
                 with suppress(XTokMapError):
                     self.more_flops[name] = StepFlops(self.flops.student, ModelFlops.of(teacher.model))
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """All of them, the first one first."""
+        others = self.roller.others
+        return [self.roller.teacher, *(one for one, _ in others.teachers.values())] if others else [self.roller.teacher]
+
+    @property
+    def clients(self) -> list[Client]:
+        """Of all servers that are asked."""
+        sampler = self.roller.sampler
+        return [c for one in self.teachers for c in one.clients] + ([sampler.client] if sampler is not None else [])
 
     def draw(self) -> Sequence[Prompt]:
         """This rank's share of the next prompts."""
@@ -227,7 +239,7 @@ class Run:
 
     def close(self) -> None:
         """Cancels open requests to a server; the checkpoint has the next batch, which is sampled already."""
-        for client in self.roller.clients:
+        for client in self.clients:
             client.give_up()
         self.ahead = None
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from xtokmap._core import XTokMapError
 from xtokmap.aligner import Aligner
 from xtokmap.chat import PromptLike, prompts_of, render, stop_id
-from xtokmap.teachers.client import Client, RowRefusedError
+from xtokmap.teachers.client import RowRefusedError
 from xtokmap.teachers.local import LocalTeacher, Teacher
-from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.torch.completions import batched_logprobs, completion_rows, emptied
 from xtokmap.torch.logits import Logits
 from xtokmap.torch.pair import Pair, PairBatch
@@ -47,8 +46,7 @@ class Roller:
         self.aligner = self.pair.aligner
         self.device = next(student.parameters()).device
         self.stop_id = stop_id(tokenizer)
-        #: Teachers beside the first, which score where they count.
-        self.others: Others | None = None
+        self.others: Others | None = None  # teachers beside the first, which score where they count
         self.anchor = Anchor(student, config.anchor, config.temperature) if config.anchor else None
         if config.method != "opd" and not isinstance(teacher, LocalTeacher):
             raise XTokMapError(f"method={config.method!r}: a served teacher does not sample; use method='opd'")
@@ -60,12 +58,6 @@ class Roller:
     def from_teacher(self) -> Aligner:
         """The other way round, for samples of the teacher."""
         return Aligner(self.teacher.tokenizer, self.tokenizer)
-
-    @property
-    def clients(self) -> list[Client]:
-        """Of all servers that are asked."""
-        of_teacher = self.teacher.clients if isinstance(self.teacher, ServerTeacher) else []
-        return of_teacher + ([self.sampler.client] if self.sampler is not None else [])
 
     def roll(self, prompts: Sequence[PromptLike], config: Config | None = None) -> Rollouts:
         """One batch: sampled, retokenized, aligned, scored by the teacher; by `config` instead of the roller's own."""
@@ -135,11 +127,8 @@ class Roller:
             pair, teacher_prompts = self.pair.with_loss(config.rule), self.teacher.render(prompts)
             batch = pair.aligned(prompt_ids, completions, teacher_prompts, teacher_ids, device=self.device)
             rollouts = Rollouts(prompts, batch, completed, clock.seconds)
-            if isinstance(self.teacher, ServerTeacher):
-                longer, why = self.teacher.too_long(teacher_prompts, teacher_ids)
-                if longer:
-                    return rollouts.without(longer, why, pair)
-        return rollouts
+            longer, why = self.teacher.too_long(teacher_prompts, teacher_ids)
+            return rollouts.without(longer, why, pair) if longer else rollouts
 
     def score(self, rollouts: Rollouts, config: Config | None = None) -> Rollouts:
         """The batch with what the teacher thinks of it, where the loss asks for it; the student is not touched.
