@@ -48,7 +48,7 @@ test: $(VENV)/built
 	$(PY) -m pytest
 
 # Engines that are large, or want other versions than the rest here, have environments of their own.
-target/ray/built: $(VENV)/built
+target/ray/built: pyproject.toml $(RUST)
 	test -x target/ray/bin/python || $(PYTHON) -m venv target/ray
 	target/ray/bin/pip --disable-pip-version-check install --quiet --editable '.[data]' 'ray[data]>=2.40' pytest hypothesis
 	touch $@
@@ -58,7 +58,7 @@ test-integrations: target/ray/built
 
 # verl wants a Python below 3.13 and a transformers below 5.11, and brings a plugin of pytest that wants settings.
 VERL_PYTHON ?= $(PYTHON)
-target/verl/built: $(VENV)/built
+target/verl/built: pyproject.toml $(RUST)
 	test -x target/verl/bin/python || $(VERL_PYTHON) -m venv target/verl
 	target/verl/bin/pip --disable-pip-version-check install --quiet --editable '.[torch]' 'verl[verl-core]==0.9.*' \
 		sentencepiece tiktoken pytest
