@@ -82,7 +82,7 @@ test-servers: $(VENV)/built $(VLLM)/built
 	XTOKMAP_VLLM=$(abspath $(VLLM)) $(PY) -m pytest -m servers tests/test_real_servers.py
 
 # Engines that are large, or want other versions than the rest here, have environments of their own.
-$(VENV)-ray/built: $(VENV)/built
+$(VENV)-ray/built: pyproject.toml $(RUST)
 	test -x $(VENV)-ray/bin/python || $(PYTHON) -m venv $(VENV)-ray
 	$(VENV)-ray/bin/pip --disable-pip-version-check install --quiet --editable '.[data]' 'ray[data]>=2.40' pytest hypothesis
 	touch $@
@@ -92,7 +92,7 @@ test-ray: $(VENV)-ray/built
 
 # verl wants a Python below 3.13 and a transformers below 5.11, and brings a plugin of pytest that wants settings.
 VERL_PYTHON ?= $(PYTHON)
-$(VENV)-verl/built: $(VENV)/built
+$(VENV)-verl/built: pyproject.toml $(RUST)
 	test -x $(VENV)-verl/bin/python || $(VERL_PYTHON) -m venv $(VENV)-verl
 	$(VENV)-verl/bin/pip --disable-pip-version-check install --quiet --editable '.[torch]' 'verl[verl-core]==0.9.*' \
 		sentencepiece tiktoken pytest

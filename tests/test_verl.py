@@ -12,6 +12,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -380,6 +381,48 @@ def test_the_loss_is_that_of_the_credit(engine: Any, rolled: Any, credit: str) -
         torch.testing.assert_close(flat.grad[end - m - 1 : end - 1], gradient, atol=1e-5, rtol=1e-3)
     assert metrics["distillation/scored"].aggregate() == pytest.approx(given.scored.sum().item() / mask.sum().item())
     assert metrics["distillation/kl_per_byte"].aggregate() > 0
+
+
+def test_the_transfer_queue_gets_the_same(engine: Any, rolled: Any) -> None:
+    """verl's newer trainer: workers put every sample into a queue, from which its engines take what they need."""
+    tq = pytest.importorskip("transfer_queue")
+    from omegaconf import OmegaConf
+    from verl.utils import tensordict_utils as tu
+
+    from xtokmap.integrations.verl.transfer_queue import CrossFamilyManagerTQ
+
+    settings = OmegaConf.create(engine.config.transfer_queue)
+    OmegaConf.update(settings, "backend.SimpleStorage.num_data_storage_units", 1)
+    tq.init(settings)
+    try:
+        manager = CrossFamilyManagerTQ.create(
+            config=engine.config,
+            llm_client=engine.clients["student"],
+            teacher_client={"default": engine.clients["teacher"]},
+            reward_loop_worker_handles=None,
+        )
+        raw = rolled.non_tensor_batch["raw_prompt"]
+        uids = np.array([f"sample-{b}" for b in range(len(raw))], dtype=object)
+        source = np.array(["default"] * len(raw), dtype=object)
+        prompts = {"index": torch.arange(len(raw)), "raw_prompt": raw, "uid": uids, "data_source": source}
+        batch = tu.get_tensordict(prompts, non_tensor_dict={"global_steps": 1})
+        tq.kv_batch_put(keys=list(uids), partition_id="train", tags=[{"status": "pending"}] * len(uids))
+        manager.generate_sequences(batch)
+        waited = time.monotonic() + 200
+        while not all(tq.kv_list("train")["train"][uid]["status"] == "finished" for uid in uids):
+            assert time.monotonic() < waited, tq.kv_list("train")
+            time.sleep(0.5)
+        keys = [f"{uid}_0_0" for uid in uids]
+        fields = ["input_ids", "responses", "teacher_ids", "teacher_logprobs"]
+        found = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=fields)
+        for worker in manager.agent_loop_workers:
+            engine.ray.kill(worker)
+    finally:
+        tq.close()
+    mask = rolled.batch["attention_mask"].bool()
+    for name in ("input_ids", "teacher_ids", "teacher_logprobs"):
+        for b, row in enumerate(found[name].unbind()):
+            torch.testing.assert_close(row, rolled.batch[name][b][mask[b]].to(row.dtype), msg=f"{name} of row {b}")
 
 
 def test_nothing_is_asked_of_the_teacher_for_a_validation(engine: Any, rolled: Any) -> None:

@@ -1,6 +1,6 @@
-"""Workers that ask a teacher of another family, for `agent_loop_manager_class` of verl's trainer `main_ppo_v0`.
+"""Workers that ask a teacher of another family, and their manager for verl's older trainer (`trainer.use_v1=false`).
 
-`transfer_queue` has the same for `main_ppo`.
+`transfer_queue` has them for the newer one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from xtokmap.torch.pair import Pair
 __all__ = ["CrossFamily", "CrossFamilyManager", "CrossFamilyWorker"]
 
 _HOOK = ["self", "output", "prompt_ids", "response_ids", "validate", "sample_kwargs"]
-if (_found := list(inspect.signature(AgentLoopWorker._compute_teacher_logprobs).parameters)) != _HOOK:
+_found = list(inspect.signature(AgentLoopWorker._compute_teacher_logprobs).parameters)
+if [name for name in _found if not name.startswith("_ray_")] != _HOOK:  # Ray adds to the methods of what it runs
     raise XTokMapError(
         f"verl {verl.__version__}: AgentLoopWorker._compute_teacher_logprobs takes {_found}, not {_HOOK}; this was "
         "written for verl 0.9: install that, or a newer xtokmap"

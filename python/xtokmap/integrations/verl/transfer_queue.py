@@ -1,4 +1,4 @@
-"""The same as `agent_loop` for verl's trainer `main_ppo`, whose workers put what they have into a TransferQueue."""
+"""The workers of `agent_loop` for verl's newer trainer, where they put what they have into a TransferQueue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xtokmap.integrations.verl.agent_loop import CrossFamily
 __all__ = ["CrossFamilyManagerTQ", "CrossFamilyWorkerTQ"]
 
 #: verl's class is an actor's already: the plain one under it.
-_Plain: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
+_Plain: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__
 
 
 class CrossFamilyWorkerTQ(CrossFamily, _Plain):  # type: ignore[misc]
