@@ -3,6 +3,7 @@
 from xtokmap.losses.bytes import Completions, Spelling, byte_kl, completion, whitespace_tokens
 from xtokmap.losses.chunks import alm, uld_hybrid
 from xtokmap.losses.credit import CREDITS, Credit, chunk_credit, chunk_gap, compass, policy_loss
+from xtokmap.losses.measured import means
 from xtokmap.losses.rule import LossRule, LossSettings
 from xtokmap.losses.strict import strict_kl
 from xtokmap.losses.table import LOSSES
@@ -26,6 +27,7 @@ __all__ = [
     "chunk_gap",
     "compass",
     "completion",
+    "means",
     "policy_loss",
     "strict_kl",
     "transfer_kl",
