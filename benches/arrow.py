@@ -166,7 +166,7 @@ def report(rows: int) -> Iterator[str]:
     yield ""
     yield (
         f"Command: `python benches/arrow.py {rows}`. Python {platform.python_version()}, {', '.join(versions)}; "
-        f"{os.cpu_count()} cores, shared with other work at the time: the ratios of neighboring lines are the result."
+        f"{os.cpu_count()} cores, on which {os.getloadavg()[0]:.0f} other processes wanted to run at the start."
     )
     yield ""
     yield (
