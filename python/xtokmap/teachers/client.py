@@ -456,8 +456,8 @@ class Client:
     """Asks a server for the logprobs of rows of token ids: several at once, and again where that can help.
 
     A request is made again after a time-out, a cut connection, a status of 408, 425, 429 or 5xx (but 501), and an
-    answer that is no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long as the server's
-    Retry-After says (a minute at most), which then holds for all requests. Other statuses are for good.
+    answer that is no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long
+    as the server's Retry-After says (a minute at most), which then holds for all requests. Other statuses are for good.
 
     A server is believed in nothing: a request's time and the bytes that come back are bounded as a whole, whatever
     comes is checked, and what is repeated of it in a message is escaped.
