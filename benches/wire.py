@@ -6,8 +6,8 @@ Gemma 3 270M scores samples of SmolLM2 135M, over HTTP on this machine, by every
 teacher token, seconds, and how far logprobs and `cover` advantages are from those of the same model in this process.
 `xtokmap serve-teacher` is started here; with --vllm and --pooling, servers of vLLM that have the same model are
 measured too (`vllm serve DIR --max-logprobs 200`, and with `--runner pooling --convert embed --pooler-config
-'{"task":"token_embed"}'`). --train also makes five steps with transfer_kl, the teacher here and over hidden states.
-Prints the tables and writes them to benches/results/wire.md.
+'{"task":"token_embed"}'`). With --train five steps with transfer_kl are made instead, the teacher here and over hidden
+states. Prints the tables and writes them to benches/results/wire.md.
 """
 
 from __future__ import annotations
@@ -178,16 +178,38 @@ def computed(top: float, sets: float) -> list[str]:
     return lines
 
 
-def five_steps(folder: Path, student: str, teacher: str, **changes: Any) -> list[dict[str, Any]]:
+def steps_of(folder: Path, args: argparse.Namespace, **changes: Any) -> str:
+    """Losses of five steps with transfer_kl, as a row of a table."""
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"What is {a} plus {50 - a}?" for a in range(3, 43)))
     config = Config(
-        student=student or str(demo.fetch(demo.STUDENT)), teacher=teacher, prompts=str(prompts),
-        output=str(folder / "out"),
-        steps=5, batch_size=4, max_new_tokens=24, learning_rate=1e-5, device="cpu", save_every=0, report_every=0,
-        loss="transfer_kl", **changes,
+        student=args.student or str(demo.fetch(demo.STUDENT)), teacher=args.teacher, prompts=str(prompts),
+        output=str(folder / "out"), steps=5, batch_size=2, max_new_tokens=12, learning_rate=1e-5, warmup_steps=0,
+        device="cpu", save_every=0, report_every=0, loss="transfer_kl", **changes,
     )  # fmt: skip
-    return train(config).metrics
+    metrics = train(config).metrics
+    seconds = sum(line["time"]["teacher"] for line in metrics)
+    return f"{', '.join(format(line['loss'], '.7f') for line in metrics)} | {seconds:.0f} |"
+
+
+def five_steps(scratch: str, args: argparse.Namespace) -> list[str]:
+    """The same run with the teacher here and over hidden states."""
+    lines = ["## Five steps with transfer_kl", "", "| teacher | losses | its seconds |", "|---|---|---|"]
+    runs: dict[str, dict[str, Any]] = {"in this process": {}}
+    if args.pooling:
+        runs["vLLM's pooling runner"] = {"teacher_url": args.vllm or args.pooling, "teacher_timeout": 600.0}
+        runs["vLLM's pooling runner"] |= {"teacher_states_url": args.pooling} if args.vllm else {}
+    for name, changes in runs.items():
+        lines.append(f"| {name} | {steps_of(Path(tempfile.mkdtemp(dir=scratch)), args, **changes)}")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def written(text: str, part: int) -> None:
+    """One of the two parts of the results, the other as it is."""
+    parts = RESULTS.read_text().partition("\n## Five steps") if RESULTS.exists() else ("", "", "")
+    print(text)
+    RESULTS.write_text(f"{text}{parts[1]}{parts[2]}" if part == 0 else f"{parts[0].rstrip()}\n\n{text}")
 
 
 def main() -> None:
@@ -196,12 +218,15 @@ def main() -> None:
     parser.add_argument("--student", default="", help="SmolLM2 135M Instruct; else the demo's file")
     parser.add_argument("--vllm", default="", help="URL of a vLLM server that has it")
     parser.add_argument("--pooling", default="", help="URL of vLLM's pooling runner that has it")
-    parser.add_argument("--train", action="store_true", help="also make five steps")
+    parser.add_argument("--train", action="store_true", help="make five steps instead")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     count()
     with tempfile.TemporaryDirectory() as scratch:
+        if args.train:
+            written("\n".join(five_steps(scratch, args)) + "\n", 1)
+            return
         folder = args.teacher or f"{scratch}/teacher"
         model, tokenizer = load(args.teacher or str(demo.fetch(demo.TEACHER)), CPU)
         if not args.teacher:
@@ -221,6 +246,7 @@ def main() -> None:
                 teacher = ServerTeacher(url, tokenizer, timeout=600.0, **options)  # type: ignore[arg-type]
                 found.append(case.measured(f"serve-teacher, {name}", teacher))
             row_bytes, row_seconds = whole_rows(url, case)
+            print(f"whole rows: {row_bytes:,.0f} bytes, {row_seconds:.1f} s a token", flush=True)
         if args.vllm:
             for topk in (20, 200):
                 teacher = ServerTeacher(args.vllm, tokenizer, rows="top", topk=topk, timeout=600.0)
@@ -264,27 +290,7 @@ def main() -> None:
             "",
             *computed(by_name["top 20"], by_name["sums"]),
         ]
-        if args.train:
-            here = five_steps(Path(tempfile.mkdtemp(dir=scratch)), args.student, folder)
-            lines += ["", "## Five steps with transfer_kl", "", "| teacher | losses | seconds |", "|---|---|---|"]
-            runs = [("in this process", here)]
-            with serving(model, tokenizer) as url:
-                place = Path(tempfile.mkdtemp(dir=scratch))
-                runs.append(
-                    ("serve-teacher", five_steps(place, args.student, folder, teacher_url=url, teacher_timeout=600.0))
-                )
-            if args.pooling:
-                changes = {"teacher_url": args.vllm or args.pooling, "teacher_timeout": 600.0}
-                changes |= {"teacher_states_url": args.pooling} if args.vllm else {}
-                place = Path(tempfile.mkdtemp(dir=scratch))
-                runs.append(("vLLM's pooling runner", five_steps(place, args.student, folder, **changes)))
-            for name, metrics in runs:
-                losses = ", ".join(f"{line['loss']:.6f}" for line in metrics)
-                lines.append(f"| {name} | {losses} | {sum(line['seconds'] for line in metrics):.0f} |")
-                print(lines[-1], flush=True)
-        text = "\n".join(lines) + "\n"
-        print(text)
-        RESULTS.write_text(text)
+        written("\n".join(lines) + "\n", 0)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Type": "application/json", "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
+        with self.server._lock:  # before a client can know
+            self.server.answered += status == 200
         self.wfile.write(content)
-        self.server.answered += status == 200
 
     def log_message(self, *_):
         """Nothing: a line a request helps nobody."""

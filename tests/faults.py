@@ -254,8 +254,9 @@ class FaultyHandler(Handler):
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            with self.server._lock:
+                self.server.answered += 1
             self.wfile.write(content)
-            self.server.answered += 1
 
 
 def damaged(found, fault):

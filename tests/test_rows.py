@@ -132,6 +132,22 @@ def test_sums_give_the_cover_of_whole_rows(model, server, batch):
         teacher.score(prompts, rows, queries=queries, keep=True)
 
 
+@pytest.mark.parametrize("way", ["hidden", "sums", "top"])
+def test_nothing_is_asked_about_an_empty_completion(server, folder, batch, way):
+    prompts, rows, queries = batch
+    teacher = teacher_of(server, way, folder)
+    teacher.self_test()
+    before = teacher.client.figures["answers"]
+    teacher.score(prompts, rows, queries=queries)
+    assert teacher.client.figures["answers"] == before + sum(map(bool, rows)) < before + len(rows)
+    empty = [[] for _ in rows]
+    aligner = Aligner(tiny.student_tokenizer(), tiny.teacher_tokenizer())
+    none = aligner.cover_queries(aligner.align_batch(empty, empty))
+    scores = teacher.score([[0] * 300] * len(rows), empty, queries=none, keep=way != "sums")
+    assert scores.mask.shape == (len(rows), 0)
+    assert teacher.client.figures["answers"] == before + sum(map(bool, rows))
+
+
 def test_half_precision_goes_over_the_wire_as_it_is(batch):
     model = sharp_model().bfloat16()
     ids = [*batch[0][0], *batch[1][0]]

@@ -24,6 +24,7 @@ from xtokmap.chat import render
 from xtokmap.integrations.versions import Hook, UnsupportedVersionError, check_hooks
 from xtokmap.losses import LOSSES
 from xtokmap.teachers import LocalTeacher, ServerTeacher
+from xtokmap.teachers.head import Head
 from xtokmap.teachers.scorer import Limits
 from xtokmap.torch import Pair
 from xtokmap.train.config import Config
@@ -341,6 +342,31 @@ def test_a_served_teacher(tmp_path: Path) -> None:
             loss_of(with_answers(trainer(tmp_path, teacher, loss="transfer_kl")))
     finally:
         server.close()
+
+
+def test_a_served_teacher_with_hidden_states_is_asked_for_whole_rows(tmp_path: Path) -> None:
+    local = tiny.teacher_model()
+    head = Head(local.get_output_embeddings().weight.detach(), softcap=local.config.final_logit_softcapping)
+    server = TeacherServer(local, tiny.teacher_tokenizer())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), rows=("hidden", "sums", "top"), head=head)
+        made = with_answers(trainer(tmp_path, teacher))
+        assert made._teachers[0][2].rule is LOSSES["transfer_kl"]
+        want = loss_of(with_answers(trainer(tmp_path)))
+        torch.testing.assert_close(loss_of(made), want, rtol=1e-4, atol=1e-5)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("rows", "topk", "loss"),
+    [("sums", 20, "cover"), ("top", 20, "cover"), ("top", 0, "prior"), ("none", 20, "prior")],
+)
+def test_a_served_teacher_has_the_loss_that_its_rows_allow(rows: str, topk: int, loss: str) -> None:
+    teacher = ServerTeacher("http://127.0.0.1:9", tiny.teacher_tokenizer(), topk=topk)
+    teacher.rows = rows
+    assert integration._default_loss(teacher) == loss
 
 
 def test_several_teachers_weighted_by_prompt(tmp_path: Path) -> None:

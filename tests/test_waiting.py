@@ -14,9 +14,11 @@ import torch
 import faults
 import killable
 import tiny
+from xtokmap import Aligner
 from xtokmap.losses.table import LOSSES
 from xtokmap.teachers import client as served
 from xtokmap.teachers.client import Client, OtherTeacherError, RowRefusedError, TeacherError
+from xtokmap.teachers.head import Head
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.teachers.scorer import Limits
@@ -42,6 +44,16 @@ def config(prompts, **changes) -> Config:
     values = {"prompts": str(prompts), "output": str(prompts.parent / "out"), "steps": 3, "batch_size": 4}
     values |= {"max_new_tokens": 12, "learning_rate": 3e-3, "warmup_steps": 1, "micro_batch": 3, "device": "cpu"}
     return Config(**{**values, "save_every": 0, "eval_samples": 0, "teacher_patience": 0.0, **changes})
+
+
+def teacher_of(server, model, rows, **options):
+    """A teacher of which these rows are had, after its self-test."""
+    own = model.get_output_embeddings().weight.detach()
+    head = Head(own, softcap=model.config.final_logit_softcapping)
+    teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), rows=rows, head=head, **FAST, **options)
+    teacher.self_test()
+    assert teacher.rows == rows
+    return teacher
 
 
 class Away:
@@ -186,6 +198,38 @@ def test_a_server_that_nobody_heard_of_for_a_while_is_asked_again(model, monkeyp
             teacher.score(PROMPTS, COMPLETIONS)
 
 
+@pytest.mark.parametrize("two", [False, True])
+def test_another_model_behind_the_url_of_the_states_is_noticed(model, monkeypatch, two):
+    with (
+        faults.serving(tiny.teacher_model(), tiny.teacher_tokenizer()) as server,
+        faults.serving(tiny.teacher_model(), tiny.teacher_tokenizer()) as other,
+    ):
+        states = other if two else server
+        teacher = teacher_of(server, model, "hidden", patience=1000.0, states_url=other.url if two else "")
+        want = LocalTeacher(model, tiny.teacher_tokenizer()).score(PROMPTS, COMPLETIONS).logprobs
+        asked = states.answered
+        Away(monkeypatch, 3)
+        torch.testing.assert_close(teacher.score(PROMPTS, COMPLETIONS).logprobs, want, atol=2e-5, rtol=0)
+        assert states.answered == asked + len(PROMPTS) + 1  # asked once what it says of the known text
+        Away(monkeypatch, 3, lambda: swapped(states, tiny.teacher_model(seed=2)))
+        with pytest.raises(OtherTeacherError, match="has another model than at the start"):
+            teacher.score(PROMPTS, COMPLETIONS)
+
+
+def test_a_known_text_whose_answer_is_late_is_not_looked_at_for_ever(model, monkeypatch):
+    monkeypatch.setattr(served, "_UNHEARD", -1.0)  # every answer is late
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), **FAST)
+        teacher.self_test()
+        asked = server.answered
+        found = []
+        thread = threading.Thread(target=lambda: found.append(teacher.score(PROMPTS, COMPLETIONS)), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert len(found) == 1
+        assert asked + 2 <= server.answered <= asked + 2 * len(PROMPTS)
+
+
 def test_a_run_ends_at_once_when_its_teacher_is_another(prompts, model, monkeypatch):
     from xtokmap.train import run as running
 
@@ -218,6 +262,29 @@ def test_rows_that_are_too_long_are_known_before_they_are_asked(model):
             assert "max_model_len is 8); start it with a larger --max-model-len" in why
             kept = [[2] * n for n in (3, 4) if not (topk and n == 4)]
             teacher.score([[1] * 3] * len(kept), kept, keep=topk > 0)  # the longest that fit are taken
+
+
+@pytest.mark.parametrize("rows", ["hidden", "sums"])
+def test_hidden_states_and_sums_take_the_longest_rows(model, rows):
+    with faults.serving(model, tiny.teacher_tokenizer(), limits=Limits(max_length=40)) as server:
+        teacher = teacher_of(server, model, rows)
+        longer, why = teacher.too_long([[1] * 3] * 4, [[2] * 36, [2] * 37, [2] * 38, []])
+        assert longer == [2]
+        assert "more than 40 of the teacher's tokens" in why
+        aligner = Aligner(tiny.teacher_tokenizer(), tiny.teacher_tokenizer())
+        ids, aligned = aligner.retokenize([[20] * 37])
+        scores = teacher.score([[1] * 3], [ids[0].tolist()], queries=aligner.cover_queries(aligned))
+        assert len(ids[0]) == 37
+        assert torch.isfinite(scores.transferred).all()
+
+
+def test_a_states_server_may_take_shorter_rows_than_the_other(model):
+    with (
+        faults.serving(model, tiny.teacher_tokenizer()) as server,
+        faults.serving(model, tiny.teacher_tokenizer(), limits=Limits(max_length=20)) as other,
+    ):
+        teacher = teacher_of(server, model, "hidden", states_url=other.url)
+        assert teacher.too_long([[1] * 3] * 2, [[2] * 17, [2] * 18])[0] == [1]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -287,11 +354,15 @@ def test_empty_rows_change_nothing(prompts, loss):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("loss", ["prior", "cover"])
-def test_a_row_that_is_refused_is_left_out_as_a_row(prompts, model, loss):
+@pytest.mark.parametrize(
+    ("loss", "rows", "more"),
+    [("prior", "none", 1), ("cover", "top", 2), ("cover", "sums", 0), ("transfer_kl", "hidden", 0)],
+)
+def test_a_row_that_is_refused_is_left_out_as_a_row(prompts, model, loss, rows, more):
     """The server has not said how long rows may be."""
     with faults.serving(model, tiny.teacher_tokenizer(), limits=Limits(max_length=LONGEST)) as server:
-        teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), protocol="vllm", model="teacher", **FAST)
+        teacher = teacher_of(server, model, rows)
+        teacher.client.max_length = 0
         roller = roller_of(prompts, teacher, loss=loss)
         sampled = roller.sample(ASKED)
         sampled.old_logprobs = roller.all_logprobs(sampled.batch)
@@ -300,7 +371,7 @@ def test_a_row_that_is_refused_is_left_out_as_a_row(prompts, model, loss):
     assert sampled.batch.student_ids == before  # a checkpoint may be written meanwhile
     assert sampled.teacher is None
     lengths = [len(sampled.batch.teacher_prompt_ids[b] + sampled.batch.teacher_ids[b]) for b in range(5)]
-    longer = [b for b in range(5) if lengths[b] + (2 if loss == "cover" else 1) > LONGEST]
+    longer = [b for b in range(5) if lengths[b] + more > LONGEST]
     assert 0 < len(longer) < 5
     assert sorted(scored.skipped) == longer
     assert scored.sampled == sampled.lengths

@@ -235,7 +235,7 @@ def _readings(
             named = f"the logits are to be scaled by about {scale:.2g}; the configuration says {head.scale:.4g}"
             yield named, None, _capped(raw * scale, head.softcap)
         return
-    for cap in {head.softcap, None}:
+    for cap in dict.fromkeys((head.softcap, None)):
         scale = _best(lambda s, cap=cap: badness(_capped(raw * s, cap)), 2.0**-8, 2.0**8)  # type: ignore[misc]
         named = f"capped at {cap:g}" if cap else "without a cap"
         yield (
