@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 
 import faults
 import killable
+import several
 import tiny
 from xtokmap.losses.table import LOSSES
 from xtokmap.teachers import client as served
@@ -343,3 +345,15 @@ def test_what_was_skipped_ahead_is_known_after_a_resume(prompts, model, monkeypa
         result = train(replace(settings, resume=True), models=tiny.pair())
     assert sum(line["skipped_rows"] for line in result.metrics) > 0
     assert killable.left(result.output) == killable.left(whole.output)
+
+
+def test_each_of_two_processes_leaves_out_its_own_rows(tmp_path, model):
+    with faults.serving(model, tiny.teacher_tokenizer(), limits=Limits(max_length=52)) as server:
+        values = killable.settings(tmp_path, teacher_url=server.url, steps=4, batch_size=3, teacher_patience=0.0)
+        ends = several.launch(several.loop_of, tmp_path, values, None, "float32")
+    assert [end[:2] for end in ends] == [[4, False]] * 2
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["skipped_rows"] < 3 for line in lines)
+    assert sum(line["skipped_rows"] for line in lines) > 1
+    assert (tmp_path / "0.log").read_text().count(" of 3 answers are left out of step ") == 1
+    assert "left out" not in (tmp_path / "1.log").read_text()

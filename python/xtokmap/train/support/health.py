@@ -454,6 +454,18 @@ def _kl(m: Monitor) -> str | None:
     return f"the KL grows: {pair[0]:.3f} -> {pair[1]:.3f} nats/byte; lower learning_rate"
 
 
+def _sampler(m: Monitor) -> str | None:
+    """Weights that are partly not the student's: logprobs of fresh samples go away from where they were."""
+    first, now = (line.get("sampler", {}) for line in (m.lines[0], m.lines[-1]))
+    if not first or not now or now["staleness"] or first["staleness"] or now["gap"] <= 5 * first["gap"] + 1e-3:
+        return None
+    return (
+        f"the server that samples is {now['gap']:.2g} nats a token from the student (at the start "
+        f"{first['gap']:.2g}), with weights that it was just given: does it keep some of the old ones? (A vLLM of a "
+        "CPU keeps a tied output head: see docs/sampling.md)"
+    )
+
+
 #: What is looked for, in the order in which it is said.
 _RULES: dict[str, Callable[[Monitor], str | None]] = {
     "nothing_scored": _scored,
@@ -467,4 +479,5 @@ _RULES: dict[str, Callable[[Monitor], str | None]] = {
     "length": _length,
     "entropy": _entropy,
     "clamped": _clamped,
+    "sampler": _sampler,
 }
