@@ -167,7 +167,7 @@ def config(prompts, server, **changes) -> Config:
     return Config(**{**values, **changes})
 
 
-@pytest.mark.parametrize(("every", "staleness"), [(1, [0, 0, 0, 0]), (2, [0, 1, 0, 1])])
+@pytest.mark.parametrize(("every", "staleness"), [(1, [0, 0, 0, 0]), (3, [0, 1, 2, 0])])
 def test_a_run_samples_there_and_counts_what_is_old(prompts, server, every, staleness):
     result = train(config(prompts, server, sampler_every=every), models=tiny.pair())
     seen = [line["sampler"] for line in result.metrics]

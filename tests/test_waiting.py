@@ -159,7 +159,7 @@ def test_another_model_behind_the_url_is_noticed_before_its_scores_are_used(mode
         with monkeypatch.context() as patch, faults.serving(model, tiny.teacher_tokenizer()) as server:
             teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), patience=1000.0, **FAST)
             assert teacher.self_test() is None
-            asked = server.answered
+            asked = teacher.client.figures["requests"]
             Away(patch, 3, lambda back=back, server=server: swapped(server, back))
             if back is other:
                 with pytest.raises(
@@ -172,8 +172,10 @@ def test_another_model_behind_the_url_is_noticed_before_its_scores_are_used(mode
             got = teacher.score(PROMPTS, COMPLETIONS).logprobs
             want = LocalTeacher(model, tiny.teacher_tokenizer()).score(PROMPTS, COMPLETIONS).logprobs
             torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
-            assert server.answered == asked + len(PROMPTS) + 1  # asked once what it says of the known text
-            assert teacher.client.figures["answers"] == server.answered - 1 - 1  # neither that nor the list of models
+            # Asked once what it says of the known text, which is none of the answers.
+            figures = teacher.client.figures
+            assert figures["requests"] == asked + 3 + len(PROMPTS) + 1
+            assert figures["answers"] == 1 + 2 + 4 + len(PROMPTS)
 
 
 def test_a_server_that_nobody_heard_of_for_a_while_is_asked_again(model, monkeypatch):
@@ -186,6 +188,19 @@ def test_a_server_that_nobody_heard_of_for_a_while_is_asked_again(model, monkeyp
         teacher.client._heard -= 2 * served._UNHEARD
         with pytest.raises(OtherTeacherError):
             teacher.score(PROMPTS, COMPLETIONS)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_look_that_takes_long_is_enough(model, monkeypatch, concurrency):
+    """Every answer comes late enough to be in doubt, that of the look itself as well."""
+    monkeypatch.setattr(served, "_UNHEARD", -1.0)
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), concurrency=concurrency, **FAST)
+        teacher.self_test()
+        before = teacher.client.figures["requests"]
+        teacher.score(PROMPTS, COMPLETIONS)
+        assert len(PROMPTS) < teacher.client.figures["requests"] - before <= 2 * len(PROMPTS)
+        assert teacher.client.figures["answers"] == 1 + 2 + 4 + len(PROMPTS)
 
 
 def test_a_run_ends_at_once_when_its_teacher_is_another(prompts, model, monkeypatch):

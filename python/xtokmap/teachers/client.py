@@ -679,6 +679,7 @@ class Client:
         stop: threading.Event,
         *,
         probing: bool = False,
+        looking: bool = False,
     ) -> Answer:
         assert dialect is not None
         payload = json.dumps(dialect.payload(ids, topk, self.model)).encode()
@@ -694,12 +695,20 @@ class Client:
         def attempt() -> Answer:
             return self._asked(http, "POST", dialect.path, payload, most, read)
 
-        answer: Answer = self._again(attempt, stop, dialect.path, probing=probing)
+        answer: Answer = self._again(attempt, stop, dialect.path, probing=probing, looking=looking)
         with self._lock:
-            self.figures["answers"] += 1
+            self.figures["answers"] += not looking
         return answer
 
-    def _again(self, attempt: Callable[[], Any], stop: threading.Event, path: str, *, probing: bool = False) -> Any:
+    def _again(
+        self,
+        attempt: Callable[[], Any],
+        stop: threading.Event,
+        path: str,
+        *,
+        probing: bool = False,
+        looking: bool = False,
+    ) -> Any:
         """What the attempt gives, made again where that may help; the only place from which errors go out."""
         pause = self.pause
         for number in count(1):
@@ -710,7 +719,8 @@ class Client:
             found, error = self._caught(attempt, path)
             if error is None:
                 self._hear(start)
-                self._look_again(stop)
+                if not looking:  # whose own answer is what is looked at
+                    self._look_again(stop)
                 return found
             if probing and number > 1 and isinstance(error, BadAnswerError):
                 break  # another protocol's, and not by chance
@@ -778,20 +788,15 @@ class Client:
             if not self._doubted:
                 return
             ids, topk, before = self._known
-            self._doubted = False  # this request's own answer is not looked at
-            try:
-                with self._connections() as http:
-                    now = self._ask(http, self._dialect, ids, topk, stop)
-                    self.figures["answers"] -= 1
-                apart = _apart(before, now)
-                if apart > _SAME:
-                    raise OtherTeacherError(
-                        f"{self.url} has another model than at the start: the logprobs of a known text are "
-                        f"{apart:.2g} nats from what they were, in the mean"
-                    )
-            except BaseException:
-                self._doubted = True
-                raise
+            with self._connections() as http:
+                now = self._ask(http, self._dialect, ids, topk, stop, looking=True)
+            apart = _apart(before, now)
+            if apart > _SAME:
+                raise OtherTeacherError(
+                    f"{self.url} has another model than at the start: the logprobs of a known text are {apart:.2g} "
+                    "nats from what they were, in the mean"
+                )
+            self._doubted = False
 
     def _asked(
         self,
