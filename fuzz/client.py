@@ -331,7 +331,9 @@ def main():
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         os.environ.pop(name, None)
     clients = {
-        name: Client(server.url, protocol=name, model="m", retries=0, timeout=TIMEOUT, vocab_size=VOCAB, pause=0.0)
+        name: Client(
+            server.url, protocol=name, model="m", retries=0, timeout=TIMEOUT, vocab_size=VOCAB, pause=0.0, patience=0.0
+        )
         for name in PROTOCOLS
     }
     counts, smallest, first_peak = Counter(), {}, 0

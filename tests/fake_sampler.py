@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -11,7 +12,10 @@ from safetensors.torch import load_file
 
 
 class SamplingServer(ThreadingHTTPServer):
-    """`log` has the path of every request; `raw` gives logprobs of temperature 1, as vLLM does unless it is told."""
+    """`log` has the path of every request; `raw` gives logprobs of temperature 1, as vLLM does unless it is told.
+
+    `kept` has names of weights that it does not renew.
+    """
 
     daemon_threads = True
     request_queue_size = 256
@@ -19,8 +23,8 @@ class SamplingServer(ThreadingHTTPServer):
     def __init__(self, model, *, name="student", longest=512, dev=True, raw=False):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.name, self.longest, self.dev, self.raw = model, name, longest, dev, raw
-        self.version, self.busy, self.log, self.faults = "default", False, [], []
-        self.lock = threading.Lock()
+        self.version, self.busy, self.log, self.faults, self.vary = "default", False, [], [], 0
+        self.count, self.kept, self.lock = 0, (), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self):
@@ -55,8 +59,7 @@ class SamplingServer(ThreadingHTTPServer):
                 weights = load_file(f"{body['kwargs']['weights_path']}/model.safetensors")
             except OSError as error:
                 return 500, {"error": {"message": f"Call to collective_rpc method failed: {error}"}}
-            self.model.load_state_dict(weights, strict=False)
-            self.model.tie_weights()
+            self.model.load_state_dict({k: v for k, v in weights.items() if k not in self.kept}, strict=False)
             return 200, {"results": [None]}
         return 404, {"detail": "Not Found"}
 
@@ -65,7 +68,11 @@ class SamplingServer(ThreadingHTTPServer):
         ids, most = list(body["prompt"]), body["max_tokens"]
         if len(ids) + most > self.longest:
             return 400, {"error": {"message": f"This model's maximum context length is {self.longest} tokens."}}
-        generator = torch.Generator().manual_seed(body["seed"])
+        # The same to the same prompt and weights, unless it is to vary.
+        assert "seed" not in body
+        self.count += self.vary
+        digest = [*ids, float(self.model.model.norm.weight.sum()), self.count]
+        generator = torch.Generator().manual_seed(zlib.crc32(repr(digest).encode()))
         new, logprobs = [], []
         while len(new) < most and not (new and new[-1] in body["stop_token_ids"]):
             logits = self.model(torch.tensor([ids + new])).logits[0, -1].float()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_server import VENV, VLLM, folder
+from vllm_server import VENV, VLLM, folder, untied
 from xtokmap import Aligner, demo
 from xtokmap.chat import render
 from xtokmap.models import load, load_tokenizer
@@ -28,6 +28,8 @@ from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.train.config import Config
 from xtokmap.train.loop import train
+from xtokmap.train.sampler import ServerSampler
+from xtokmap.train.sampling import sample
 
 pytestmark = [
     pytest.mark.servers,
@@ -77,6 +79,75 @@ def teacher_of(server, tokenizer, **options):
 def rows_of(tokenizer, texts=TEXTS):
     prompts = render(tokenizer, ["Go on."] * len(texts))
     return prompts, [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Of a short run."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(["Why is the sky blue?", "Name three colors.", "What is 2 + 2?", "Say hello."]))
+    return Config(
+        student=str(folder(demo.STUDENT)),
+        teacher=str(folder(demo.TEACHER)),
+        teacher_timeout=300.0,
+        prompts=str(prompts),
+        output=str(tmp_path / "out"),
+        steps=4,
+        batch_size=4,
+        max_new_tokens=24,
+        learning_rate=1e-5,
+        warmup_steps=1,
+        score_stop=False,
+        save_every=0,
+        eval_samples=0,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def run(settings, server):
+    """The same with the served teacher."""
+    return replace(settings, teacher_url=server.url)
+
+
+# The servers of both are never there at once: each takes gigabytes.
+
+
+# ---- the student's samples -------------------------------------------------------------------------------------------
+
+
+def test_the_student_samples_there(settings, tmp_path, figure):
+    """Every weight is renewed, its logprobs are the student's, and a run goes on with it."""
+    arguments = ("--max-model-len", str(LONGEST))
+    student, tokenizer = load(str(folder(demo.STUDENT)), torch.device("cpu"), "float32")
+    prompts = render(tokenizer, Path(settings.prompts).read_text().splitlines() * 4)
+    stops = [tokenizer.eos_token_id]
+    with VLLM(untied(demo.STUDENT), tmp_path / "log", *arguments, settings={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+        sampler = ServerSampler(server.url, tmp_path / "weights", "test", timeout=300.0)
+        for version in range(2):
+            start = time.perf_counter()
+            sampler.load(student, version)
+            seconds = time.perf_counter() - start
+            gap = sampler.self_test(student, prompts[:4], stops, settings)
+            figure(f"weights {version}: {seconds:.1f} s to load, {gap:.1g} nats from the student's own logprobs")
+            assert gap < 1e-3
+            with torch.no_grad():  # all of them change
+                for p in student.parameters():
+                    p.add_(torch.randn_like(p) * 0.02 * p.std())
+        figures = {}
+        for name, ask in (
+            ("vLLM", lambda: sampler.sample(prompts, stops, settings).ids),
+            ("generate", lambda: sample(student, prompts, stops, settings)[0]),
+        ):
+            start = time.perf_counter()
+            figures[name] = sum(map(len, ask())) / (time.perf_counter() - start)
+        figure(
+            ", ".join(f"{name} {value:.0f} tokens/s" for name, value in figures.items()) + f", {len(prompts)} answers"
+        )
+        result = train(replace(settings, steps=2, sampler_url=server.url))
+    assert [line["sampler"]["staleness"] for line in result.metrics] == [0, 0]
+    assert all(line["sampler"]["gap"] < 1e-3 for line in result.metrics)
+    assert not any(warning["name"] == "sampler" for line in result.metrics for warning in line["warnings"])
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------
@@ -181,30 +252,6 @@ def test_rows_at_the_limit(server, local):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(tmp_path, server):
-    """Settings of a short run."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(["Why is the sky blue?", "Name three colors.", "What is 2 + 2?", "Say hello."]))
-    return Config(
-        student=str(folder(demo.STUDENT)),
-        teacher=str(folder(demo.TEACHER)),
-        teacher_url=server.url,
-        teacher_timeout=300.0,
-        prompts=str(prompts),
-        output=str(tmp_path / "out"),
-        steps=4,
-        batch_size=4,
-        max_new_tokens=24,
-        learning_rate=1e-5,
-        warmup_steps=1,
-        score_stop=False,
-        save_every=0,
-        eval_samples=0,
-        device="cpu",
-    )
-
-
 def lines_of(run):
     path = Path(run.output) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -239,12 +286,10 @@ def test_the_command_line_trains_with_it(run, overlap, figure):
     figure(f"overlap={overlap}: {run.steps} steps, {sum(line['seconds'] for line in lines):.1f} s, {waited:.1f} waited")
 
 
-def test_rows_too_long_cost_rows(server, run, tmp_path, capsys):
-    """A server of another length, before which the client is told of it."""
+def test_rows_too_long_cost_rows(server, run, capsys):
     lengths = [len(ids) for ids in render(load_tokenizer(run.teacher), Path(run.prompts).read_text().splitlines())]
-    settings = replace(run, steps=2, max_new_tokens=40)
-    with VLLM(folder(demo.TEACHER), tmp_path / "log", "--max-model-len", str(max(lengths) + 30)) as short:
-        result = train(replace(settings, teacher_url=short.url))
+    server.restart("--max-model-len", str(max(lengths) + 30))
+    result = train(replace(run, steps=2, max_new_tokens=40))
     said = capsys.readouterr().out
     assert [line["skipped_batches"] for line in result.metrics] == [0, 0]
     assert all(0 < line["skipped_rows"] < 4 for line in result.metrics)
@@ -256,10 +301,7 @@ def test_a_server_that_is_killed_and_started_again(server, run, capsys, figure):
 
     def restart():
         killed.append(time.monotonic())
-        server.kill()
-        time.sleep(2)
-        server.start()
-        server.wait()
+        server.restart("--max-model-len", str(LONGEST))
         killed.append(time.monotonic())
 
     thread = after(run, 1, restart)
@@ -274,35 +316,24 @@ def test_a_server_that_is_killed_and_started_again(server, run, capsys, figure):
 
 
 def test_another_model_of_the_same_vocabulary(server, local, run, tmp_path, capsys, figure):
-    """A copy with noise in its weights, behind the same URL and name."""
+    """A copy with noise in its weights, behind the same URL and name; the last test, as the server has it then."""
     other = tmp_path / "other"
     torch.manual_seed(0)
-    before = {name: p.detach().clone() for name, p in local.model.named_parameters()}
     with torch.no_grad():
         for p in local.model.parameters():
             p.add_(torch.randn_like(p) * 0.1 * p.std().nan_to_num(0))
     local.model.save_pretrained(other)
     local.tokenizer.save_pretrained(other)
-    local.model.load_state_dict(before, strict=False)
-    original = server.model
 
     def replaced():
-        server.kill()
         server.model = other
-        server.start()
-        server.wait()
+        server.restart("--max-model-len", str(LONGEST))
 
     thread = after(run, 1, replaced)
-    try:
-        with pytest.raises(TeacherError, match="has another model than at the start") as caught:
-            train(replace(run, steps=50))
-        thread.join()
-        assert isinstance(caught.value.__cause__, OtherTeacherError)
-        made = len(lines_of(run))
-        figure(f"another model: ended after {made} steps: {caught.value.__cause__}")
-        assert made < 50
-    finally:
-        server.kill()
-        server.model = original
-        server.start()
-        server.wait()
+    with pytest.raises(TeacherError, match="has another model than at the start") as caught:
+        train(replace(run, steps=50))
+    thread.join()
+    assert isinstance(caught.value.__cause__, OtherTeacherError)
+    made = len(lines_of(run))
+    assert made < 50
+    figure(f"another model: ended after {made} steps: {caught.value.__cause__}")

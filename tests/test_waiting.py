@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 
 import faults
 import killable
+import several
 import tiny
 from xtokmap import Aligner
 from xtokmap.losses.table import LOSSES
@@ -169,7 +171,7 @@ def test_another_model_behind_the_url_is_noticed_before_its_scores_are_used(mode
         with monkeypatch.context() as patch, faults.serving(model, tiny.teacher_tokenizer()) as server:
             teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), patience=1000.0, **FAST)
             assert teacher.self_test() is None
-            asked = server.answered
+            asked = teacher.client.figures["requests"]
             Away(patch, 3, lambda back=back, server=server: swapped(server, back))
             if back is other:
                 with pytest.raises(
@@ -182,8 +184,10 @@ def test_another_model_behind_the_url_is_noticed_before_its_scores_are_used(mode
             got = teacher.score(PROMPTS, COMPLETIONS).logprobs
             want = LocalTeacher(model, tiny.teacher_tokenizer()).score(PROMPTS, COMPLETIONS).logprobs
             torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
-            assert server.answered == asked + len(PROMPTS) + 1  # asked once what it says of the known text
-            assert teacher.client.figures["answers"] == server.answered - 1 - 1  # neither that nor the list of models
+            # Asked once what it says of the known text, which is none of the answers.
+            figures = teacher.client.figures
+            assert figures["requests"] == asked + 3 + len(PROMPTS) + 1
+            assert figures["answers"] == 1 + 2 + 4 + len(PROMPTS)
 
 
 def test_a_server_that_nobody_heard_of_for_a_while_is_asked_again(model, monkeypatch):
@@ -228,6 +232,19 @@ def test_a_known_text_whose_answer_is_late_is_not_looked_at_for_ever(model, monk
         thread.join(60)
         assert len(found) == 1
         assert asked + 2 <= server.answered <= asked + 2 * len(PROMPTS)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_look_that_takes_long_is_enough(model, monkeypatch, concurrency):
+    """Every answer comes late enough to be in doubt, that of the look itself as well."""
+    monkeypatch.setattr(served, "_UNHEARD", -1.0)
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), concurrency=concurrency, **FAST)
+        teacher.self_test()
+        before = teacher.client.figures["requests"]
+        teacher.score(PROMPTS, COMPLETIONS)
+        assert len(PROMPTS) < teacher.client.figures["requests"] - before <= 2 * len(PROMPTS)
+        assert teacher.client.figures["answers"] == 1 + 2 + 4 + len(PROMPTS)
 
 
 def test_a_run_ends_at_once_when_its_teacher_is_another(prompts, model, monkeypatch):
@@ -414,3 +431,15 @@ def test_what_was_skipped_ahead_is_known_after_a_resume(prompts, model, monkeypa
         result = train(replace(settings, resume=True), models=tiny.pair())
     assert sum(line["skipped_rows"] for line in result.metrics) > 0
     assert killable.left(result.output) == killable.left(whole.output)
+
+
+def test_each_of_two_processes_leaves_out_its_own_rows(tmp_path, model):
+    with faults.serving(model, tiny.teacher_tokenizer(), limits=Limits(max_length=52)) as server:
+        values = killable.settings(tmp_path, teacher_url=server.url, steps=4, batch_size=3, teacher_patience=0.0)
+        ends = several.launch(several.loop_of, tmp_path, values, None, "float32")
+    assert [end[:2] for end in ends] == [[4, False]] * 2
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["skipped_rows"] < 3 for line in lines)
+    assert sum(line["skipped_rows"] for line in lines) > 1
+    assert (tmp_path / "0.log").read_text().count(" of 3 answers are left out of step ") == 1
+    assert "left out" not in (tmp_path / "1.log").read_text()

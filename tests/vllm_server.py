@@ -39,6 +39,20 @@ def folder(package: demo.Package) -> Path:
     return target
 
 
+def untied(package: demo.Package) -> Path:
+    """The same with an output head of its own: what a vLLM of a CPU packs of a tied one stays what it was."""
+    assert VENV is not None
+    target = VENV / "models" / f"{package.name.removesuffix('.gguf')}-untied"
+    if not (target / "whole").exists():
+        model, tokenizer = load(str(folder(package)), torch.device("cpu"), "float32")
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        (target / "whole").touch()
+    return target
+
+
 class VLLM:
     """`vllm serve` of a model; what it says goes into a file.
 
@@ -112,13 +126,9 @@ class VLLM:
             self.process.wait()
             self.process = None
 
-    def memory(self) -> float:
-        """The most that one of its processes has had in memory at a time, GB; Linux alone says so."""
-        assert self.process is not None
-        most = 0.0
-        for path in Path("/proc").glob("[0-9]*/status"):
-            with suppress(OSError, IndexError):
-                if os.getpgid(int(path.parent.name)) == self.process.pid:
-                    line = next(line for line in path.read_text().splitlines() if line.startswith("VmHWM"))
-                    most = max(most, int(line.split()[1]) / 1e6)
-        return most
+    def restart(self, *arguments: str) -> None:
+        """Kills it and starts it again, with other arguments, and waits for it."""
+        self.kill()
+        self.arguments = arguments
+        self.start()
+        self.wait()

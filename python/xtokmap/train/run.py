@@ -152,14 +152,14 @@ class Run:
             pass
         return rollouts
 
-    def hand_over(self) -> None:
-        """Gives a server that samples the student's weights, where its own are `Config.sampler_every` updates old.
+    def hand_over(self, every: int = 1) -> None:
+        """Gives a server that samples the student's weights, where its own are so many updates old.
 
         Raises:
             TeacherError: it does not take them; in every process.
         """
         sampler = self.roller.sampler
-        if sampler is None or (sampler.version >= 0 and self.done - sampler.version < self.config.sampler_every):
+        if sampler is None or (sampler.version >= 0 and self.done - sampler.version < every):
             return
         weights, problem = whole_weights(self.roller.student), None
         try:
@@ -176,7 +176,7 @@ class Run:
         seconds: dict[str, float] = {}
         if self.roller.sampler is not None:
             with Clock(self.roller.device, seconds)("weights"):
-                self.hand_over()
+                self.hand_over(self.config.sampler_every)
         rollouts = self.roller.sample(self.draw())
         rollouts.seconds.update(seconds)
         return rollouts

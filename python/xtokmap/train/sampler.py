@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from xtokmap._core import XTokMapError
 from xtokmap.models import one_line
@@ -35,8 +37,8 @@ _ENTRY, _ROOM = 512, 2**18
 #: How often a batch is sampled again because the server was started again meanwhile.
 _ATTEMPTS = 3
 
-#: Nats that logprobs of server and trainer may differ by in the mean; bfloat16 against float32 is a tenth of it.
-_SAME = 0.3
+#: Nats that logprobs of server and trainer may differ by in the mean; bfloat16 against float32 is 0.03.
+_SAME = 0.1
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,9 @@ class ServerSampler:
             for path in (part, self._weights):
                 shutil.rmtree(path, ignore_errors=True)
             student.save_pretrained(part, state_dict=weights)
+            _save_head(student, weights, part)
             os.replace(part, self._weights)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise XTokMapError(f"{self._weights}: cannot be written: {one_line(error)}") from error
         self._have_loaded()
         for path in self.folder.glob("weights-*"):
@@ -155,8 +158,7 @@ class ServerSampler:
         """
         if not self.client.model:
             self.client.name_model()
-        seeds = torch.randint(2**31, (len(prompt_ids),)).tolist()
-        questions = [self._question(row, stops, config, seed) for row, seed in zip(prompt_ids, seeds, strict=True)]
+        questions = [self._question(row, stops, config) for row in prompt_ids]
         for _ in range(_ATTEMPTS):
             self._current()
             answers = self.client.ask(questions)
@@ -165,13 +167,14 @@ class ServerSampler:
                 return Sampled(ids, [row[-1] in stops for row in ids], logprobs, self.version)
         raise TeacherError(f"{self.client.url} had other weights after each of {_ATTEMPTS} batches than before it")
 
-    def _question(self, prompt: Sequence[int], stops: Sequence[int], config: Config, seed: int) -> Question:
+    def _question(self, prompt: Sequence[int], stops: Sequence[int], config: Config) -> Question:
         longest = self.client.max_length - len(prompt) if self.client.max_length else config.max_new_tokens
         most = min(config.max_new_tokens, longest)
         if most < 1:
             raise TeacherError(f"{self.client.url} takes {self.client.max_length} tokens, a prompt has {len(prompt)}")
+        # No seed: a vLLM of a CPU dies of one as soon as it takes a prompt in two pieces.
         body = {
-            **{"model": self.client.model, "prompt": list(prompt), "max_tokens": most, "seed": seed, "logprobs": 0},
+            **{"model": self.client.model, "prompt": list(prompt), "max_tokens": most, "logprobs": 0},
             # What a model's own settings would bring along is left out of the policy, and of what ends an answer.
             **{"temperature": config.temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
             **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "ignore_eos": True, "stop_token_ids": list(stops)},
@@ -213,8 +216,7 @@ class ServerSampler:
         Raises:
             TeacherError: too far.
         """
-        with torch.random.fork_rng(devices=[]):
-            found = self.sample(prompt_ids, stops, config)
+        found = self.sample(prompt_ids, stops, config)
         theirs = [x for row in found.logprobs for x in row]
 
         def apart(temperature: float) -> float:
@@ -234,6 +236,19 @@ class ServerSampler:
             f"{self.client.url}: its logprobs of its own samples are {gap:.2g} nats from the student's, in the mean: "
             "does it have another model, a quantized one, or an adapter of its own?"
         )
+
+
+def _save_head(student: Any, weights: dict[str, Any] | None, folder: Path) -> None:
+    """An output head that is the embedding again, as a tensor of its own, for servers that do not tie them.
+
+    A vLLM of a CPU must not: the packed copy that it makes of a tied head stays what it was.
+    """
+    head, embedding = student.get_output_embeddings(), student.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight or (folder / "model.safetensors.index.json").exists():
+        return
+    name = next(name for name, module in student.named_modules() if module is head)
+    weight = head.weight if weights is None else weights[f"{name}.weight"]
+    save_file({f"{name}.weight": weight.detach().cpu().contiguous()}, folder / "head.safetensors")
 
 
 def padded(rows: Sequence[Sequence[float]], like: torch.Tensor) -> torch.Tensor:

@@ -470,6 +470,18 @@ def _missing(m: Monitor) -> str | None:
     )
 
 
+def _sampler(m: Monitor) -> str | None:
+    """Weights that are partly not the student's: logprobs of fresh samples go away from where they were."""
+    first, now = (line.get("sampler", {}) for line in (m.lines[0], m.lines[-1]))
+    if not first or not now or now["staleness"] or first["staleness"] or now["gap"] <= 5 * first["gap"] + 1e-3:
+        return None
+    return (
+        f"the server that samples is {now['gap']:.2g} nats a token from the student (at the start "
+        f"{first['gap']:.2g}), with weights that it was just given: does it keep some of the old ones? (A vLLM of a "
+        "CPU keeps a tied output head: see docs/sampling.md)"
+    )
+
+
 #: What is looked for, in the order in which it is said.
 _RULES: dict[str, Callable[[Monitor], str | None]] = {
     "nothing_scored": _scored,
@@ -484,4 +496,5 @@ _RULES: dict[str, Callable[[Monitor], str | None]] = {
     "entropy": _entropy,
     "clamped": _clamped,
     "missing": _missing,
+    "sampler": _sampler,
 }
