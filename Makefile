@@ -153,7 +153,8 @@ docs: $(VENV)/built
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
 	$(VENV)/bin/pdoc --output-directory docs/build --docformat google xtokmap '!xtokmap\..*' xtokmap.chat \
 		xtokmap.torch '!xtokmap\.torch\..*' xtokmap.torch.pair xtokmap.losses '!xtokmap\.losses\..*' \
-		xtokmap.teachers '!xtokmap\.teachers\..*' xtokmap.train '!xtokmap\.train\..*'
+		xtokmap.teachers '!xtokmap\.teachers\..*' xtokmap.train '!xtokmap\.train\..*' \
+		xtokmap.integrations.arrow xtokmap.integrations.trl
 
 clean:
 	rm -rf $(VENV) $(VENV)-* target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

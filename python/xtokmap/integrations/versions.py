@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from xtokmap._core import XTokMapError
 
-__all__ = ["Hook", "UnsupportedVersionError", "check_hooks"]
+__all__ = ["UnsupportedVersionError"]
 
 
 class UnsupportedVersionError(XTokMapError):
