@@ -90,6 +90,7 @@ def settings(tmp_path):
         student=str(folder(demo.STUDENT)),
         teacher=str(folder(demo.TEACHER)),
         teacher_timeout=300.0,
+        teacher_patience=1200.0,  # the machine may be busy
         prompts=str(prompts),
         output=str(tmp_path / "out"),
         steps=4,
