@@ -76,7 +76,7 @@ $(VLLM)/built:
 	touch $@
 
 test-servers: $(VENV)/built $(VLLM)/built
-	XTOKMAP_VLLM=$(abspath $(VLLM)) $(PY) -m pytest -m servers tests/test_real_servers.py
+	XTOKMAP_VLLM=$(abspath $(VLLM)) $(PY) -m pytest -m servers tests/test_real_servers.py tests/test_real_states.py
 
 target/tools/bin/cargo-fuzz:
 	cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2
