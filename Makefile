@@ -79,7 +79,7 @@ $(VLLM)/built:
 	touch $@
 
 test-servers: $(VENV)/built $(VLLM)/built
-	XTOKMAP_VLLM=$(abspath $(VLLM)) $(PY) -m pytest -m servers tests/test_real_servers.py
+	XTOKMAP_VLLM=$(abspath $(VLLM)) $(PY) -m pytest -m servers tests/test_real_servers.py tests/test_real_states.py
 
 # Engines that are large, or want other versions than the rest here, have environments of their own.
 $(VENV)-ray/built: pyproject.toml $(RUST)
