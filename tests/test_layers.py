@@ -16,7 +16,7 @@ LAYERS = [
     ["_core"],
     ["files", "ids"],
     ["alignment", "tokenizers"],
-    ["boundary"],
+    ["boundary", "markers"],
     ["aligner"],
     ["chat", "report"],
     [""],  # xtokmap itself: what can be had without torch

@@ -238,6 +238,7 @@ _STYLE: dict[Kind | None, tuple[str, str]] = {
     Kind.MANY_TO_MANY: ("magenta", "bright_magenta"),
     Kind.REWRITTEN: ("bold yellow", "bold yellow"),
     Kind.STOP: ("bold", "bold"),
+    Kind.MARKER: ("bold", "bold"),
     None: ("bold red", "bold red"),
 }
 

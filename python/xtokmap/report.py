@@ -20,7 +20,7 @@ from xtokmap.files import replacing
 #: Points of a curve; longer runs are shown by means of neighboring steps.
 _POINTS = 300
 #: Kinds of chunks in the order in which they are stacked.
-_KINDS = ("ONE_TO_ONE", "ONE_TO_MANY", "MANY_TO_ONE", "MANY_TO_MANY", "STOP", "REWRITTEN", "UNALIGNED")
+_KINDS = ("ONE_TO_ONE", "ONE_TO_MANY", "MANY_TO_ONE", "MANY_TO_MANY", "STOP", "MARKER", "REWRITTEN", "UNALIGNED")
 
 
 def visible(text: str) -> str:
@@ -249,7 +249,7 @@ def _column(chunk: dict[str, Any], marked: bool) -> str:
     names = " ".join(
         [
             "chunk",
-            *([kind.lower()] if kind in ("REWRITTEN", "UNALIGNED", "STOP") else []),
+            *([kind.lower()] if kind in ("REWRITTEN", "UNALIGNED", "STOP", "MARKER") else []),
             *(["marked"] if marked else []),
         ]
     )
@@ -340,7 +340,7 @@ def _curves(metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     return f"<section><h2>Curves</h2><div class=charts>{''.join(charts)}</div></section>"
 
 
-_KIND_COLOUR = dict(zip(_KINDS, ("c2", "c4", "c0", "c5", "c6", "c1", "c3"), strict=True))
+_KIND_COLOUR = dict(zip(_KINDS, ("c2", "c4", "c0", "c5", "c6", "c7", "c1", "c3"), strict=True))
 
 
 def _number(x: Any) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 from xtokmap._core import ByteTable, XTokMapError
 from xtokmap.alignment import InteriorQueries
 from xtokmap.losses.terms import (
+    MARKER,
     REWRITTEN,
     STOP,
     Loss,
@@ -269,7 +270,7 @@ def _spans(
     whole = torch.where(follows, before.gather(1, padded[1].clamp(min=0)), last)
     last = torch.where(cut, padded[1], whole)
     kind = index.kind_of_student()
-    spans = scored & (kind != STOP) & (last > pos)
+    spans = scored & (kind != STOP) & (kind != MARKER) & (last > pos)
 
     ids = spelling.teacher_ids
     realised = torch.where(pos >= 0, ids.gather(1, pos.clamp(min=0)), -1)
@@ -361,7 +362,7 @@ class Completions:
         if index.student_chunk.device.type != "cpu":
             raise XTokMapError(f"queries are made on the CPU, before the index goes to {index.student_chunk.device}")
         kind = index.kind_of_student()
-        root = (index.teacher_off == 0) & (kind != REWRITTEN) & (kind != STOP)
+        root = (index.teacher_off == 0) & (kind != REWRITTEN) & (kind != STOP) & (kind != MARKER)
         # The token behind must be one of the text.
         root &= torch.nn.functional.pad(kind, (0, 1), value=-1)[:, 1:] >= 0
         flat = root.reshape(-1).nonzero()[:, 0]

@@ -7,7 +7,7 @@ your own is one more entry: `LOSSES["mine"] = LossRule(compute, teacher="logprob
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -36,6 +36,7 @@ class LossSettings:
         clamp: largest absolute advantage.
         max_chunk_tokens: chunks with more tokens on a side are unscored by a credit; 0: no limit.
         score_stop: whether ends of turns are scored.
+        score_markers: whether markers of thoughts and tool calls are.
         clip_low: PPO's lower clip.
         clip_high: PPO's upper clip.
         clip_dual: PPO's dual clip.
@@ -46,6 +47,7 @@ class LossSettings:
     clamp: float = 10.0
     max_chunk_tokens: int = 6
     score_stop: bool = True
+    score_markers: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.28
     clip_dual: float = 10.0
@@ -137,18 +139,21 @@ class Computed(NamedTuple):
 Scored: TypeAlias = Callable[[ChunkIndex, Tensor, LossSettings], Tensor]
 
 
-def but_stops(tokens: Tensor, index: ChunkIndex, settings: LossSettings) -> Tensor:
-    """Without ends of turns, where these are not scored."""
-    return tokens if settings.score_stop else tokens & (index.kind_of_student() != int(Kind.STOP))
+def wanted(tokens: Tensor, index: ChunkIndex, settings: LossSettings) -> Tensor:
+    """Without ends of turns and markers, where these are not scored."""
+    for kind, scored in ((Kind.STOP, settings.score_stop), (Kind.MARKER, settings.score_markers)):
+        if not scored:
+            tokens = tokens & (index.kind_of_student() != int(kind))
+    return tokens
 
 
 def met(index: ChunkIndex, mask: Tensor, settings: LossSettings) -> Tensor:
     """Tokens in a chunk that has teacher tokens."""
-    return but_stops(mask & (index.to_student((index.teacher_count > 0).long()) > 0), index, settings)
+    return wanted(mask & (index.to_student((index.teacher_count > 0).long()) > 0), index, settings)
 
 
 def met_alone(index: ChunkIndex, mask: Tensor, settings: LossSettings) -> Tensor:
-    """Tokens in ONE_TO_ONE and STOP chunks."""
+    """Tokens in ONE_TO_ONE, STOP and MARKER chunks."""
     return met(index, mask, settings) & (index.strict_teacher_pos() >= 0)
 
 
@@ -208,7 +213,7 @@ def _policy(credit: CreditRule, x: LossInput) -> Computed:
     old = x.logprobs.detach() if x.old_logprobs is None else x.old_logprobs
     limit = settings.max_chunk_tokens or None
     given = chunk_credit(old, teacher, x.index, credit, x.transferred, settings.clamp, max_chunk_tokens=limit)
-    scored = but_stops(given.scored & x.mask, x.index, settings)
+    scored = wanted(given.scored & x.mask, x.index, settings)
     loss = policy_loss(
         x.logprobs,
         old,
@@ -225,6 +230,7 @@ def _policy(credit: CreditRule, x: LossInput) -> Computed:
 
 
 def _transfer_kl(x: LossInput) -> Computed:
+    mask = wanted(x.mask, x.index, replace(x.settings, score_stop=True))  # of stops it takes the mass as well
     loss = transfer_kl(
         x.student,
         _there(x.target, "target"),
@@ -234,14 +240,14 @@ def _transfer_kl(x: LossInput) -> Computed:
         beta=x.settings.beta,
         clamp=x.settings.clamp,
         stops=x.settings.score_stop,
-        mask=x.mask,
+        mask=mask,
         denominator=x.denominator,
     )
     return _sums(loss, "undetermined", "rest", "shared")
 
 
 def _byte_kl(x: LossInput) -> Computed:
-    mask = but_stops(x.mask, x.index, x.settings)
+    mask = wanted(x.mask, x.index, x.settings)
     queries = _there(x.interior, "interior")
     common: Any = {"beta": x.settings.beta, "mask": mask, "denominator": x.denominator}
     return _sums(byte_kl(x.student, _rows(x), x.index, _there(x.maps, "maps"), queries, **common), "residual")
@@ -259,12 +265,13 @@ def _strict_kl(x: LossInput) -> Computed:
 
 
 def _alm(x: LossInput) -> Computed:
-    mask = but_stops(x.mask, x.index, x.settings)
+    mask = wanted(x.mask, x.index, x.settings)
     teacher = _there(x.teacher_logprobs, "teacher_logprobs")
     return _sums(alm(x.logprobs, teacher, x.index, mask=mask, denominator=x.denominator))
 
 
 def _uld_hybrid(x: LossInput) -> Computed:
+    mask = wanted(x.mask, x.index, x.settings)
     loss = uld_hybrid(
         x.student,
         _rows(x),
@@ -273,7 +280,7 @@ def _uld_hybrid(x: LossInput) -> Computed:
         student_logprobs=x.logprobs,
         teacher_logprobs=_there(x.teacher_logprobs, "teacher_logprobs"),
         stops=x.settings.score_stop,
-        mask=x.mask,
+        mask=mask,
         denominator=x.denominator,
     )
     return _sums(loss)

@@ -27,6 +27,7 @@ from xtokmap.boundary.vocab_map import once
 from xtokmap.chat import PLAIN_TEMPLATE, render, stop_id
 from xtokmap.losses.credit import chunk_gap
 from xtokmap.losses.table import LossInput, LossRule, LossSettings, rule_of
+from xtokmap.markers import Foreign
 from xtokmap.teachers.scores import Scores, scores_of
 from xtokmap.torch.completions import padded_inputs, padded_places
 from xtokmap.torch.index import ChunkIndex, VocabTensors, coverage_counts
@@ -123,6 +124,8 @@ class Pair:
         teacher_tokenizer: another, of any family.
         loss: a name of `xtokmap.losses.LOSSES`, or a `LossRule` of your own.
         plain_template: how a prompt is put to a model whose tokenizer has no chat template.
+        foreign: what becomes of a student's thoughts or tool calls if the teacher's chat template knows none: "left
+            out", the teacher is not given them and they are not scored, or "text" (see `Aligner`).
         settings: of the loss, see `LossSettings`: beta, clamp, score_stop, ...
 
     Raises:
@@ -137,6 +140,7 @@ class Pair:
         loss: str | LossRule = "transfer_kl",
         *,
         plain_template: str = PLAIN_TEMPLATE,
+        foreign: Foreign = "left out",
         **settings: Any,
     ) -> None:
         self.tokenizers = (student_tokenizer, teacher_tokenizer)
@@ -146,7 +150,7 @@ class Pair:
         except TypeError as error:
             raise XTokMapError(f"settings of the loss: {error}") from None
         self.plain_template = plain_template
-        self.aligner = Aligner(student_tokenizer, teacher_tokenizer)
+        self.aligner = Aligner(student_tokenizer, teacher_tokenizer, markers=True, foreign=foreign)
         self.stop_id = stop_id(teacher_tokenizer)
 
     def with_loss(self, loss: str | LossRule) -> Pair:
@@ -197,7 +201,9 @@ class Pair:
             prompts = [[_list(row) for row in side] for side in conversations]
         else:
             prompts = [render(tokenizer, conversations, self.plain_template) for tokenizer in self.tokenizers]
-        teacher_ids = [row.tolist() for row in self.aligner.teacher_ids(completions, stop_id=self.stop_id)]
+        thinking = self.aligner.open_thoughts(*prompts)
+        given = self.aligner.teacher_ids(completions, stop_id=self.stop_id, thinking=thinking)
+        teacher_ids = [row.tolist() for row in given]
         return self.aligned(prompts[0], completions, prompts[1], teacher_ids, device=device)
 
     def aligned(
@@ -310,7 +316,8 @@ class Pair:
         counts = coverage_counts(found.index)
         metrics |= {f"coverage/{kind.name}": counts[kind] / tokens.clamp(min=1) for kind in Kind}
         if found.teacher_logprobs is not None:
-            gap = chunk_gap(own, found.teacher_logprobs, found.index, stops=self.settings.score_stop)
+            counted = {"stops": self.settings.score_stop, "markers": self.settings.score_markers}
+            gap = chunk_gap(own, found.teacher_logprobs, found.index, **counted)
             sums["nats"], sums["bytes"] = gap
             metrics["kl_per_byte"] = gap[0].sum() / gap[1].sum().clamp(min=1)
         return PairLoss(loss, metrics, own, sums)

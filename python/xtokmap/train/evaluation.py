@@ -109,7 +109,13 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
             if failure is not None:
                 continue
             assert rollouts.teacher is not None
-            gap, bytes_of = chunk_gap(own, rollouts.teacher.logprobs, rollouts.index, stops=config.score_stop)
+            gap, bytes_of = chunk_gap(
+                own,
+                rollouts.teacher.logprobs,
+                rollouts.index,
+                stops=config.score_stop,
+                markers=config.score_markers,
+            )
             counts += coverage_counts(rollouts.index)
             answers = roller.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
             found += zip(batch, gap.tolist(), bytes_of.tolist(), answers, strict=True)
