@@ -136,13 +136,16 @@ impl Vocabulary {
                 continue;
             };
             let (role, ids) = &self.table.markers()[k];
-            let mut to = i + ids.len();
-            // New lines after what stands aside are there for it.
+            let (mut from, mut to) = (i, i + ids.len());
+            // New lines beside what stands aside are there for it.
+            while *role == Role::AsideOpen && from > turn && self.table.is_new_lines(id(from - 1)) {
+                from -= 1;
+            }
             while *role == Role::AsideClose && to < symbols.len() && self.table.is_new_lines(id(to)) {
                 to += 1;
             }
             match role {
-                Role::AsideOpen => symbols[i..to].fill(Symbol::SPECIAL),
+                Role::AsideOpen => symbols[from..to].fill(Symbol::SPECIAL),
                 Role::AsideClose => {
                     let from = if aside { i } else { turn };
                     symbols[from..to].fill(Symbol::SPECIAL);

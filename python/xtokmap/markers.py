@@ -238,18 +238,22 @@ class Voice:
             stop_id: ends a turn; None: nothing does.
             thinking: whether this side's prompt has opened a thought.
         """
-        same, state, said = of == self.format, "think" if thinking else "", False
+        same, state, said, left = of == self.format, "think" if thinking else "", False, False
         for k, part in enumerate(turn):
             more = k + 1 < len(turn)
             if part.state == "gap":
+                if k and not left:
+                    to = next((p.state for p in turn[k:] if p.state != "gap"), "answer" if state == "think" else "end")
+                    yield from self._mark(self._leave(state, to), same=same)
+                    left = True
                 if same:
                     yield part.text
-                elif not more and state in ("think", "call"):  # it ended with the mark that closes this
-                    yield from self._mark(self._leave(state, "answer" if state == "think" else "end"), same=same)
                 continue
             if part.state != state or said:
-                yield from self._mark(self._leave(state, part.state), same=same)
+                if not left:
+                    yield from self._mark(self._leave(state, part.state), same=same)
                 yield from self._mark(self._enter(state, part.state, said=said), same=same)
+            left = False
             if part.state == "end":
                 if stop_id is not None:
                     yield self.ids(self.format.call_stop) if state == "call" and self.format.call_stop else (stop_id,)
