@@ -30,9 +30,9 @@ pub enum Role {
     CallClose = 3,
     /// An answer begins.
     AnswerOpen = 4,
-    /// From here on nothing is aligned: the other side is not given it.
+    /// From here to the next marker nothing is aligned: the other side is not given it.
     AsideOpen = 5,
-    /// Up to here nothing is aligned; where nothing opened it, from the start of the turn on.
+    /// Closes that; where nothing opened it, nothing is aligned from the start of the turn to here.
     AsideClose = 6,
 }
 

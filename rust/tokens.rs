@@ -150,13 +150,12 @@ impl Vocabulary {
                     let from = if aside { i } else { turn };
                     symbols[from..to].fill(Symbol::SPECIAL);
                 }
-                _ if aside => symbols[i..to].fill(Symbol::SPECIAL),
                 _ => {
                     symbols[i..to].fill(Symbol::INSIDE);
                     symbols[i] = Symbol { start: Symbol::MARKER + *role as u32, len: 0 };
                 }
             }
-            aside = *role == Role::AsideOpen || (aside && *role != Role::AsideClose);
+            aside = *role == Role::AsideOpen;
             (i, marked) = (to, true);
         }
         if marked {

@@ -119,19 +119,24 @@ DEEPSEEK_V31 = Format(
 LLAMA = Format(call=('{"name": "', '", "parameters": ', "}"))
 
 _JSON_CALL = re.compile(
-    r'\s*\[?\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{.*\})\s*\}\s*\]?\s*', re.DOTALL
+    r'\s*\[?\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{.*)', re.DOTALL
 )
+_JSON_END = re.compile(r"(.*\})\s*\}\s*\]?\s*", re.DOTALL)
 _NAMED_CALL = re.compile(
     r"(?:function(?=.*```)(?:<｜tool▁sep｜>)?|\.)?([\w-]+)(?:<｜tool▁sep｜>)?"
-    r"\s*(?:<\|constrain\|>)?(?:```)?(?:json)?(?:<\|message\|>)?\s*(\{.*\})\s*(?:```)?\s*",
+    r"\s*(?:<\|constrain\|>)?(?:```)?(?:json)?(?:<\|message\|>)?\s*(\{.*)",
     re.DOTALL,
 )
+_NAMED_END = re.compile(r"(.*\})\s*(?:```)?\s*", re.DOTALL)
 
 
-def parsed(body: str) -> tuple[str, str] | None:
-    """Name and arguments of a call in any of the formats, as they are spelled; None: it is none."""
-    match = _JSON_CALL.fullmatch(body) or _NAMED_CALL.fullmatch(body)
-    return None if match is None else (match[1], match[2])
+def parsed(body: str) -> tuple[str, str, bool] | None:
+    """Name and arguments of a call in any of the formats, as they are spelled, and whether it is whole; None: no call."""
+    for begin, end in ((_JSON_CALL, _JSON_END), (_NAMED_CALL, _NAMED_END)):
+        if match := begin.fullmatch(body):
+            whole = end.fullmatch(match[2])
+            return match[1], (whole or match)[1 if whole else 2], whole is not None
+    return None
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,8 @@ class Voice:
                 if foreign == "text":
                     continue
                 name = "aside_open" if role in (THINK_OPEN, CALL_OPEN) else "aside_close"
+                if text == self.format.answer_close:  # it closes answers too: what opens next ends what stands aside
+                    name = "answer_open"
             for ids in self._spellings(text):
                 found.setdefault(ids, name)
         return [(name, ids) for ids, name in found.items()]
@@ -243,7 +250,8 @@ class Voice:
             more = k + 1 < len(turn)
             if part.state == "gap":
                 if k and not left:
-                    to = next((p.state for p in turn[k:] if p.state != "gap"), "answer" if state == "think" else "end")
+                    to = next((p.state for p in turn[k:] if p.state != "gap"), "end")
+                    to = "answer" if state == "think" else to  # what is between: it was closed
                     yield from self._mark(self._leave(state, to), same=same)
                     left = True
                 if same:
@@ -260,10 +268,11 @@ class Voice:
                 state, said = "", False
                 continue
             text = part.text
-            if same:
+            call = self._call(text, complete=more) if part.state == "call" else [text]
+            if part.state == "call" and (not same or text == "".join(p for p in call if isinstance(p, str))):
+                yield from call  # of its own format too: texts lack what has no bytes
+            elif same:
                 yield text
-            elif part.state == "call":
-                yield from self._call(text, complete=more)
             else:  # new lines beside a marker are the family's own
                 text = text.lstrip("\n") if k or part.state == "think" else text
                 beside = more and (part.state == "think" or turn[k + 1].state != "end")
@@ -292,18 +301,17 @@ class Voice:
         before, _, after = text.partition(core) if core else ("", "", "")
         yield from (before if not same else "", self.ids(core) if core else (), after if not same else "")
 
-    def _call(self, body: str, *, complete: bool) -> Iterator[Piece]:
+    def _call(self, body: str, *, complete: bool) -> list[Piece]:
         call = parsed(body)
         if call is None or self.format.call is None:
-            yield body.strip("\n") if complete else body.lstrip("\n")
-            return
-        head, between, tail = self.format.call
-        for template, content in ((head, call[0]), (between, call[1]), (tail, "")):
+            return [body.strip("\n") if complete else body.lstrip("\n")]
+        (head, between, tail), (name, arguments, whole) = self.format.call, call
+        pieces: list[Piece] = []
+        for template, content in ((head, name), (between, arguments), (tail if whole else "", "")):
             for text in re.split(r"(<[|｜][^|｜<>]+[|｜]>)", template):
-                if text:
-                    yield self.ids(text) if text[0] == "<" and text[-1] == ">" else text
-            if content:
-                yield content
+                pieces.append(self.ids(text) if text[:1] == "<" and text[-1:] == ">" else text)
+            pieces.append(content)
+        return pieces
 
 
 def joined(pieces: Iterator[Piece]) -> list[Piece]:

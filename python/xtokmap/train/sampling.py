@@ -112,7 +112,7 @@ class Roller:
     @cached_property
     def from_teacher(self) -> Aligner:
         """The other way round, for samples of the teacher."""
-        return Aligner(self.teacher.tokenizer, self.tokenizer)
+        return Aligner(self.teacher.tokenizer, self.tokenizer, markers=True)
 
     def answers(
         self, prompts: Sequence[PromptLike], teacher_prompts: Sequence[Sequence[int]]
@@ -162,16 +162,21 @@ class Roller:
         prompts = asked(prompts)
         if prompt_ids is None:
             prompt_ids = render(self.tokenizer, prompts, config.plain_template)
+        teacher_prompts = self.teacher.render(prompts)
         with clock("retokenize"):
             if config.method == "opd":
+                thinking = self.aligner.open_thoughts(prompt_ids, teacher_prompts)
                 completions = answers
-                teacher_ids = _lists(self.aligner.teacher_ids(answers, stop_id=self.teacher.stop_id))
+                teacher_ids = _lists(
+                    self.aligner.teacher_ids(answers, stop_id=self.teacher.stop_id, thinking=thinking)
+                )
             else:
-                completions = _lists(self.from_teacher.teacher_ids(answers, stop_id=self.stop_id))
+                thinking = self.from_teacher.open_thoughts(teacher_prompts, prompt_ids)
+                completions = _lists(self.from_teacher.teacher_ids(answers, stop_id=self.stop_id, thinking=thinking))
                 teacher_ids = answers
         with clock("align"):
             pair = self.pair.with_loss(config.rule)
-            batch = pair.aligned(prompt_ids, completions, self.teacher.render(prompts), teacher_ids, device=self.device)
+            batch = pair.aligned(prompt_ids, completions, teacher_prompts, teacher_ids, device=self.device)
         return Rollouts(prompts, batch, completed, clock.seconds)
 
     def score(self, rollouts: Rollouts, config: Config | None = None) -> Rollouts:
