@@ -93,6 +93,9 @@ GPT_OSS = r"""
 {%- if thought and loop.index0 > ns.final %}<|start|>assistant<|channel|>analysis<|message|>{{ thought }}<|end|>
 {%- endif %}{{ '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
 {{- call.arguments | tojson }}<|call|>
+{%- elif m.role == 'assistant' and loop.last and not add_generation_prompt %}
+{%- if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}
+{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' }}
 {%- elif m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>
 {%- elif m.role == 'system' %}<|start|>developer<|message|># Instructions{{ '\n\n' + m.content }}<|end|>
 {%- else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}
@@ -118,8 +121,8 @@ GEMMA = r"""
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model
 {% endif %}"""
 SMOLLM2 = r"""
-{%- for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant'
- + ' named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}<|im_start|>{{ m.role }}
+{%- for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI '
+ + 'assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""

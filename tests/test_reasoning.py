@@ -11,12 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import families
-import real_tokenizers
 import tiny
 import xtokmap
 from xtokmap import Aligner, Kind, XTokMapError
-from xtokmap.chat import render
-from xtokmap.markers import Format, parsed
 from xtokmap.torch import Pair
 
 pytestmark = [
@@ -91,8 +88,8 @@ TURNS = [dict(zip(("thought", "answer", "call"), what, strict=True)) for what in
 def test_a_turn_is_written_in_the_teachers_format(one, other):
     student, teacher = tokenizer("student", one), tokenizer("teacher", other)
     al = aligner(one, other)
-    for turn in TURNS:
-        turn = {**turn, "thought": turn["thought"] and one in THINK, "call": turn["call"] and bool(CALL[one])}
+    for wanted in TURNS:
+        turn = {**wanted, "thought": wanted["thought"] and one in THINK, "call": wanted["call"] and bool(CALL[one])}
         if "llama3.1" in (one, other) and turn["call"] and (turn["answer"] or not CALL[other]):
             continue  # its call is a turn of its own, and text
         given, want = written(one, **turn), written(other, **turn)
@@ -167,7 +164,13 @@ def test_a_family_is_written_as_it_was(name):
         ("qwen3", "deepseek-v3.1", "<think>\nso\n</think>\n\n", (False, False), "<think>so</think>"),
         ("qwen3", "deepseek-v3.1", "<think>\n\n</think>\n\nblue", (False, False), "<think></think>blue"),
         # A call that is none stays text; several calls; a call and more.
-        ("qwen3", "deepseek-v3.1", "<tool_call>\nwhat\n</tool_call>", (False, False), "CALLSwhatEND<｜tool▁calls▁end｜>"),
+        (
+            "qwen3",
+            "deepseek-v3.1",
+            "<tool_call>\na\n</tool_call>",
+            (False, False),
+            "CALLSaEND<｜tool▁calls▁end｜>",
+        ),
         (
             "qwen3",
             "deepseek-r1",
@@ -199,3 +202,158 @@ def test_turns_that_are_not_whole(one, other, text, thinking, want):
         assert (batch[0].student_chunk >= 0).sum() == len(re.findall("blue", text)) * len(
             ids_of(tokenizer("student", one), "blue")
         ) + text.endswith("｜>")
+
+
+# ---- through Pair ------------------------------------------------------------------------------------------------
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "the sky", "parameters": {"type": "object"}},
+    }
+]
+CALLED = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+CONVERSATION = {
+    "messages": [
+        {"role": "user", "content": "what is the sky?"},
+        {"role": "assistant", "content": None, "reasoning_content": "I look.", "tool_calls": [CALLED]},
+        {"role": "tool", "content": "blue"},
+        {"role": "assistant", "content": "blue", "reasoning_content": "So it is."},
+        {"role": "user", "content": "and the grass?"},
+    ],
+    "tools": TOOLS,
+}
+ASKED = {"messages": [{"role": "user", "content": "what is the sky?"}]}
+
+
+def model(tok: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **tiny.SIZE))
+
+
+def opened(name: str, *, told: bool = True) -> dict:
+    """A conversation that asks for a thought where that is a variable."""
+    conversation = CONVERSATION if told else ASKED
+    return {**conversation, "chat_template_kwargs": {"thinking": True}} if name == "deepseek-v3.1" else conversation
+
+
+THINKING = ["qwen3", "deepseek-v3.1", "gpt-oss"]
+PAIRS = [*product(THINKING, THINKING), ("qwen3", "llama3.1"), ("llama3.1", "qwen3"), ("gpt-oss", "llama3.1")]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_a_thinking_conversation_with_a_call_trains(one, other):
+    student, teacher = tokenizer("student", one), tokenizer("teacher", other)
+    pair = Pair(student, teacher)
+    call = written(one, thought=True, answer=False, call=True)
+    answer = written(one, thought=True, answer=True, call=False)
+    if one == "deepseek-v3.1":  # its prompt has opened the thought
+        call, answer = call.removeprefix("<think>"), answer.removeprefix("<think>")
+    kwargs = {"chat_template_kwargs": {"thinking": True}}
+    batch = pair.prepare([{**CONVERSATION, **kwargs}] * 2, [ids_of(student, call), ids_of(student, answer)])
+    # History is each template's own: none keeps the thought before the user's last turn.
+    for tok, rows in ((student, batch.student_prompt_ids), (teacher, batch.teacher_prompt_ids)):
+        assert "So it is" not in decoded(tok, rows[0])
+        assert "get_weather" in decoded(tok, rows[0])
+        assert "and the grass?" in decoded(tok, rows[0])
+    for ids, what in zip(
+        batch.teacher_ids, ({"answer": False, "call": True}, {"answer": True, "call": False}), strict=True
+    ):
+        want = written(other, thought=one in THINK, **what)
+        assert decoded(teacher, ids) == spaced(want.removeprefix("<think>") if other == "deepseek-v3.1" else want)
+    a, b = model(student, 0), model(teacher, 1)
+    with torch.no_grad():
+        theirs = b(**batch.teacher_inputs)
+    out = pair.loss(a(**batch.student_inputs), theirs, batch)
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+    assert all(torch.isfinite(p.grad).all() for p in a.parameters())
+    assert float(out.metrics["scored"]) > 0
+    if other in THINK and one in THINK:
+        assert float(out.metrics["coverage/MARKER"]) > 0
+    for loss in ("prior", "cover", "byte_kl", "strict_kl", "alm", "uld_hybrid"):
+        found = pair.with_loss(loss).loss(a(**batch.student_inputs), theirs, batch)
+        assert torch.isfinite(found.loss), loss
+
+
+@pytest.mark.parametrize(("one", "other"), [("qwen3", "gpt-oss"), ("gpt-oss", "qwen3"), ("qwen3", "deepseek-v3.1")])
+def test_a_marker_is_scored_as_the_same_event(one, other):
+    """A thought ends with one token on either side: its target is the teacher's own probability of ending it there."""
+    student, teacher = tokenizer("student", one), tokenizer("teacher", other)
+    pair = Pair(student, teacher)
+    text = written(one, thought=True, answer=True, call=False)
+    batch = pair.prepare([opened(other, told=False)], [ids_of(student, text)])
+    with torch.no_grad():
+        scores = pair.scores(model(teacher, 1)(**batch.teacher_inputs), batch)
+    index = batch.index
+    marker = (index.kind_of_student()[0] == int(Kind.MARKER)).nonzero()[:, 0].tolist()
+    close = ids_of(student, THINK[one][1].strip("\n"))[0]
+    at = batch.student_ids[0].index(close)
+    assert at in marker
+    place = int(index.teacher_pos[0, at])
+    assert batch.teacher_ids[0][place] == ids_of(teacher, THINK[other][1].strip("\n"))[0]
+    torch.testing.assert_close(scores.transferred[0, at], scores.logprobs[0, place])
+    q, places = scores.target, scores.target.places()[0].tolist()
+    target, *_ = q.slice(places.index(at), places.index(at) + 1)
+    torch.testing.assert_close(target[0, close].log(), scores.logprobs[0, place])
+    # What opens a thought in gpt-oss opens an answer too: nothing is said about it but by whole chunks.
+    if "gpt-oss" in (one, other):
+        assert int(index.teacher_pos[0, marker[0]]) == -1
+        assert not torch.isfinite(scores.transferred[0, marker[0]])
+
+
+def test_markers_are_scored_only_if_they_shall_be():
+    student, teacher = tokenizer("student", "qwen3"), tokenizer("teacher", "gpt-oss")
+    ids = ids_of(student, written("qwen3", thought=True, answer=True, call=True))
+    a, b = model(student, 0), model(teacher, 1)
+    for loss in ("transfer_kl", "prior", "alm", "byte_kl", "strict_kl", "uld_hybrid"):
+        scored = []
+        for wanted in (True, False):
+            pair = Pair(student, teacher, loss, score_markers=wanted, max_chunk_tokens=0)
+            batch = pair.prepare([ASKED], [ids])
+            with torch.no_grad():
+                out = pair.loss(a(**batch.student_inputs), b(**batch.teacher_inputs), batch)
+            scored.append(int(out.sums["scored"]))
+        assert scored[0] > scored[1], loss
+
+
+def test_what_a_teacher_has_no_form_for():
+    student, teacher = tokenizer("student", "qwen3"), tokenizer("teacher", "gemma")
+    ids = ids_of(student, written("qwen3", thought=True, answer=True, call=True))
+    left_out = Pair(student, teacher).prepare([ASKED], [ids])
+    assert decoded(teacher, left_out.teacher_ids[0]) == ANSWER + "<end_of_turn>"
+    chunk = left_out.index.student_chunk[0].tolist()
+    first = ids.index(ids_of(student, "</think>")[0])
+    assert set(chunk[: first + 1]) == {-1}
+    text = Pair(student, teacher, foreign="text").prepare([ASKED], [ids])
+    assert decoded(teacher, text.teacher_ids[0]) == written("qwen3", thought=True, answer=True, call=True).replace(
+        "<|im_end|>", "<end_of_turn>"
+    )
+    assert min(text.index.student_chunk[0].tolist()) == 0
+    with pytest.raises(XTokMapError, match="leaves out the tools"):  # as ever: a model must be told all of a prompt
+        Pair(student, teacher).prepare([CONVERSATION], [ids])
+
+
+# ---- markers as text ----------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_can_be_text(tmp_path, monkeypatch):
+    """For those who align rendered text: then every id spells what it is called, and no turn ends."""
+    monkeypatch.setenv("XTOKMAP_CACHE", str(tmp_path / "cache"))
+    source = tiny.student_tokenizer()
+    source.save_pretrained(tmp_path / "saved")
+    text = "<|im_start|>user\nthe sky<|im_end|>"
+    ids = source(text, add_special_tokens=False).input_ids
+    for tokenizer in (source, source.backend_tokenizer, tmp_path / "saved", tmp_path / "saved" / "tokenizer.json"):
+        for _ in range(2):  # from the cache, too
+            bt = xtokmap.byte_table(tokenizer, special="text")
+            assert (bt.decode(ids), bt.stop_ids, bt.is_special.any()) == (text.encode(), (), False)
+            plain = xtokmap.byte_table(tokenizer)
+            assert plain.decode(ids) == b"user\nthe sky"
+            assert plain.stop_ids
+    a = xtokmap.Aligner(bt, bt).align(ids, ids)
+    assert (a.kind == Kind.ONE_TO_ONE).all()
+    with pytest.raises(XTokMapError, match='special=\'name\': use "none" or "text"'):
+        xtokmap.byte_table(source, special="name")
+    with pytest.raises(XTokMapError, match="a ByteTable has no names"):
+        xtokmap.byte_table(plain, special="text")

@@ -131,7 +131,7 @@ _NAMED_END = re.compile(r"(.*\})\s*(?:```)?\s*", re.DOTALL)
 
 
 def parsed(body: str) -> tuple[str, str, bool] | None:
-    """Name and arguments of a call in any of the formats, as they are spelled, and whether it is whole; None: no call."""
+    """Name and arguments of a call in any format, as they are spelled, and whether it is whole; None: it is none."""
     for begin, end in ((_JSON_CALL, _JSON_END), (_NAMED_CALL, _NAMED_END)):
         if match := begin.fullmatch(body):
             whole = end.fullmatch(match[2])
@@ -308,8 +308,8 @@ class Voice:
         (head, between, tail), (name, arguments, whole) = self.format.call, call
         pieces: list[Piece] = []
         for template, content in ((head, name), (between, arguments), (tail if whole else "", "")):
-            for text in re.split(r"(<[|｜][^|｜<>]+[|｜]>)", template):
-                pieces.append(self.ids(text) if text[:1] == "<" and text[-1:] == ">" else text)
+            texts = re.split(r"(<[|｜][^|｜<>]+[|｜]>)", template)  # every other one is a token's name
+            pieces += [self.ids(text) if k % 2 else text for k, text in enumerate(texts)]
             pieces.append(content)
         return pieces
 

@@ -132,7 +132,7 @@ def byte_kl(
     slot = torch.where(slot >= 0, slot, nowhere).index_fill(0, maps.teacher_stops, stop_slot if with_stops else nowhere)
     given = torch.zeros(width + 2, dtype=torch.bool, device=device).index_fill(0, slot, True)
     is_stop = given.new_zeros(width).index_fill(0, maps.student_stops, with_stops)
-    no_bytes = given.new_ones(width).index_fill(0, maps.student_order, False) & ~is_stop
+    no_bytes = given.new_ones(width).index_fill(0, maps.student_order, False) & ~is_stop & ~given[:width]
     if residual == "column" and width == len(maps.student_order) + with_stops * len(maps.student_stops):
         raise XTokMapError("residual='column' needs student ids without bytes to stand for it; use 'compact'")
 

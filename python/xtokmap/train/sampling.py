@@ -167,9 +167,7 @@ class Roller:
             if config.method == "opd":
                 thinking = self.aligner.open_thoughts(prompt_ids, teacher_prompts)
                 completions = answers
-                teacher_ids = _lists(
-                    self.aligner.teacher_ids(answers, stop_id=self.teacher.stop_id, thinking=thinking)
-                )
+                teacher_ids = _lists(self.aligner.teacher_ids(answers, stop_id=self.teacher.stop_id, thinking=thinking))
             else:
                 thinking = self.from_teacher.open_thoughts(teacher_prompts, prompt_ids)
                 completions = _lists(self.from_teacher.teacher_ids(answers, stop_id=self.stop_id, thinking=thinking))
