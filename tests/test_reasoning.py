@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import importlib.util
 import re
+import tempfile
+from collections import Counter
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import families
+import real_tokenizers
 import tiny
 import xtokmap
 from xtokmap import Aligner, Kind, XTokMapError
+from xtokmap.markers import Format
 from xtokmap.torch import Pair
 
+ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fastokens gives other ids"),
 ]
@@ -357,3 +367,53 @@ def test_special_tokens_can_be_text(tmp_path, monkeypatch):
         xtokmap.byte_table(source, special="name")
     with pytest.raises(XTokMapError, match="a ByteTable has no names"):
         xtokmap.byte_table(plain, special="text")
+
+
+# ---- real tokenizers ---------------------------------------------------------------------------------------------
+
+
+@cache
+def real(name: str) -> PreTrainedTokenizerFast:
+    """A family's template on its own vocabulary, or on the one that it was made from, out of a package."""
+    if name.startswith("deepseek"):
+        return families.of_family(Tokenizer.from_file(str(real_tokenizers.path("deepseek"))), name)
+    encoding = {"qwen3": "qwen", "gpt-oss": "o200k"}[name]
+    with tempfile.NamedTemporaryFile("wb", suffix=".tiktoken") as file:
+        ranks = real_tokenizers.ranks(encoding)
+        file.write(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+        file.flush()
+        converter = TikTokenConverter(file.name, pattern=real_tokenizers.ENCODINGS[encoding][0])
+        return families.of_family(converter.converted(), name)
+
+
+@pytest.mark.parametrize(("one", "other"), [("qwen3", "deepseek-r1"), ("deepseek-r1", "qwen3"), ("qwen3", "gpt-oss")])
+def test_real_tokenizers_get_the_ids_that_they_would_make(one, other):
+    student, teacher = real(one), real(other)
+    al = Aligner(student, teacher, markers=True)
+    turn = {"thought": True, "answer": True, "call": True}
+    (ids,), batch = al.retokenize([ids_of(student, written(one, **turn))], stop_id=ids_of(teacher, END[other])[0])
+    assert ids.tolist() == ids_of(teacher, written(other, **turn))
+    kinds = Counter(batch[0].kind.tolist())
+    assert kinds[Kind.MARKER] == (3 if other == "gpt-oss" else 4)
+    assert kinds[Kind.ONE_TO_ONE] >= 20
+    assert batch[0].coverage > 0.9
+
+
+def test_the_picture_of_the_page_is_what_the_example_prints():
+    spec = importlib.util.spec_from_file_location("reasoning", ROOT / "examples" / "reasoning.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    page = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    assert f"```text\n{example.picture(real('qwen3'), real('gpt-oss'))}\n```" in page
+    assert len((ROOT / "examples" / "reasoning.py").read_text(encoding="utf-8").splitlines()) < 40
+
+
+def test_smollm2_neither_thinks_nor_calls_by_its_own_template():
+    path = real_tokenizers.path("smollm2")
+    pytest.importorskip("gguf")
+    tok = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    assert Format.of(tok) == Format.of(tokenizer("student", "smollm2")) == Format()
+    student = tokenizer("student", "qwen3")
+    ids = ids_of(student, written("qwen3", thought=True, answer=True, call=True))
+    batch = Pair(student, tok).prepare([ASKED], [ids])
+    assert tok.decode(batch.teacher_ids[0]) == ANSWER + "<|im_end|>"
