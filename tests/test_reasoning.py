@@ -340,6 +340,8 @@ def test_what_a_teacher_has_no_form_for():
         "<|im_end|>", "<end_of_turn>"
     )
     assert min(text.index.student_chunk[0].tolist()) == 0
+    with pytest.raises(XTokMapError, match='foreign=\'score\': use "omit" or "text"'):
+        Pair(student, teacher, foreign="score")
     with pytest.raises(XTokMapError, match="leaves out the tools"):  # as ever: a model must be told all of a prompt
         Pair(student, teacher).prepare([CONVERSATION], [ids])
 
@@ -386,7 +388,7 @@ def real(name: str) -> PreTrainedTokenizerFast:
         return families.of_family(converter.converted(), name)
 
 
-@pytest.mark.parametrize(("one", "other"), [("qwen3", "deepseek-r1"), ("deepseek-r1", "qwen3"), ("qwen3", "gpt-oss")])
+@pytest.mark.parametrize(("one", "other"), [("qwen3", "deepseek-r1"), ("deepseek-r1", "qwen3")])
 def test_real_tokenizers_get_the_ids_that_they_would_make(one, other):
     student, teacher = real(one), real(other)
     al = Aligner(student, teacher, markers=True)
@@ -394,7 +396,7 @@ def test_real_tokenizers_get_the_ids_that_they_would_make(one, other):
     (ids,), batch = al.retokenize([ids_of(student, written(one, **turn))], stop_id=ids_of(teacher, END[other])[0])
     assert ids.tolist() == ids_of(teacher, written(other, **turn))
     kinds = Counter(batch[0].kind.tolist())
-    assert kinds[Kind.MARKER] == (3 if other == "gpt-oss" else 4)
+    assert kinds[Kind.MARKER] == 4
     assert kinds[Kind.ONE_TO_ONE] >= 20
     assert batch[0].coverage > 0.9
 
@@ -413,7 +415,3 @@ def test_smollm2_neither_thinks_nor_calls_by_its_own_template():
     pytest.importorskip("gguf")
     tok = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     assert Format.of(tok) == Format.of(tokenizer("student", "smollm2")) == Format()
-    student = tokenizer("student", "qwen3")
-    ids = ids_of(student, written("qwen3", thought=True, answer=True, call=True))
-    batch = Pair(student, tok).prepare([ASKED], [ids])
-    assert tok.decode(batch.teacher_ids[0]) == ANSWER + "<|im_end|>"

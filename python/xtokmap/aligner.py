@@ -30,18 +30,20 @@ class Aligner:
         markers: whether thoughts and tool calls are known by their markers, in the formats of the chat templates: these
             correspond by role, in MARKER chunks, and `retokenize` writes the teacher's own. Without, added tokens
             such as `<think>` are text.
-        foreign: with markers, what becomes of thoughts or calls for which the other side has no format. "left out":
-            the other side is not given them, and none of their tokens is aligned; "text": they are text.
+        foreign: with markers, what becomes of thoughts or calls for which the other side has no format. "omit": the
+            other side is not given them, and none of their tokens is aligned; "text": they are text.
 
     Raises:
         UnsupportedTokenizerError: a tokenizer whose tokens' bytes cannot be known exactly.
-        XTokMapError: markers of something that is no tokenizer of transformers or tokenizers.
+        XTokMapError: markers of something that is no tokenizer of transformers or tokenizers, or another `foreign`.
     """
 
-    def __init__(self, student: Any, teacher: Any, *, markers: bool = False, foreign: Foreign = "left out") -> None:
+    def __init__(self, student: Any, teacher: Any, *, markers: bool = False, foreign: Foreign = "omit") -> None:
         self.student = byte_table(student)
         self.teacher = byte_table(teacher)
         self._voices: tuple[Voice, Voice] | None = None
+        if foreign not in ("omit", "text"):
+            raise XTokMapError(f'foreign={foreign!r}: use "omit" or "text"')
         if markers:
             own = voice_of(student, self.student, "student")
             other = voice_of(teacher, self.teacher, "teacher")

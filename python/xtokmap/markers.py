@@ -19,7 +19,7 @@ from xtokmap._core import ROLES, ByteTable, XTokMapError
 __all__: list[str] = []
 
 #: What becomes of thoughts and calls for which the other side has no format.
-Foreign: TypeAlias = Literal["left out", "text"]
+Foreign: TypeAlias = Literal["omit", "text"]
 
 #: Text to be encoded, or ids.
 Piece: TypeAlias = str | tuple[int, ...]

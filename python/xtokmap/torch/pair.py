@@ -124,12 +124,12 @@ class Pair:
         teacher_tokenizer: another, of any family.
         loss: a name of `xtokmap.losses.LOSSES`, or a `LossRule` of your own.
         plain_template: how a prompt is put to a model whose tokenizer has no chat template.
-        foreign: what becomes of a student's thoughts or tool calls if the teacher's chat template knows none: "left
-            out", the teacher is not given them and they are not scored, or "text" (see `Aligner`).
+        foreign: what becomes of a student's thoughts or tool calls if the teacher's chat template knows none: "omit",
+            the teacher is not given them and they are not scored, or "text" (see `Aligner`).
         settings: of the loss, see `LossSettings`: beta, clamp, score_stop, ...
 
     Raises:
-        XTokMapError: an unknown loss or setting.
+        XTokMapError: an unknown loss or setting, another `foreign`.
         UnsupportedTokenizerError: a tokenizer whose tokens' bytes cannot be known exactly.
     """
 
@@ -140,7 +140,7 @@ class Pair:
         loss: str | LossRule = "transfer_kl",
         *,
         plain_template: str = PLAIN_TEMPLATE,
-        foreign: Foreign = "left out",
+        foreign: Foreign = "omit",
         **settings: Any,
     ) -> None:
         self.tokenizers = (student_tokenizer, teacher_tokenizer)

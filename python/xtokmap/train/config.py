@@ -93,6 +93,7 @@ class Config:
     max_chunk_tokens: int = _doc(6, "chunks with more tokens on a side are unscored, 0: no limit (the paper: 6)")
     score_stop: bool = _doc(True, "score ends of turns, and measure them; a base teacher does not know when to stop")
     score_markers: bool = _doc(True, "score markers of thoughts and tool calls, and measure them")
+    foreign: str = _doc("omit", "thoughts and calls for which the teacher has no format: omit, or score them as text")
     clip_low: float = _doc(0.2, "PPO's lower clip (the paper: 0.2)")
     clip_high: float = _doc(0.28, "PPO's upper clip (the paper: 0.28)")
     clip_dual: float = _doc(10.0, "PPO's dual clip (the paper: 10)")
@@ -170,6 +171,8 @@ class Config:
             raise XTokMapError(f"track={self.track!r}: use one of {', '.join(TRACKERS)}, or nothing")
         if not 0 <= self.beta <= 1:
             raise XTokMapError(f"beta={self.beta}: must lie between 0 and 1")
+        if self.foreign not in ("omit", "text"):
+            raise XTokMapError(f"foreign={self.foreign!r}: use 'omit' or 'text'")
         if self.aggregate not in ("response", "scored"):
             raise XTokMapError(f"aggregate={self.aggregate!r}: use 'response' or 'scored'")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

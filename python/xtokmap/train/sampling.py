@@ -99,7 +99,8 @@ class Roller:
         self.student, self.tokenizer, self.teacher, self.config = student, tokenizer, teacher, config
         self.processes = processes or Processes()
         settings = asdict(config.loss_settings)
-        self.pair = Pair(tokenizer, teacher.tokenizer, config.rule, plain_template=config.plain_template, **settings)
+        how: Any = {"plain_template": config.plain_template, "foreign": config.foreign}
+        self.pair = Pair(tokenizer, teacher.tokenizer, config.rule, **how, **settings)
         self.aligner = self.pair.aligner
         self.device = next(student.parameters()).device
         self.stop_id = stop_id(tokenizer)
@@ -112,7 +113,8 @@ class Roller:
     @cached_property
     def from_teacher(self) -> Aligner:
         """The other way round, for samples of the teacher."""
-        return Aligner(self.teacher.tokenizer, self.tokenizer, markers=True)
+        foreign: Any = self.config.foreign
+        return Aligner(self.teacher.tokenizer, self.tokenizer, markers=True, foreign=foreign)
 
     def answers(
         self, prompts: Sequence[PromptLike], teacher_prompts: Sequence[Sequence[int]]
