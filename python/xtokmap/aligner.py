@@ -46,19 +46,19 @@ class Aligner:
         if foreign not in ("omit", "text"):
             raise XTokMapError(f'foreign={foreign!r}: use "omit" or "text"')
         if markers:
-            own, other = self._voices = self._voices_of()
+            own, other = self._voices = self._voices_of(student, teacher)
             self.student = self.student.with_markers(own.markers(other.format, foreign))
             self.teacher = self.teacher.with_markers(other.markers(own.format, foreign))
         self._core = _core.Aligner(self.student, self.teacher)
 
-    def __getstate__(self) -> tuple[ByteTable, ByteTable, Any, Any, bool, Foreign]:
+    def __getstate__(self) -> tuple[Any, ...]:
         """Its byte tables, so that no tokenizer is read again, and what it was given, which encodes."""
-        markers = self._voices is not None
-        return self.student, self.teacher, self._student_source, self._teacher_source, markers, self.foreign
+        voices = () if self._voices is None else tuple(voice.tokenizer for voice in self._voices)
+        return self.student, self.teacher, self._student_source, self._teacher_source, self.foreign, *voices
 
-    def __setstate__(self, state: tuple[ByteTable, ByteTable, Any, Any, bool, Foreign]) -> None:
-        self.student, self.teacher, self._student_source, self._teacher_source, markers, self.foreign = state
-        self._voices = self._voices_of() if markers else None
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.student, self.teacher, self._student_source, self._teacher_source, self.foreign, *voices = state
+        self._voices = self._voices_of(*voices) if voices else None
         self._core = _core.Aligner(self.student, self.teacher)
 
     def swapped(self) -> Aligner:
@@ -66,9 +66,8 @@ class Aligner:
         markers = self._voices is not None
         return Aligner(self._teacher_source, self._student_source, markers=markers, foreign=self.foreign)
 
-    def _voices_of(self) -> tuple[Voice, Voice]:
-        own = voice_of(self._student_source, self.student, "student")
-        return own, voice_of(self._teacher_source, self.teacher, "teacher")
+    def _voices_of(self, student: Any, teacher: Any) -> tuple[Voice, Voice]:
+        return voice_of(student, self.student, "student"), voice_of(teacher, self.teacher, "teacher")
 
     def align(self, student_ids: Ids, teacher_ids: Ids, *, strict: bool = False) -> Alignment:
         """Align one row.

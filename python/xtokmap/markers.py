@@ -179,13 +179,13 @@ class Voice:
 
     def __init__(self, tokenizer: Any, table: ByteTable) -> None:
         self.format = Format.of(tokenizer)
-        self._tokenizer, self._table = tokenizer, table
+        self.tokenizer, self._table = tokenizer, table
         self.ids = cache(self._ids)
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        if callable(self._tokenizer):
-            return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if callable(self.tokenizer):
+            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def markers(self, other: Format, foreign: Foreign) -> list[tuple[str, tuple[int, ...]]]:
         """The markers for a `ByteTable`, beside another side's format."""
