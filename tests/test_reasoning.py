@@ -22,7 +22,7 @@ import real_tokenizers
 import tiny
 import xtokmap
 from xtokmap import Aligner, Kind, XTokMapError
-from xtokmap.markers import Format
+from xtokmap.markers import Format, parsed
 from xtokmap.torch import Pair
 
 ROOT = Path(__file__).parent.parent
@@ -340,10 +340,23 @@ def test_what_a_teacher_has_no_form_for():
         "<|im_end|>", "<end_of_turn>"
     )
     assert min(text.index.student_chunk[0].tolist()) == 0
+    # Also where the student's prompt has opened the thought.
+    r1 = tokenizer("student", "deepseek-r1")
+    batch = Pair(r1, teacher, foreign="text").prepare([ASKED], [ids_of(r1, "I need")])
+    assert decoded(teacher, batch.teacher_ids[0]) == "I need"
     with pytest.raises(XTokMapError, match='foreign=\'score\': use "omit" or "text"'):
         Pair(student, teacher, foreign="score")
     with pytest.raises(XTokMapError, match="leaves out the tools"):  # as ever: a model must be told all of a prompt
         Pair(student, teacher).prepare([CONVERSATION], [ids])
+
+
+def test_a_call_is_found_in_linear_time():
+    for body in (
+        '{"name": "a"' + " " * 100_000,
+        "a" + " " * 100_000 + "b",
+        '{"name": "a", "arguments": {' + "}" * 100_000 + "a",
+    ):
+        assert parsed(body) is None or not parsed(body)[2]
 
 
 # ---- markers as text ----------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Aligner:
         self.student = byte_table(student)
         self.teacher = byte_table(teacher)
         self._voices: tuple[Voice, Voice] | None = None
+        self._foreign = foreign
         if foreign not in ("omit", "text"):
             raise XTokMapError(f'foreign={foreign!r}: use "omit" or "text"')
         if markers:
@@ -269,12 +270,12 @@ class Aligner:
         if thinking is None:
             thinking = [False] * len(counts), [False] * len(counts)
         rows: list[list[Piece]] = []
-        at = 0
+        sampled, at = student.split(), 0
         for row, (count, own_open, open_there) in enumerate(zip(counts, *thinking, strict=True)):
             said, between = texts[at : at + count], cuts[at - row : at - row + count - 1]
             at += count
             told = other.format.think is not None
-            if own_open and not told and not own.closes(student.split()[row].tolist()):
+            if own_open and not told and self._foreign == "omit" and not own.closes(sampled[row].tolist()):
                 rows.append([])  # all of it is what is left out
                 continue
             turn = parts(said, between, own.format, thinking=own_open and told)
