@@ -216,7 +216,9 @@ fn by_first_id(markers: &[(Role, Vec<u32>)]) -> FxHashMap<u32, Vec<usize>> {
     for (k, (_, ids)) in markers.iter().enumerate() {
         found.entry(ids[0]).or_default().push(k);
     }
-    found.values_mut().for_each(|some| some.sort_by_key(|&k| std::cmp::Reverse(markers[k].1.len())));
+    for some in found.values_mut() {
+        some.sort_by_key(|&k| std::cmp::Reverse(markers[k].1.len()));
+    }
     found
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import pickle
 import re
 import tempfile
 from collections import Counter
@@ -22,7 +23,7 @@ import real_tokenizers
 import tiny
 import xtokmap
 from xtokmap import Aligner, Kind, XTokMapError
-from xtokmap.markers import Format
+from xtokmap.markers import Format, parsed
 from xtokmap.torch import Pair
 
 ROOT = Path(__file__).parent.parent
@@ -214,6 +215,25 @@ def test_turns_that_are_not_whole(one, other, text, thinking, want):
         ) + text.endswith("｜>")
 
 
+@pytest.mark.parametrize("foreign", ["omit", "text"])
+def test_an_aligner_keeps_its_markers_when_it_is_pickled_and_swapped(foreign):
+    """Also a byte table by itself: by its arrays."""
+    student, teacher = tokenizer("student", "qwen3"), tokenizer("teacher", "gemma" if foreign == "text" else "gpt-oss")
+    al = Aligner(student, teacher, markers=True, foreign=foreign)
+    copy = pickle.loads(pickle.dumps(al))
+    assert bool(copy.student.markers) == (foreign == "omit")
+    assert copy.student.markers == al.student.markers == pickle.loads(pickle.dumps(al.student)).markers
+    ids = [ids_of(student, written("qwen3", thought=True, answer=True, call=True))]
+    (want,), batch = al.retokenize(ids)
+    (found,), again = copy.retokenize(ids)
+    assert found.tolist() == want.tolist()
+    assert again[0].kind.tolist() == batch[0].kind.tolist()
+    assert (int(Kind.MARKER) in batch[0].kind) == (foreign == "omit")
+    back = copy.swapped()
+    assert (back.student.markers, back.teacher.markers) == (al.teacher.markers, al.student.markers)
+    assert back.foreign == foreign
+
+
 # ---- through Pair ------------------------------------------------------------------------------------------------
 
 TOOLS = [
@@ -340,10 +360,23 @@ def test_what_a_teacher_has_no_form_for():
         "<|im_end|>", "<end_of_turn>"
     )
     assert min(text.index.student_chunk[0].tolist()) == 0
+    # Also where the student's prompt has opened the thought.
+    r1 = tokenizer("student", "deepseek-r1")
+    batch = Pair(r1, teacher, foreign="text").prepare([ASKED], [ids_of(r1, "I need")])
+    assert decoded(teacher, batch.teacher_ids[0]) == "I need"
     with pytest.raises(XTokMapError, match='foreign=\'score\': use "omit" or "text"'):
         Pair(student, teacher, foreign="score")
     with pytest.raises(XTokMapError, match="leaves out the tools"):  # as ever: a model must be told all of a prompt
         Pair(student, teacher).prepare([CONVERSATION], [ids])
+
+
+def test_a_call_is_found_in_linear_time():
+    for body in (
+        '{"name": "a"' + " " * 100_000,
+        "a" + " " * 100_000 + "b",
+        '{"name": "a", "arguments": {' + "}" * 100_000 + "a",
+    ):
+        assert parsed(body) is None or not parsed(body)[2]
 
 
 # ---- markers as text ----------------------------------------------------------------------------------------------

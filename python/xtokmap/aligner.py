@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from xtokmap import _core
-from xtokmap._core import ByteTable, XTokMapError
+from xtokmap._core import XTokMapError
 from xtokmap.alignment import Alignment, AlignmentBatch, InteriorQueries, _Bytes
 from xtokmap.boundary.cover import CoverQueries, Transfer, padded_places
 from xtokmap.boundary.vocab_map import VocabMap, once
@@ -296,12 +296,12 @@ class Aligner:
         if thinking is None:
             thinking = [False] * len(counts), [False] * len(counts)
         rows: list[list[Piece]] = []
-        at = 0
+        sampled, at = student.split(), 0
         for row, (count, own_open, open_there) in enumerate(zip(counts, *thinking, strict=True)):
             said, between = texts[at : at + count], cuts[at - row : at - row + count - 1]
             at += count
             told = other.format.think is not None
-            if own_open and not told and not own.closes(student.split()[row].tolist()):
+            if own_open and not told and self.foreign == "omit" and not own.closes(sampled[row].tolist()):
                 rows.append([])  # all of it is what is left out
                 continue
             turn = parts(said, between, own.format, thinking=own_open and told)

@@ -69,7 +69,7 @@ class Format:
             think = ("<think>", "</think>") if plain else ("<think>\n", "\n</think>\n\n")
         if "<｜tool▁calls▁begin｜>" in template:
             call = DEEPSEEK_V3 if "```json" in template else DEEPSEEK_V31
-        elif "<tool_call>" in template:
+        elif "<tool_call>" in template and '"arguments"' in template:
             call = HERMES
         elif '"parameters": ' in template and "tool_call" in template:
             call = LLAMA
@@ -118,16 +118,17 @@ DEEPSEEK_V31 = Format(
 #: Llama 3.1: a turn that is one call, as JSON.
 LLAMA = Format(call=('{"name": "', '", "parameters": ', "}"))
 
+# White space is bounded: a sample may go on with it forever, and a pattern must not try all ways to part it.
 _JSON_CALL = re.compile(
-    r'\s*\[?\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{.*)', re.DOTALL
+    r'_\[?_\{_"name"_:_"([^"\\]+)"_,_"(?:arguments|parameters)"_:_(\{.*)'.replace("_", r"\s{0,9}"), re.DOTALL
 )
-_JSON_END = re.compile(r"(.*\})\s*\}\s*\]?\s*", re.DOTALL)
+_JSON_END = re.compile(r"(.*\})\s{0,9}\}\s{0,9}\]?\s{0,9}", re.DOTALL)
 _NAMED_CALL = re.compile(
     r"(?:function(?=.*```)(?:<｜tool▁sep｜>)?|\.)?([\w-]+)(?:<｜tool▁sep｜>)?"
-    r"\s*(?:<\|constrain\|>)?(?:```)?(?:json)?(?:<\|message\|>)?\s*(\{.*)",
+    r"\s{0,9}(?:<\|constrain\|>)?(?:```)?(?:json)?(?:<\|message\|>)?\s{0,9}(\{.*)",
     re.DOTALL,
 )
-_NAMED_END = re.compile(r"(.*\})\s*(?:```)?\s*", re.DOTALL)
+_NAMED_END = re.compile(r"(.*\})\s{0,9}(?:```)?\s{0,9}", re.DOTALL)
 
 
 def parsed(body: str) -> tuple[str, str, bool] | None:

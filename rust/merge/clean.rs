@@ -35,7 +35,7 @@ impl Word {
         };
         let mut words: Vec<Self> = symbols.iter().map(word).collect();
         for id in markers {
-            words[id as usize] = Self(Self::MARKER | 2 * side);
+            words[id as usize] = Self(Self::MARKER + 2 * side);
         }
         words
     }

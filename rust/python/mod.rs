@@ -71,7 +71,7 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("UnsupportedTokenizerError", py.get_type::<UnsupportedTokenizerError>())?;
     module.add("TokenIdError", py.get_type::<TokenIdError>())?;
     module.add("KINDS", arrays::kinds(py)?)?;
-    module.add("ROLES", Role::ALL.map(|role| role.1))?;
+    module.add("ROLES", PyTuple::new(py, Role::ALL.map(|role| role.1))?)?;
     module.add("ARRAYS", PyTuple::new(py, Arrays::NAMES)?)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     Ok(())

@@ -37,13 +37,13 @@ fn invalid_from(name: &str) -> PyResult<Invalid> {
 type Given = (String, Vec<u32>);
 
 fn markers_from(given: Vec<Given>) -> PyResult<Vec<(Role, Vec<u32>)>> {
-    let known = |name: &str| Role::ALL.iter().find(|role| role.1 == name).map(|role| role.0);
-    let marker = |(name, ids): Given| match known(&name) {
-        Some(role) => Ok((role, ids)),
-        None => {
+    let marker = |(name, ids): Given| {
+        let known = Role::ALL.iter().find(|role| role.1 == name);
+        let (role, _) = known.ok_or_else(|| {
             let names = Role::ALL.map(|role| role.1).join(", ");
-            Err(XTokMapError::new_err(format!("markers: role {name:?} is none of {names}")))
-        }
+            XTokMapError::new_err(format!("markers: role {name:?} is none of {names}"))
+        })?;
+        Ok((*role, ids))
     };
     given.into_iter().map(marker).collect()
 }
