@@ -9,7 +9,7 @@ use crate::merge::clean::{self, Word, PADDING};
 use crate::merge::general;
 use crate::pool;
 use crate::rows::{Ids, Layout, Rows};
-use crate::table::ByteTable;
+use crate::table::{ByteTable, Role};
 use crate::tokens::{Scratch, Vocabulary};
 
 /// Aligns the ids of two vocabularies.
@@ -32,7 +32,8 @@ impl Aligner {
     pub fn new(student: impl Into<Arc<ByteTable>>, teacher: impl Into<Arc<ByteTable>>) -> Result<Self, Error> {
         let (student, teacher, mut arena) = Vocabulary::both(student.into(), teacher.into())?;
         arena.extend([0; PADDING]);
-        let (student_words, teacher_words) = (Word::all(&student.symbols, 0), Word::all(&teacher.symbols, 1));
+        let student_words = Word::all(&student.symbols, 0, student.marker_starts());
+        let teacher_words = Word::all(&teacher.symbols, 1, teacher.marker_starts());
         Ok(Self { student, teacher, arena, student_words, teacher_words })
     }
 
@@ -98,12 +99,21 @@ impl Aligner {
         Ok(())
     }
 
-    /// What the decoder of `side`'s tokenizer spells before, between and after the end-of-turn tokens of every row:
-    /// one text more than the row has such tokens. Bytes that are not UTF-8 become U+FFFD.
+    /// The first ids of the markers of a role on both sides, for every role of which these say that it begins and nothing
+    /// else: where a model may begin a marker, they are the same event.
+    pub fn marker_pairs(&self) -> Vec<(Role, u32, u32)> {
+        let pair = |&(role, _): &(Role, &str)| Some((role, self.student.first_of(role)?, self.teacher.first_of(role)?));
+        Role::ALL.iter().filter_map(pair).collect()
+    }
+
+    /// What the decoder of `side`'s tokenizer spells before, between and after the end-of-turn tokens (`None`) and the
+    /// markers of every row, and which these are: one text more than there are of them. Bytes that are not UTF-8 become
+    /// U+FFFD.
     ///
     /// # Errors
     /// [`Error::TokenId`] for an id outside the vocabulary.
-    pub fn decode_lossy(&self, side: Side, rows: Rows<'_>) -> Result<Vec<Vec<String>>, Error> {
+    #[allow(clippy::type_complexity)]
+    pub fn decode_lossy(&self, side: Side, rows: Rows<'_>) -> Result<Vec<(Vec<String>, Vec<Option<Role>>)>, Error> {
         let vocabulary = match side {
             Side::Student => &self.student,
             Side::Teacher => &self.teacher,
@@ -111,10 +121,7 @@ impl Aligner {
         let cu = rows.cu();
         let decode = |scratch: &mut Scratch, b: usize| {
             let len = (cu[b + 1] - cu[b]) as usize;
-            let tokens = vocabulary.tokens(side, rows, (b, len), &self.arena, scratch)?;
-            let mut from = 0;
-            let stops = (0..len).filter(|&i| tokens.symbols[i].is_stop()).chain([len]);
-            Ok(stops.map(|stop| tokens.slice(std::mem::replace(&mut from, stop + 1)..stop).decoded()).collect())
+            Ok(vocabulary.tokens(side, rows, (b, len), &self.arena, scratch)?.split())
         };
         pool::map_with(rows.len(), Default::default, decode).into_iter().collect()
     }
@@ -151,6 +158,8 @@ pub(crate) struct Job<'a> {
     student: Rows<'a>,
     teacher: Rows<'a>,
     strict: bool,
+    /// The roles of which a marker's first token is the same event on both sides.
+    pairs: Vec<Role>,
     pub student_cu: Vec<i64>,
     pub teacher_cu: Vec<i64>,
 }
@@ -166,7 +175,8 @@ impl<'a> Job<'a> {
                 teacher.len()
             )));
         }
-        Ok(Self { aligner, student, teacher, strict, student_cu: student.cu(), teacher_cu: teacher.cu() })
+        let pairs = aligner.marker_pairs().iter().map(|pair| pair.0).collect();
+        Ok(Self { aligner, student, teacher, strict, pairs, student_cu: student.cu(), teacher_cu: teacher.cu() })
     }
 
     /// Number of elements of the arrays, now that the chunks are known.
@@ -306,7 +316,7 @@ impl<'a> Job<'a> {
         let Aligner { student: s, teacher: t, arena, .. } = self.aligner;
         let s = s.tokens(Side::Student, self.student, (b, m), arena, student)?;
         let t = t.tokens(Side::Teacher, self.teacher, (b, n), arena, teacher)?;
-        general::merge(b, s, t, self.strict, row)
+        general::merge(b, s, t, self.strict, &self.pairs, row)
     }
 
     /// Aligns a row whose sides spell the same bytes; `None`: it needs more than that.

@@ -23,6 +23,8 @@ pub enum Kind {
     Rewritten = 4,
     /// End of turn on both sides, whatever the ids.
     Stop = 5,
+    /// A marker of one role on both sides ([`Role`](crate::Role)), whatever the ids and how many.
+    Marker = 6,
 }
 
 impl Kind {

@@ -395,7 +395,7 @@ impl Row<'_> {
     }
 
     fn spelled(&self, i: usize) -> bool {
-        self.kind(i).is_some_and(|kind| !matches!(kind, Kind::Rewritten | Kind::Stop))
+        self.kind(i).is_some_and(|kind| !matches!(kind, Kind::Rewritten | Kind::Stop | Kind::Marker))
     }
 }
 
@@ -647,7 +647,7 @@ impl Cover {
             let (mut base, mut flags) = (-2, 0);
             let place = usize::try_from(row.of.teacher_pos[i]).ok().filter(|&place| place < row.teachers.len());
             match row.kind(i) {
-                Some(Kind::Stop) => {
+                Some(Kind::Stop | Kind::Marker) => {
                     if let Some(place) = place {
                         base = if stretch.is_some_and(|stretch| stretch.j == place) { -1 } else { place as i32 };
                         walk.one(place, row.teachers[place]);

@@ -17,10 +17,10 @@
 //!
 //! # Laws
 //! 1. Chunks partition both aligned regions, in order.
-//! 2. Both sides of a chunk that is not `Rewritten` or `Stop` spell the same bytes.
+//! 2. Both sides of a chunk that is not `Rewritten`, `Stop` or `Marker` spell the same bytes.
 //! 3. Minimal: no chunk can be split. Number of chunks = number of common byte ends.
 //! 4. `align(a, b)` is `align(b, a)` with the sides swapped.
-//! 5. `align(a, a)` is all `OneToOne`.
+//! 5. `align(a, a)` is all `OneToOne`, and `Stop` and `Marker` where there are such tokens.
 //! 6. A batch is the map of its rows; the result does not depend on the number of threads, on padding or on its side.
 //! 7. A difference in the bytes costs its own neighborhood and never the tail.
 //! 8. Cutting the end of either side changes only the last chunk.
@@ -54,5 +54,5 @@ pub use encoding::{Encoding, Rule, Splits};
 pub use error::{Error, Mismatch, Side};
 pub use rows::{Ids, Layout, Rows};
 pub use spans::{align_offsets, align_texts, map_spans, overlaps, Overlaps, SpanMode};
-pub use table::{ByteTable, Invalid, Sorted};
+pub use table::{ByteTable, Invalid, Role, Sorted};
 pub use vocab_map::VocabMap;

@@ -69,8 +69,8 @@ impl<'a> Half<'a> {
     }
 }
 
-/// The overlaps of one alignment. REWRITTEN chunks have none: which byte became which is not known inside. The two tokens
-/// of a STOP chunk share 0 bytes and are listed.
+/// The overlaps of one alignment. REWRITTEN chunks have none: which byte became which is not known inside. The tokens of a
+/// STOP or MARKER chunk share 0 bytes and are listed.
 pub fn overlaps(a: &Alignment) -> Overlaps {
     overlaps_of(a.row())
 }
@@ -85,7 +85,7 @@ pub(crate) fn overlaps_of(row: Row<'_>) -> Overlaps {
         if g >= 0 && a.kind[g as usize] != Kind::Rewritten {
             let g = g as usize;
             let bytes = s.bytes_in(g, i);
-            let stop = a.kind[g] == Kind::Stop;
+            let stop = matches!(a.kind[g], Kind::Stop | Kind::Marker);
             first = first.max(t.ptr[g] as usize);
             let to = t.ptr[g + 1] as usize;
             while first < to && (t.chunk[first] != g as i32 || (!stop && t.bytes_in(g, first).end <= bytes.start)) {
@@ -140,8 +140,8 @@ pub(crate) fn map_spans_of(row: Row<'_>, spans: &[[i64; 2]], to: Side, mode: Spa
             let keeps = move |j: &usize| {
                 let other = onto.bytes_in(c, *j);
                 match (mode, row.arrays.kind[c]) {
-                    (SpanMode::Cover, Kind::Rewritten | Kind::Stop) => true,
-                    (SpanMode::Inside, Kind::Rewritten | Kind::Stop) => whole,
+                    (SpanMode::Cover, Kind::Rewritten | Kind::Stop | Kind::Marker) => true,
+                    (SpanMode::Inside, Kind::Rewritten | Kind::Stop | Kind::Marker) => whole,
                     (SpanMode::Cover, _) => other.start < own.end && other.end > own.start,
                     (SpanMode::Inside, _) => other.start >= own.start && other.end <= own.end,
                 }

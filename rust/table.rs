@@ -16,6 +16,39 @@ pub enum Invalid {
     Run,
 }
 
+/// What a marker does in an assistant's turn. Markers correspond by role, whatever their ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Role {
+    /// A thought begins.
+    ThinkOpen = 0,
+    /// A thought ends.
+    ThinkClose = 1,
+    /// A tool call begins.
+    CallOpen = 2,
+    /// A tool call ends.
+    CallClose = 3,
+    /// An answer begins.
+    AnswerOpen = 4,
+    /// From here to the next marker nothing is aligned: the other side is not given it.
+    AsideOpen = 5,
+    /// Closes that; where nothing opened it, nothing is aligned from the start of the turn to here.
+    AsideClose = 6,
+}
+
+impl Role {
+    /// All of them, in the order of their numbers, and their names.
+    pub const ALL: [(Self, &'static str); 7] = [
+        (Self::ThinkOpen, "think_open"),
+        (Self::ThinkClose, "think_close"),
+        (Self::CallOpen, "call_open"),
+        (Self::CallClose, "call_close"),
+        (Self::AnswerOpen, "answer_open"),
+        (Self::AsideOpen, "aside_open"),
+        (Self::AsideClose, "aside_close"),
+    ];
+}
+
 /// The bytes of every token id of one vocabulary: one arena and its offsets.
 ///
 /// Special tokens have no bytes: they never move a boundary.
@@ -29,6 +62,8 @@ pub struct ByteTable {
     invalid: Invalid,
     /// Ids of tokens that are a single byte by rule (`<0x0A>`), rising.
     byte_pieces: Vec<u32>,
+    /// Sequences of ids that play a role; of one role the first is the preferred one.
+    markers: Vec<(Role, Vec<u32>)>,
 }
 
 impl ByteTable {
@@ -125,6 +160,25 @@ impl ByteTable {
         Ok(self)
     }
 
+    /// The same table with the sequences of ids that mark thoughts and tool calls, the preferred one of each role first.
+    /// Where several fit, the longest counts. Its tokens carry no bytes there.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for one without ids, with an id outside the table, or that is there twice.
+    pub fn with_markers(mut self, markers: Vec<(Role, Vec<u32>)>) -> Result<Self, Error> {
+        for (k, (_, ids)) in markers.iter().enumerate() {
+            let wrong = match ids.iter().find(|&&id| id as usize >= self.len()) {
+                Some(id) => format!("id {id} is outside the byte table of {} ids", self.len()),
+                None if ids.is_empty() => "a marker needs ids".to_owned(),
+                None if markers[..k].iter().any(|(_, other)| other == ids) => format!("{ids:?} is there twice"),
+                None => continue,
+            };
+            return Err(Error::Argument(format!("markers[{k}]: {wrong}")));
+        }
+        self.markers = markers;
+        Ok(self)
+    }
+
     /// Number of ids.
     pub fn len(&self) -> usize {
         self.special.len()
@@ -149,6 +203,12 @@ impl ByteTable {
             (Some(&start), Some(&end)) => &self.arena[start as usize..end as usize],
             _ => &[],
         }
+    }
+
+    /// Whether a token is nothing but new lines.
+    pub(crate) fn is_new_lines(&self, id: u32) -> bool {
+        let bytes = self.bytes(id);
+        !bytes.is_empty() && bytes.iter().all(|&byte| byte == b'\n')
     }
 
     /// Every token's bytes in order of ids; special tokens are empty.
@@ -184,6 +244,11 @@ impl ByteTable {
     /// The ids that stand for a single byte, rising.
     pub fn byte_pieces(&self) -> &[u32] {
         &self.byte_pieces
+    }
+
+    /// The sequences of ids that mark thoughts and tool calls.
+    pub fn markers(&self) -> &[(Role, Vec<u32>)] {
+        &self.markers
     }
 
     /// Whether a token is a byte piece, for every id; empty where that does not matter.

@@ -7,7 +7,7 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::error::{Error, Side};
 use crate::rows::{Ids, Rows};
-use crate::table::{ByteTable, Invalid};
+use crate::table::{ByteTable, Invalid, Role};
 
 /// A token as the merge sees it: where its bytes lie in the arena that both vocabularies share. Equal byte strings
 /// lie at the same place, so that two tokens spell the same bytes if and only if their symbols are equal.
@@ -20,9 +20,23 @@ pub(crate) struct Symbol {
 impl Symbol {
     const SPECIAL: Self = Self { start: 0, len: 0 };
     pub(crate) const STOP: Self = Self { start: 1, len: 0 };
+    /// A token of a marker that is not its first.
+    const INSIDE: Self = Self { start: 2, len: 0 };
+    /// The first token of a marker, and its role.
+    const MARKER: u32 = 3;
 
     pub(crate) fn is_stop(self) -> bool {
         self == Self::STOP
+    }
+
+    /// The role of the marker that starts here.
+    fn role(self) -> Option<Role> {
+        let number = self.start.checked_sub(Self::MARKER).filter(|_| self.len == 0)?;
+        Role::ALL.get(number as usize).map(|&(role, _)| role)
+    }
+
+    fn is_plain(self) -> bool {
+        self.len == 0 && self.start <= Self::STOP.start
     }
 }
 
@@ -67,6 +81,8 @@ pub(crate) struct Vocabulary {
     pub symbols: Vec<Symbol>,
     /// Which tokens are byte pieces; empty where that does not matter.
     pieces: Vec<bool>,
+    /// The table's markers by their first id, longer ones first.
+    markers: FxHashMap<u32, Vec<usize>>,
 }
 
 impl Vocabulary {
@@ -81,8 +97,74 @@ impl Vocabulary {
             let mut symbols = |table| intern(table, &mut arena, &mut seen);
             (symbols(&*student)?, symbols(&*teacher)?)
         };
-        let of = |table: Arc<ByteTable>, symbols| Self { pieces: table.runs_of_pieces(), table, symbols };
+        let of = |table: Arc<ByteTable>, symbols| {
+            let (pieces, markers) = (table.runs_of_pieces(), by_first_id(table.markers()));
+            Self { table, symbols, pieces, markers }
+        };
         Ok((of(student, student_symbols), of(teacher, teacher_symbols), arena))
+    }
+
+    /// The ids that a marker may start with.
+    pub fn marker_starts(&self) -> impl Iterator<Item = u32> + '_ {
+        self.markers.keys().copied()
+    }
+
+    /// The first id of a role's markers, if it says that this role begins and nothing else.
+    pub fn first_of(&self, role: Role) -> Option<u32> {
+        let all = self.table.markers();
+        let (_, marker) = all.iter().find(|marker| marker.0 == role)?;
+        let first = *marker.first()?;
+        let alone = all.iter().all(|(other, ids)| (*other == role) == (ids.first() == Some(&first)));
+        (alone && (marker.len() == 1 || self.table.bytes(first).is_empty())).then_some(first)
+    }
+
+    /// Gives the tokens of markers their roles, and takes their bytes, and those of what stands aside.
+    fn mark(&self, id: impl Fn(usize) -> u32, symbols: &mut [Symbol], ends: &mut [i32]) {
+        let (mut i, mut turn, mut aside, mut marked) = (0, 0, false, false);
+        while i < symbols.len() {
+            let fits = |&&k: &&usize| {
+                let ids = &self.table.markers()[k].1;
+                ids.len() <= symbols.len() - i && (0..ids.len()).all(|n| ids[n] == id(i + n))
+            };
+            let Some(&k) = self.markers.get(&id(i)).and_then(|some| some.iter().find(fits)) else {
+                if symbols[i].is_stop() {
+                    (turn, aside) = (i + 1, false);
+                } else if aside {
+                    symbols[i] = Symbol::SPECIAL;
+                }
+                i += 1;
+                continue;
+            };
+            let (role, ids) = &self.table.markers()[k];
+            let (mut from, mut to) = (i, i + ids.len());
+            // New lines beside what stands aside are there for it.
+            while *role == Role::AsideOpen && from > turn && self.table.is_new_lines(id(from - 1)) {
+                from -= 1;
+            }
+            while *role == Role::AsideClose && to < symbols.len() && self.table.is_new_lines(id(to)) {
+                to += 1;
+            }
+            match role {
+                Role::AsideOpen => symbols[from..to].fill(Symbol::SPECIAL),
+                Role::AsideClose => {
+                    let from = if aside { i } else { turn };
+                    symbols[from..to].fill(Symbol::SPECIAL);
+                }
+                _ => {
+                    symbols[i..to].fill(Symbol::INSIDE);
+                    symbols[i] = Symbol { start: Symbol::MARKER + *role as u32, len: 0 };
+                }
+            }
+            aside = *role == Role::AsideOpen;
+            (i, marked) = (to, true);
+        }
+        if marked {
+            let mut bytes = 0;
+            for (symbol, end) in symbols.iter().zip(ends) {
+                bytes += symbol.len as i32;
+                *end = bytes;
+            }
+        }
     }
 
     /// The `len` tokens of row `b`, looked up.
@@ -109,6 +191,13 @@ impl Vocabulary {
             RowError::Id { position, id } => Error::TokenId { side, row: b, position, id, len: self.symbols.len() },
             RowError::TooLong { bytes } => Error::RowTooLong { side, row: b, bytes },
         })?;
+        if !self.markers.is_empty() {
+            match rows.given(b, len, &mut vec![]) {
+                Ids::I32(ids) => self.mark(|i| ids[i] as u32, symbols, ends),
+                Ids::I64(ids) => self.mark(|i| ids[i] as u32, symbols, ends),
+                Ids::U32(ids) => self.mark(|i| ids[i], symbols, ends),
+            }
+        }
         pieces.clear();
         if !self.pieces.is_empty() {
             let flag = |id: i64| self.pieces[id as usize];
@@ -120,6 +209,17 @@ impl Vocabulary {
         }
         Ok(Tokens { symbols, ends, arena, base: 0, invalid: self.table.invalid(), pieces })
     }
+}
+
+fn by_first_id(markers: &[(Role, Vec<u32>)]) -> FxHashMap<u32, Vec<usize>> {
+    let mut found: FxHashMap<u32, Vec<usize>> = FxHashMap::default();
+    for (k, (_, ids)) in markers.iter().enumerate() {
+        found.entry(ids[0]).or_default().push(k);
+    }
+    for some in found.values_mut() {
+        some.sort_by_key(|&k| std::cmp::Reverse(markers[k].1.len()));
+    }
+    found
 }
 
 /// The tokens of a row; their memory is kept from row to row.
@@ -218,16 +318,40 @@ impl<'a> Tokens<'a> {
         Self { symbols: &self.symbols[range.clone()], ends: &self.ends[range], base, pieces, ..*self }
     }
 
-    /// The runs of tokens without bytes in which a turn ends.
+    /// The runs of tokens without bytes, markers apart, in which a turn ends.
     pub fn turn_ends(&self) -> Vec<TurnEnd> {
         let mut all: Vec<TurnEnd> = vec![];
         for (stop, symbol) in self.symbols.iter().enumerate() {
             if symbol.is_stop() && all.last().is_none_or(|last| last.to <= stop) {
-                let from = self.symbols[..stop].iter().rposition(|s| s.len > 0).map_or(0, |last| last + 1);
-                all.push(TurnEnd { from, stop, to: self.skip_special(stop) });
+                let from = self.symbols[..stop].iter().rposition(|s| !s.is_plain()).map_or(0, |last| last + 1);
+                let plain = self.symbols[stop..].iter().take_while(|s| s.is_plain()).count();
+                all.push(TurnEnd { from, stop, to: stop + plain });
             }
         }
         all
+    }
+
+    /// The markers, in order.
+    pub fn markers(&self) -> Vec<Marker> {
+        let marker = |from: usize| {
+            let role = self.symbols[from].role()?;
+            let inside = self.symbols[from + 1..].iter().take_while(|&&s| s == Symbol::INSIDE).count();
+            Some(Marker { role, from, to: from + 1 + inside })
+        };
+        (0..self.len()).filter_map(marker).collect()
+    }
+
+    /// What the tokenizer's decoder spells before, between and after ends of turns (`None`) and markers, and which these
+    /// are: one text more than there are of them.
+    pub fn split(&self) -> (Vec<String>, Vec<Option<Role>>) {
+        let cut = |i: usize| match self.symbols[i] {
+            Symbol::STOP => Some((i, None)),
+            symbol => symbol.role().map(|role| (i, Some(role))),
+        };
+        let cuts: Vec<(usize, Option<Role>)> = (0..self.len()).filter_map(cut).collect();
+        let (starts, ends) = (cuts.iter().map(|cut| cut.0 + 1), cuts.iter().map(|cut| cut.0));
+        let parts = std::iter::once(0).chain(starts).zip(ends.chain([self.len()]));
+        (parts.map(|(from, to)| self.slice(from..to).decoded()).collect(), cuts.iter().map(|cut| cut.1).collect())
     }
 
     /// The bytes that all tokens spell.
@@ -283,10 +407,18 @@ impl<'a> Tokens<'a> {
     }
 }
 
-/// A run of tokens without bytes, `from..to`, and the first end of turn in it.
+/// A run of tokens without bytes and without markers, `from..to`, and the first end of turn in it.
 pub(crate) struct TurnEnd {
     pub from: usize,
     pub stop: usize,
+    pub to: usize,
+}
+
+/// The tokens `from..to` of a marker.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Marker {
+    pub role: Role,
+    pub from: usize,
     pub to: usize,
 }
 

@@ -5,7 +5,7 @@
 
 use proptest::prelude::*;
 use xtokmap::{align_offsets, align_texts, map_spans, overlaps, Side, SpanMode};
-use xtokmap::{Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Rows};
+use xtokmap::{Aligner, Alignment, ByteTable, Error, Ids, Invalid, Kind, Layout, Role, Rows};
 
 type Tokens = Vec<Option<Vec<u8>>>;
 
@@ -30,6 +30,10 @@ fn table(tokens: &Tokens) -> (ByteTable, Vec<u32>) {
         ids.push(id as u32);
     }
     (ByteTable::from_tokens(vocabulary).unwrap().with_stop_ids(vec![0]).unwrap(), ids)
+}
+
+fn some(text: &str) -> Option<Vec<u8>> {
+    Some(text.as_bytes().to_vec())
 }
 
 fn align(student: &Tokens, teacher: &Tokens) -> Alignment {
@@ -651,6 +655,47 @@ proptest! {
         check_shape(&alignment, &student, &teacher);
         prop_assert_eq!(spans(&alignment), alone);
         prop_assert_eq!(alignment.kind.iter().filter(|&&k| k == Kind::Stop).count(), turns.len());
+    }
+
+    #[test]
+    fn what_lies_between_markers_is_aligned_by_itself(
+        parts in prop::collection::vec((bytes(), bytes(), any::<bool>(), places(), places(), 0..5usize), 1..5)
+    ) {
+        // Markers of one token on one side and of two on the other, spelled as no text is.
+        let (one, two) = ([some("<|")], [some("[|"), some("|]")]);
+        let role = |k: usize| Role::ALL[k].0;
+        let (mut student, mut teacher): (Tokens, Tokens) = (vec![], vec![]);
+        let mut alone = vec![];
+        for (x, y, same, a, b, _) in &parts {
+            let said = |tokens: Tokens| tokens.into_iter().filter(|token| *token != stop()).collect::<Tokens>();
+            let (s, t) = (said(cut(x, a)), said(cut(if *same { x } else { y }, b)));
+            let (i, j) = (student.len(), teacher.len());
+            let shifted = |(s, t, kind): (Vec<usize>, Vec<usize>, Kind)| {
+                (s.iter().map(|k| k + i).collect(), t.iter().map(|k| k + j).collect(), kind)
+            };
+            let closed = |tokens: &Tokens| tokens.iter().cloned().chain([stop()]).collect::<Tokens>();
+            alone.extend(spans(&align(&closed(&s), &closed(&t))).into_iter().map(shifted));
+            student.extend(s.into_iter().chain(one.clone()));
+            teacher.extend(t.into_iter().chain(two.clone()));
+        }
+        let made = |tokens: &Tokens, marker: &Tokens, kind: usize| {
+            let (table, ids) = table(&tokens.iter().chain(marker).cloned().collect());
+            let (ids, marker) = ids.split_at(tokens.len());
+            (table.with_markers(vec![(role(kind), marker.to_vec())]).unwrap(), ids.to_vec())
+        };
+        let kind = parts[0].5;
+        let ((s, student), (t, teacher)) =
+            (made(&student, &one.to_vec(), kind), made(&teacher, &two.to_vec(), kind));
+        let forth = Aligner::new(s.clone(), t.clone()).unwrap().align(&student, &teacher).unwrap();
+        let text: Spans = spans(&forth).into_iter().filter(|chunk| chunk.2 != Kind::Marker).collect();
+        prop_assert_eq!(text, alone);
+        prop_assert_eq!(forth.kind.iter().filter(|&&kind| kind == Kind::Marker).count(), parts.len());
+        // Law 4, and law 5 with its exception.
+        let back = Aligner::new(t.clone(), s.clone()).unwrap().align(&teacher, &student).unwrap();
+        prop_assert_eq!((&back.teacher_ptr, &back.student_chunk), (&forth.student_ptr, &forth.teacher_chunk));
+        let own = Aligner::new(t.clone(), t).unwrap().align(&teacher, &teacher).unwrap();
+        prop_assert!(own.kind.iter().all(|kind| matches!(kind, Kind::OneToOne | Kind::Marker)));
+        prop_assert_eq!(own.kind.iter().filter(|&&kind| kind == Kind::Marker).count(), parts.len());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 """Brute-force oracles, and the random tokens and texts that they are asked about.
 
-Tokens are written as bytes, `SPECIAL` (no bytes) or `STOP` (no bytes, ends a turn). Everything is found by looking at
-every byte: slow, and plain enough to be believed.
+Tokens are written as bytes, `SPECIAL` (no bytes), `STOP` (no bytes, ends a turn) or `Mark` (no bytes, of a marker).
+Everything is found by looking at every byte: slow, and plain enough to be believed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, pairwise, product
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,15 @@ from xtokmap import Kind
 SPECIAL = None
 STOP = "stop"
 
-Token: TypeAlias = bytes | str | None
+
+class Mark(NamedTuple):
+    """A token of a marker: its role (a name of `_core.ROLES`), and whether it is the first."""
+
+    role: str
+    first: bool
+
+
+Token: TypeAlias = bytes | str | Mark | None
 Tokens: TypeAlias = list[Token]
 Floats: TypeAlias = npt.NDArray[np.float64]
 #: A text on both sides, in pieces that correspond: equal ones, and ones that are spelled differently.
@@ -69,42 +78,92 @@ class Chunk:
 
 
 def turn_ends(tokens: Tokens) -> list[range]:
-    """The runs of tokens without bytes in which there is a stop."""
+    """The runs of tokens without bytes, markers apart, in which there is a stop."""
     runs: list[range] = []
     for i, token in enumerate(tokens):
-        if not spelled(token):
+        if not spelled(token) and not isinstance(token, Mark):
             joins = bool(runs) and runs[-1].stop == i
             runs[-1:] = [range(runs[-1].start, i + 1)] if joins else [*runs[-1:], range(i, i + 1)]
     return [run for run in runs if STOP in tokens[run.start : run.stop]]
 
 
-def chunks(student: Tokens, teacher: Tokens, pieces: Pieces | None = None) -> list[Chunk]:
-    """Both sides turn by turn where they have as many, else as one text.
+def markers(tokens: Tokens, start: int, stop: int) -> list[tuple[str, range]]:
+    """The markers among some of the tokens."""
+    found: list[tuple[str, range]] = []
+    for i in range(start, stop):
+        token = tokens[i]
+        if isinstance(token, Mark):
+            first = i if token.first else found.pop()[1].start
+            found.append((token.role, range(first, i + 1)))
+    return found
 
-    `pieces` say which parts of the whole texts correspond; then turns must end at the same places. Without them, in
-    every turn, one side's bytes must be the beginning of the other's.
-    """
+
+def common(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
+    """A longest common subsequence, as early as can be; where either side could wait, the role of more number does."""
+    roles = xtokmap._core.ROLES
+
+    @cache
+    def length(i: int, j: int) -> int:
+        if i == len(a) or j == len(b):
+            return 0
+        return 1 + length(i + 1, j + 1) if a[i] == b[j] else max(length(i + 1, j), length(i, j + 1))
+
+    i, j, found = 0, 0, []
+    while i < len(a) and j < len(b):
+        if a[i] == b[j]:
+            found.append((i, j))
+            i, j = i + 1, j + 1
+        elif (length(i + 1, j), roles.index(a[i])) > (length(i, j + 1), roles.index(b[j])):
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def cuts(student: Tokens, teacher: Tokens) -> list[tuple[Kind, range, range, range, range]]:
+    """What corresponds by its role: its kind, its tokens, and the tokens that lie between what is before and after."""
     ends, others = turn_ends(student), turn_ends(teacher)
-    if pieces is not None or len(ends) != len(others):
-        return chunks_of_stretch(student, teacher, pieces)
-    found: list[Chunk] = []
+    if len(ends) != len(others):
+        ends = others = []
+    found = []
     x = y = 0
     for end, other in zip([*ends, None], [*others, None], strict=True):
         to_x, to_y = (end.start, other.start) if end and other else (len(student), len(teacher))
+        own, its = markers(student, x, to_x), markers(teacher, y, to_y)
+        for i, j in common([role for role, _ in own], [role for role, _ in its]):
+            found.append((Kind.MARKER, *[own[i][1], its[j][1]] * 2))
+        if end and other:
+            stops = student.index(STOP, to_x), teacher.index(STOP, to_y)
+            found.append((Kind.STOP, *(range(stop, stop + 1) for stop in stops), end, other))
+            x, y = end.stop, other.stop
+    return found
+
+
+def chunks(student: Tokens, teacher: Tokens, pieces: Pieces | None = None) -> list[Chunk]:
+    """Both sides turn by turn where they have as many, and between markers that correspond; else as one text.
+
+    `pieces` say which parts of the whole texts correspond; then turns must end at the same places. Without them, in
+    every stretch, one side's bytes must be the beginning of the other's.
+    """
+    if pieces is not None:
+        return chunks_of_stretch(student, teacher, pieces)
+    found: list[Chunk] = []
+    x = y = 0
+    for cut in [*cuts(student, teacher), None]:
+        to_x, to_y = (cut[3].start, cut[4].start) if cut else (len(student), len(teacher))
         for chunk in chunks_of_stretch(student[x:to_x], teacher[y:to_y]):
             s, t = [x + i for i in chunk.student], [y + j for j in chunk.teacher]
             found.append(Chunk(s, t, chunk.kind, (x + chunk.start[0], y + chunk.start[1])))
-        if end and other:
-            # What is left before the end of the turn corresponds, whatever it is.
+        if cut:
+            # What is left before it corresponds, whatever it is.
             seen_x = [i + 1 for chunk in found for i in chunk.student]
             seen_y = [j + 1 for chunk in found for j in chunk.teacher]
             s = [i for i in range(max([x, *seen_x]), to_x) if spelled(student[i])]
             t = [j for j in range(max([y, *seen_y]), to_y) if spelled(teacher[j])]
             if s or t:
                 found.append(Chunk(s, t, Kind.REWRITTEN, ([*s, to_x][0], [*t, to_y][0])))
-            stops = student.index(STOP, to_x), teacher.index(STOP, to_y)
-            found.append(Chunk([stops[0]], [stops[1]], Kind.STOP, stops))
-            x, y = end.stop, other.stop
+            found.append(Chunk(list(cut[1]), list(cut[2]), cut[0], (cut[1].start, cut[2].start)))
+            x, y = cut[3].stop, cut[4].stop
     return found
 
 
@@ -161,8 +220,10 @@ def kind_of(students: int, teachers: int) -> Kind:
     }[students == 1, teachers == 1]
 
 
-def expected(student: Tokens, teacher: Tokens, pieces: Pieces | None = None) -> dict[str, list[int]]:
-    """Every field of the `Alignment`."""
+def expected(
+    student: Tokens, teacher: Tokens, pieces: Pieces | None = None, pairs: Iterable[str] = ()
+) -> dict[str, list[int]]:
+    """Every field of the `Alignment`; of the roles in `pairs` the first tokens of two markers are the same event."""
     found = chunks(student, teacher, pieces)
     student_chunk, teacher_chunk = [-1] * len(student), [-1] * len(teacher)
     teacher_pos, teacher_off = [-1] * len(student), [-1] * len(student)
@@ -172,8 +233,10 @@ def expected(student: Tokens, teacher: Tokens, pieces: Pieces | None = None) -> 
             student_chunk[i] = g
         for j in chunk.teacher:
             teacher_chunk[j] = g
-        if chunk.kind in (Kind.STOP, Kind.REWRITTEN):
-            if chunk.student and chunk.teacher:
+        if chunk.kind in (Kind.STOP, Kind.MARKER, Kind.REWRITTEN):
+            first = student[chunk.student[0]] if chunk.student else None
+            known = chunk.kind != Kind.MARKER or (isinstance(first, Mark) and first.role in pairs)
+            if chunk.student and chunk.teacher and known:
                 teacher_pos[chunk.student[0]], teacher_off[chunk.student[0]] = chunk.teacher[0], 0
             continue
         # Byte k of the chunk lies in these tokens, at these bytes of them.
@@ -234,8 +297,8 @@ def shared_bytes(student: Tokens, teacher: Tokens, found: list[Chunk]) -> Counte
     """(student token, teacher token) -> bytes that lie in both; the two of a STOP chunk share 0."""
     shared: Counter[tuple[int, int]] = Counter()
     for chunk in found:
-        if chunk.kind == Kind.STOP:
-            shared[chunk.student[0], chunk.teacher[0]] = 0
+        if chunk.kind in (Kind.STOP, Kind.MARKER):
+            shared.update(dict.fromkeys(product(chunk.student, chunk.teacher), 0))
         elif chunk.kind != Kind.REWRITTEN:
             in_student = [i for i in chunk.student for _ in spelled(student[i])]
             in_teacher = [j for j in chunk.teacher for _ in spelled(teacher[j])]
@@ -257,7 +320,7 @@ def mapped_span(
         whole = own >= set(chunk.student)
         for j in chunk.teacher:
             in_span = sum(shared[i, j] for i in chunk.student if i in own)
-            if chunk.kind in (Kind.REWRITTEN, Kind.STOP):
+            if chunk.kind in (Kind.REWRITTEN, Kind.STOP, Kind.MARKER):
                 take = whole or mode == "cover"
             elif mode == "cover":
                 take = in_span > 0

@@ -17,7 +17,7 @@ LAYERS = [
     ["_core"],
     ["files", "ids", "columns"],
     ["alignment", "tokenizers"],
-    ["boundary"],
+    ["boundary", "markers"],
     ["aligner"],
     ["chat", "report", "integrations.arrow"],
     [""],  # xtokmap itself: what can be had without torch

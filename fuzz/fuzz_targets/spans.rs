@@ -64,8 +64,15 @@ fn offsets(input: &mut Input<'_>, sorted: bool) -> Vec<[i64; 2]> {
 
 /// Any alignment whose fields fit each other.
 fn any(input: &mut Input<'_>) -> Alignment {
-    const KINDS: [Kind; 6] =
-        [Kind::OneToOne, Kind::OneToMany, Kind::ManyToOne, Kind::ManyToMany, Kind::Rewritten, Kind::Stop];
+    const KINDS: [Kind; 7] = [
+        Kind::OneToOne,
+        Kind::OneToMany,
+        Kind::ManyToOne,
+        Kind::ManyToMany,
+        Kind::Rewritten,
+        Kind::Stop,
+        Kind::Marker,
+    ];
     let chunks = usize::from(input.byte() % 6);
     let mut side = || {
         let tokens = usize::from(input.byte() % 12);

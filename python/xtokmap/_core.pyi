@@ -7,6 +7,7 @@ import numpy.typing as npt
 __all__ = [
     "ARRAYS",
     "KINDS",
+    "ROLES",
     "Aligner",
     "ByteMismatchError",
     "ByteTable",
@@ -31,6 +32,7 @@ __all__ = [
 __version__: Final[str]
 ARRAYS: Final[tuple[str, ...]]
 KINDS: Final[dict[str, int]]
+ROLES: Final[tuple[str, ...]]
 
 class XTokMapError(ValueError): ...
 class UnsupportedTokenizerError(XTokMapError): ...
@@ -54,6 +56,7 @@ class ByteTable:
         stop_ids: Sequence[int] = ...,
         invalid: str = "maximal",
         byte_pieces: Sequence[int] = ...,
+        markers: Sequence[tuple[str, Sequence[int]]] = ...,
     ) -> ByteTable: ...
     @staticmethod
     def from_arrays(
@@ -63,6 +66,7 @@ class ByteTable:
         stop_ids: npt.NDArray[np.uint32],
         invalid: str,
         byte_pieces: npt.NDArray[np.uint32],
+        markers: Sequence[tuple[str, Sequence[int]]] = ...,
     ) -> ByteTable: ...
     def to_arrays(
         self,
@@ -73,7 +77,9 @@ class ByteTable:
         npt.NDArray[np.uint32],
         str,
         npt.NDArray[np.uint32],
+        list[tuple[str, list[int]]],
     ]: ...
+    def with_markers(self, markers: Sequence[tuple[str, Sequence[int]]]) -> ByteTable: ...
     def __len__(self) -> int: ...
     def __getitem__(self, id: int, /) -> bytes | None: ...
     def __reduce__(self) -> tuple[Any, ...]: ...
@@ -83,6 +89,8 @@ class ByteTable:
     def is_special(self) -> npt.NDArray[np.bool_]: ...
     @property
     def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def markers(self) -> tuple[tuple[str, tuple[int, ...]], ...]: ...
     @property
     def invalid(self) -> str: ...
     @property
@@ -103,7 +111,8 @@ class Aligner:
     ) -> tuple[npt.NDArray[Any], ...]: ...
     def student_texts(
         self, ids: npt.NDArray[Any], layout: npt.NDArray[Any], threads: int | None
-    ) -> tuple[list[str], list[int]]: ...
+    ) -> tuple[list[str], list[int], list[int | None]]: ...
+    def marker_pairs(self) -> list[tuple[int, int]]: ...
 
 @final
 class Encoding:

@@ -25,6 +25,7 @@ class Kind(IntEnum):
     MANY_TO_MANY = _core.KINDS["MANY_TO_MANY"]
     REWRITTEN = _core.KINDS["REWRITTEN"]
     STOP = _core.KINDS["STOP"]
+    MARKER = _core.KINDS["MARKER"]
 
 
 class Chunk(NamedTuple):
@@ -164,8 +165,8 @@ class Alignment:
     def overlaps(self) -> Overlaps:
         """For every student token the teacher tokens with which it shares bytes, and how many bytes.
 
-        REWRITTEN chunks have no entries: which byte became which is not known inside. The two tokens of a STOP chunk
-        are listed with 0 bytes.
+        REWRITTEN chunks have no entries: which byte became which is not known inside. The tokens of a STOP or MARKER
+        chunk are listed with 0 bytes.
         """
         return Overlaps(*_core.overlaps(_arrays(self), self._starts))
 

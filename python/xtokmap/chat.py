@@ -229,7 +229,8 @@ class Prompt:
 
     Attributes:
         messages: dicts with `role` and `content`, both strings, and whatever else a chat template reads (`name`,
-            `tool_calls`, beside which an assistant's content may be None); the last turn is the user's or a tool's.
+            `tool_calls`, beside which an assistant's content may be None, and `reasoning_content`, which templates find
+            as `reasoning` and `thinking` too); the last turn is the user's or a tool's.
         tools: what the model may call, as transformers' chat templates take it (JSON schemas); None: nothing.
         chat_template_kwargs: variables of the chat template such as `enable_thinking`; a template that does not know
             one leaves it alone.
@@ -446,13 +447,23 @@ def _text(
     if not getattr(tokenizer, "chat_template", None):
         return _plain(tokenizer, messages, arguments, plain_template, where)
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments))
+        return str(tokenizer.apply_chat_template(list(map(_thought, messages)), tokenize=False, **arguments))
     except Exception as error:  # a template is a program of anybody's
         reason = " ".join(str(error).split()) or type(error).__name__
         raise XTokMapError(
             f"{where}: the chat template of {_name(tokenizer)} fails: {reason}; take out what it does not take, or "
             "give the tokenizer another chat template"
         ) from error
+
+
+#: What the families' templates call what an assistant thought.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+
+def _thought(message: Message) -> Message:
+    """A message whose thought every template finds, whatever it calls it."""
+    found = next((message[name] for name in _THOUGHTS if isinstance(message.get(name), str)), None)
+    return message if found is None else {**dict.fromkeys(_THOUGHTS, found), **message}
 
 
 def _plain(

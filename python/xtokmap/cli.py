@@ -224,6 +224,7 @@ _STYLE = {
     "MANY_TO_MANY": ("magenta", "bright_magenta"),
     "REWRITTEN": ("bold yellow", "bold yellow"),
     "STOP": ("bold", "bold"),
+    "MARKER": ("bold", "bold"),
     UNALIGNED: ("bold red", "bold red"),
 }
 

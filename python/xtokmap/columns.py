@@ -104,7 +104,7 @@ class Column:
             style = f" style='--g:{min(1.0, abs(self.gap) / _FULL):.2f};--h:var(--{color})'"
             about += f", gap {_figure(self.gap, '+.2f')} nats"
         names = ["chunk"]
-        names += [self.kind.lower()] if self.kind in ("REWRITTEN", UNALIGNED, "STOP") else []
+        names += [self.kind.lower()] if self.kind in ("REWRITTEN", UNALIGNED, "STOP", "MARKER") else []
         names += ["marked"] if marked else []
         sides = "".join(
             f"<span class=side>{''.join(token.html() for token in side) or '<i>∅</i>'}</span>" for side in self.sides

@@ -21,7 +21,7 @@ from xtokmap.files import replacing
 #: Points of a curve; longer runs are shown by means of neighboring steps.
 _POINTS = 300
 #: Kinds of chunks in the order in which they are stacked.
-_KINDS = ("ONE_TO_ONE", "ONE_TO_MANY", "MANY_TO_ONE", "MANY_TO_MANY", "STOP", "REWRITTEN", "UNALIGNED")
+_KINDS = ("ONE_TO_ONE", "ONE_TO_MANY", "MANY_TO_ONE", "MANY_TO_MANY", "STOP", "MARKER", "REWRITTEN", "UNALIGNED")
 
 
 def write(folder: str | Path, path: str | Path | None = None) -> Path:
@@ -318,7 +318,7 @@ def _curves(metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     return f"<section><h2>Curves</h2><div class=charts>{''.join(charts)}</div></section>"
 
 
-_KIND_COLOR = dict(zip(_KINDS, ("c2", "c4", "c0", "c5", "c6", "c1", "c3"), strict=True))
+_KIND_COLOR = dict(zip(_KINDS, ("c2", "c4", "c0", "c5", "c6", "c7", "c1", "c3"), strict=True))
 
 
 def _number(x: Any) -> float:

@@ -20,9 +20,10 @@ impl Word {
     const PLACE_BITS: u32 = 23;
     /// The length of what does not fit.
     const LONG: u32 = 511;
+    const MARKER: u32 = 4;
 
-    /// The words of one side; `side` is 0 or 1.
-    pub fn all(symbols: &[Symbol], side: u32) -> Vec<Self> {
+    /// The words of one side; `side` is 0 or 1. Ids that a marker may start with have words of their own.
+    pub fn all(symbols: &[Symbol], side: u32, markers: impl Iterator<Item = u32>) -> Vec<Self> {
         let word = |symbol: &Symbol| {
             if symbol.len >= Self::LONG || symbol.start >= 1 << Self::PLACE_BITS {
                 Self(Self::LONG << Self::PLACE_BITS | side)
@@ -32,7 +33,11 @@ impl Word {
                 Self(symbol.len << Self::PLACE_BITS | symbol.start)
             }
         };
-        symbols.iter().map(word).collect()
+        let mut words: Vec<Self> = symbols.iter().map(word).collect();
+        for id in markers {
+            words[id as usize] = Self(Self::MARKER + 2 * side);
+        }
+        words
     }
 
     /// Whether it has bytes, and they are known.
@@ -49,6 +54,10 @@ impl Word {
 
     fn is_stop(self) -> bool {
         self.is_special() && self.0 % 2 == 1
+    }
+
+    fn is_marker(self) -> bool {
+        self.is_special() && self.0 >= Self::MARKER
     }
 
     #[inline]
@@ -300,6 +309,9 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
             if !word.is_special() {
                 break;
             }
+            if word.is_marker() {
+                return None;
+            }
             if stop_i.is_none() && word.is_stop() {
                 stop_i = Some(at.i);
             }
@@ -311,6 +323,9 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
             let word = self.teacher.word(at.j)?;
             if !word.is_special() {
                 break;
+            }
+            if word.is_marker() {
+                return None;
             }
             if stop_j.is_none() && word.is_stop() {
                 stop_j = Some(at.j);
@@ -338,8 +353,8 @@ impl<S: Copy + Into<i64>, T: Copy + Into<i64>, K: Code> Merge<'_, '_, S, T, K> {
 }
 
 /// Writes the alignment of one row and returns its number of chunks; `None` where the row needs more than this: bytes
-/// that differ, an id outside the vocabulary, an end of turn on one side only, a token without bytes inside a chunk, a
-/// row that is too long.
+/// that differ, an id outside the vocabulary, an end of turn on one side only, a token without bytes inside a chunk, what
+/// may be a marker, a row that is too long.
 pub(crate) fn merge<S, T, K>(
     student: Row<'_, S>,
     teacher: Row<'_, T>,

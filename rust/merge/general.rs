@@ -5,14 +5,17 @@ use std::ops::Range;
 use super::resync::{common_prefix, Resync};
 use crate::chunks::{Axes, Code, Halt, Kind, Out};
 use crate::error::{Error, Mismatch};
-use crate::tokens::Tokens;
+use crate::table::Role;
+use crate::tokens::{Marker, Tokens};
 
-/// Writes the alignment of row `b`, whatever its bytes, and returns its number of chunks.
+/// Writes the alignment of row `b`, whatever its bytes, and returns its number of chunks. Of the roles in `pairs` a
+/// marker's first token is the same event on both sides.
 pub(crate) fn merge<K: Code>(
     b: usize,
     s: Tokens<'_>,
     t: Tokens<'_>,
     strict: bool,
+    pairs: &[Role],
     row: &mut Out<'_, K>,
 ) -> Result<usize, Halt> {
     row.student_end.copy_from_slice(s.ends);
@@ -21,7 +24,7 @@ pub(crate) fn merge<K: Code>(
         unaligned.fill(-1);
     }
     let mut chunks = Chunks::with_capacity(s.len().min(t.len()));
-    let mut merge = |students: Range<usize>, teachers: Range<usize>, ends: Option<(usize, usize)>| {
+    let mut merge = |students: Range<usize>, teachers: Range<usize>, cut: Option<Cut>| {
         let (s, t) = (s.slice(students.clone()), t.slice(teachers.clone()));
         let mut merge = Merge {
             s,
@@ -32,28 +35,116 @@ pub(crate) fn merge<K: Code>(
             out: row.part(&Axes { students, teachers, ptr: 0..0, chunks: 0..0 }),
             chunks: &mut chunks,
         };
-        merge.run(b, strict, ends.is_some())?;
-        if let Some((stop, other)) = ends {
-            let g = chunks.push(stop, other, Kind::Stop);
-            chunks.end = (stop + 1, other + 1);
-            row.student_chunk[stop] = g;
-            row.teacher_chunk[other] = g;
-            row.teacher_pos[stop] = other as i32;
-            row.teacher_off[stop] = 0;
+        merge.run(b, strict, cut.is_some())?;
+        if let Some(Cut { kind, known, tokens: (students, teachers), .. }) = cut {
+            let g = chunks.push(students.start, teachers.start, kind);
+            chunks.end = (students.end, teachers.end);
+            if known {
+                row.teacher_pos[students.start] = teachers.start as i32;
+                row.teacher_off[students.start] = 0;
+            }
+            row.student_chunk[students].fill(g);
+            row.teacher_chunk[teachers].fill(g);
         }
         Ok::<(), Error>(())
     };
-    let (ends, others) = (s.turn_ends(), t.turn_ends());
     let (mut i, mut j) = (0, 0);
-    if ends.len() == others.len() {
-        // The same number of turns: what lies between their ends corresponds, whatever it is.
-        for (end, other) in ends.iter().zip(&others) {
-            merge(i..end.from, j..other.from, Some((end.stop, other.stop)))?;
-            (i, j) = (end.to, other.to);
-        }
+    for cut in cuts(s, t, pairs) {
+        let ((to_i, to_j), next) = (cut.stretch, cut.next);
+        merge(i..to_i, j..to_j, Some(cut))?;
+        (i, j) = next;
     }
     merge(i..s.len(), j..t.len(), None)?;
     chunks.write(row)
+}
+
+/// Tokens that correspond by their role: what lies before them, since the last, corresponds whatever it is.
+struct Cut {
+    kind: Kind,
+    /// Whether the first tokens are the same event.
+    known: bool,
+    /// Where what lies before ends.
+    stretch: (usize, usize),
+    tokens: (Range<usize>, Range<usize>),
+    next: (usize, usize),
+}
+
+/// The ends of turns and the markers of both sides that correspond.
+fn cuts(s: Tokens<'_>, t: Tokens<'_>, pairs: &[Role]) -> Vec<Cut> {
+    let (ends, others) = (s.turn_ends(), t.turn_ends());
+    let (markers, theirs) = (s.markers(), t.markers());
+    let (mut markers, mut theirs) = (markers.as_slice(), theirs.as_slice());
+    let mut cuts = vec![];
+    let pair = |own: &[Marker], other: &[Marker], cuts: &mut Vec<Cut>| {
+        let roles = |markers: &[Marker]| markers.iter().map(|marker| marker.role).collect::<Vec<_>>();
+        for (a, b) in common(&roles(own), &roles(other)) {
+            let (a, b) = (own[a], other[b]);
+            cuts.push(Cut {
+                kind: Kind::Marker,
+                known: pairs.contains(&a.role),
+                stretch: (a.from, b.from),
+                tokens: (a.from..a.to, b.from..b.to),
+                next: (a.to, b.to),
+            });
+        }
+    };
+    if ends.len() == others.len() {
+        // The same number of turns: what lies between their ends corresponds, whatever it is.
+        for (end, other) in ends.iter().zip(&others) {
+            let (own, more) = markers.split_at(markers.partition_point(|marker| marker.from < end.from));
+            let (its, rest) = theirs.split_at(theirs.partition_point(|marker| marker.from < other.from));
+            pair(own, its, &mut cuts);
+            (markers, theirs) = (more, rest);
+            cuts.push(Cut {
+                kind: Kind::Stop,
+                known: true,
+                stretch: (end.from, other.from),
+                tokens: (end.stop..end.stop + 1, other.stop..other.stop + 1),
+                next: (end.to, other.to),
+            });
+        }
+    }
+    pair(markers, theirs, &mut cuts);
+    cuts
+}
+
+/// More than this is not compared, each with each.
+const MANY: usize = 1 << 16;
+
+/// A longest common subsequence, as places in both. Where there are several, what is left out is decided by role, so that
+/// the sides can be swapped.
+fn common(a: &[Role], b: &[Role]) -> Vec<(usize, usize)> {
+    let equal = a.iter().zip(b).take_while(|(x, y)| x == y).count();
+    let mut found: Vec<(usize, usize)> = (0..equal).map(|k| (k, k)).collect();
+    let (m, n) = (a.len() - equal, b.len() - equal);
+    if m * n > MANY {
+        return found;
+    }
+    let (a, b) = (&a[equal..], &b[equal..]);
+    // The length of what the rests from `i` and `j` on have in common.
+    let at = |i: usize, j: usize| i * (n + 1) + j;
+    let mut length = vec![0u32; (m + 1) * (n + 1)];
+    for i in (0..m).rev() {
+        for j in (0..n).rev() {
+            length[at(i, j)] = if a[i] == b[j] {
+                length[at(i + 1, j + 1)] + 1
+            } else {
+                length[at(i + 1, j)].max(length[at(i, j + 1)])
+            };
+        }
+    }
+    let (mut i, mut j) = (0, 0);
+    while i < m && j < n {
+        if a[i] == b[j] {
+            found.push((equal + i, equal + j));
+            (i, j) = (i + 1, j + 1);
+        } else if (length[at(i + 1, j)], a[i]) > (length[at(i, j + 1)], b[j]) {
+            i += 1;
+        } else {
+            j += 1;
+        }
+    }
+    found
 }
 
 /// The chunks of one row, as they grow: where each starts, and its kind.

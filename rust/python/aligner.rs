@@ -13,6 +13,7 @@ use super::table::PyByteTable;
 use crate::aligner::{Aligner, Job};
 use crate::chunks::{Arrays, Axes, Out};
 use crate::error::Side;
+use crate::table::Role;
 
 /// The memory of a batch, which its arrays are views of.
 struct Memory {
@@ -170,19 +171,29 @@ impl PyAligner {
         })
     }
 
+    /// Texts, how many every row has, and what stands between them: the number of a marker's role, `None` for an end of
+    /// turn.
+    #[allow(clippy::type_complexity)]
     fn student_texts<'py>(
         &self,
         py: Python<'py>,
         ids: &Bound<'py, PyAny>,
         layout: &Bound<'py, PyAny>,
         threads: Option<i64>,
-    ) -> PyResult<(Vec<String>, Vec<usize>)> {
+    ) -> PyResult<(Vec<String>, Vec<usize>, Vec<Option<u8>>)> {
         caught(|| {
             let held = Held::new(ids, layout)?;
             let rows = held.rows(Side::Student)?;
-            let texts = in_threads(py, threads, || self.aligner.decode_lossy(Side::Student, rows))?;
-            let counts = texts.iter().map(Vec::len).collect();
-            Ok((texts.into_iter().flatten().collect(), counts))
+            let rows = in_threads(py, threads, || self.aligner.decode_lossy(Side::Student, rows))?;
+            let counts = rows.iter().map(|row| row.0.len()).collect();
+            let (texts, cuts): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+            let number = |cut: Option<Role>| cut.map(|role| role as u8);
+            Ok((texts.into_iter().flatten().collect(), counts, cuts.into_iter().flatten().map(number).collect()))
         })
+    }
+
+    /// The first ids of markers that are the same event on both sides: student's, teacher's.
+    fn marker_pairs(&self) -> PyResult<Vec<(u32, u32)>> {
+        caught(|| Ok(self.aligner.marker_pairs().into_iter().map(|(_, s, t)| (s, t)).collect()))
     }
 }

@@ -12,13 +12,14 @@ use super::support::Array;
 use crate::chunks::{Alignment, Arrays, Kind, Row, View};
 
 /// The kinds of chunks in the order of their numbers.
-const KINDS: [(Kind, &str); 6] = [
+const KINDS: [(Kind, &str); 7] = [
     (Kind::OneToOne, "ONE_TO_ONE"),
     (Kind::OneToMany, "ONE_TO_MANY"),
     (Kind::ManyToOne, "MANY_TO_ONE"),
     (Kind::ManyToMany, "MANY_TO_MANY"),
     (Kind::Rewritten, "REWRITTEN"),
     (Kind::Stop, "STOP"),
+    (Kind::Marker, "MARKER"),
 ];
 
 pub(super) fn kinds(py: Python<'_>) -> PyResult<Py<PyAny>> {

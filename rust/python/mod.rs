@@ -21,6 +21,7 @@ use self::errors::{ByteMismatchError, TokenIdError, UnsupportedTokenizerError, X
 use self::support::{caught, in_threads};
 use crate::chunks::Arrays;
 use crate::pool;
+use crate::table::Role;
 
 /// Fails as a bug in the core would, in a thread of a pool: for the test of what comes of it.
 #[pyfunction]
@@ -70,6 +71,7 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("UnsupportedTokenizerError", py.get_type::<UnsupportedTokenizerError>())?;
     module.add("TokenIdError", py.get_type::<TokenIdError>())?;
     module.add("KINDS", arrays::kinds(py)?)?;
+    module.add("ROLES", PyTuple::new(py, Role::ALL.map(|role| role.1))?)?;
     module.add("ARRAYS", PyTuple::new(py, Arrays::NAMES)?)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     Ok(())

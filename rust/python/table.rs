@@ -9,7 +9,7 @@ use pyo3::types::{PyBytes, PyBytesMethods, PyTuple};
 
 use super::errors::{set_attributes, TokenIdError, XTokMapError};
 use super::support::{bytes_of, caught, integer, kept, not_an_integer, type_name, values, Array};
-use crate::table::{ByteTable, Invalid};
+use crate::table::{ByteTable, Invalid, Role};
 
 #[pyclass(frozen, name = "ByteTable", module = "xtokmap")]
 pub(super) struct PyByteTable {
@@ -33,15 +33,36 @@ fn invalid_from(name: &str) -> PyResult<Invalid> {
     }
 }
 
+/// A marker as Python has it: the name of its role, and its ids.
+type Given = (String, Vec<u32>);
+
+fn markers_from(given: Vec<Given>) -> PyResult<Vec<(Role, Vec<u32>)>> {
+    let marker = |(name, ids): Given| {
+        let known = Role::ALL.iter().find(|role| role.1 == name);
+        let (role, _) = known.ok_or_else(|| {
+            let names = Role::ALL.map(|role| role.1).join(", ");
+            XTokMapError::new_err(format!("markers: role {name:?} is none of {names}"))
+        })?;
+        Ok((*role, ids))
+    };
+    given.into_iter().map(marker).collect()
+}
+
+fn markers_of(table: &ByteTable) -> Vec<(&'static str, Vec<u32>)> {
+    let named = |(role, ids): &(Role, Vec<u32>)| (Role::ALL[*role as usize].1, ids.clone());
+    table.markers().iter().map(named).collect()
+}
+
 #[pymethods]
 impl PyByteTable {
     #[staticmethod]
-    #[pyo3(signature = (tokens, *, stop_ids = vec![], invalid = "maximal", byte_pieces = vec![]))]
+    #[pyo3(signature = (tokens, *, stop_ids = vec![], invalid = "maximal", byte_pieces = vec![], markers = vec![]))]
     fn from_bytes(
         tokens: &Bound<'_, PyAny>,
         stop_ids: Vec<Bound<'_, PyAny>>,
         invalid: &str,
         byte_pieces: Vec<Bound<'_, PyAny>>,
+        markers: Vec<Given>,
     ) -> PyResult<Self> {
         caught(|| {
             let invalid = invalid_from(invalid)?;
@@ -78,13 +99,13 @@ impl PyByteTable {
             };
             let (stop_ids, byte_pieces) = (ids(stop_ids, "stop_ids")?, ids(byte_pieces, "byte_pieces")?);
             let table = table.with_invalid(invalid).with_stop_ids(stop_ids)?.with_byte_pieces(byte_pieces)?;
-            Ok(Self::new(Arc::new(table)))
+            Ok(Self::new(Arc::new(table.with_markers(markers_from(markers)?)?)))
         })
     }
 
     #[staticmethod]
-    #[pyo3(signature = (arena, offsets, special, stop_ids, invalid, byte_pieces))]
-    #[allow(clippy::needless_pass_by_value)]
+    #[pyo3(signature = (arena, offsets, special, stop_ids, invalid, byte_pieces, markers = vec![]))]
+    #[allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
     fn from_arrays(
         py: Python<'_>,
         arena: Array<'_, u8>,
@@ -93,16 +114,17 @@ impl PyByteTable {
         stop_ids: Array<'_, u32>,
         invalid: &str,
         byte_pieces: Array<'_, u32>,
+        markers: Vec<Given>,
     ) -> PyResult<Self> {
         caught(|| {
-            let invalid = invalid_from(invalid)?;
+            let (invalid, markers) = (invalid_from(invalid)?, markers_from(markers)?);
             let special = bytes_of(special)?.cast_into::<PyArray1<u8>>()?.try_readonly()?;
             let special = special.as_slice()?.iter().map(|&byte| byte != 0).collect();
             let (arena, offsets) = (values(&arena)?, values(&offsets)?);
             let (stop_ids, byte_pieces) = (values(&stop_ids)?, values(&byte_pieces)?);
             let make = || {
                 let table = ByteTable::from_parts(arena, offsets, special)?.with_invalid(invalid);
-                table.with_stop_ids(stop_ids)?.with_byte_pieces(byte_pieces)
+                table.with_stop_ids(stop_ids)?.with_byte_pieces(byte_pieces)?.with_markers(markers)
             };
             Ok(Self::new(Arc::new(py.detach(make)?)))
         })
@@ -115,7 +137,19 @@ impl PyByteTable {
             let special = PyArray1::from_slice(py, table.special());
             let stop_ids = PyArray1::from_slice(py, table.stop_ids());
             let byte_pieces = PyArray1::from_slice(py, table.byte_pieces());
-            (arena, offsets, special, stop_ids, self.invalid(), byte_pieces).into_pyobject(py)
+            (arena, offsets, special, stop_ids, self.invalid(), byte_pieces, markers_of(table)).into_pyobject(py)
+        })
+    }
+
+    fn with_markers(&self, markers: Vec<Given>) -> PyResult<Self> {
+        caught(|| Ok(Self::new(Arc::new((*self.table).clone().with_markers(markers_from(markers)?)?))))
+    }
+
+    #[getter]
+    fn markers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        caught(|| {
+            let markers = markers_of(&self.table).into_iter().map(|(role, ids)| Ok((role, PyTuple::new(py, ids)?)));
+            PyTuple::new(py, markers.collect::<PyResult<Vec<_>>>()?)
         })
     }
 

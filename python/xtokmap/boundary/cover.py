@@ -180,7 +180,14 @@ def padded_places(cu: Int64, mask: Bool | None, width: int | None = None) -> Int
 class Transfer:
     """The encoding rules of a pair of tokenizers, and what follows from them; made when it is first asked for."""
 
-    def __init__(self, student: Any, student_table: ByteTable, teacher: Any, teacher_table: ByteTable) -> None:
+    def __init__(
+        self,
+        student: Any,
+        student_table: ByteTable,
+        teacher: Any,
+        teacher_table: ByteTable,
+        pairs: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.rule = EncodingRule(student, student_table)
         # The teacher's own rule only matters where it may be the student's; specials may have been added to either.
         n = min(len(student_table), len(teacher_table))
@@ -188,10 +195,17 @@ class Transfer:
         teacher_rule = EncodingRule(teacher if same else teacher_table, teacher_table)
         self.core = _core.Cover(self.rule.core, teacher_rule.core, self.rule.pieces(teacher_table))
         names = _names(student), _names(teacher)
+        arrays = self.core.vocab_map()
+        for s, t in pairs:  # the first tokens of two markers are the same event, whatever they spell
+            for name in ("teacher_to_student", "canonical", "prefix"):
+                arrays[name][t] = s
+            for name in ("student_to_teacher", "teacher_first"):
+                arrays[name][s] = t
+        ends = student_table.stop_ids, teacher_table.stop_ids
         self.vocab_map = VocabMap(
-            **self.core.vocab_map(),
-            student_stops=student_table.stop_ids,
-            teacher_stops=teacher_table.stop_ids,
+            **arrays,
+            student_stops=tuple(i for i in ends[0] if i not in {s for s, _ in pairs}),
+            teacher_stops=tuple(i for i in ends[1] if i not in {t for _, t in pairs}),
             _names=None if names[0] is None or names[1] is None else (names[0], names[1]),
         )
 

@@ -55,7 +55,7 @@ class VocabMap:
             of another; -1 for all others.
         open: bool `[V_S]`; whether there is a longer student token that the teacher would cut right after this one, so
             that mass on it may belong to the longer one.
-        student_stops: the student's ids that end a turn, the preferred one first.
+        student_stops: the student's ids that end a turn, the preferred one first; none that begins a marker.
         teacher_stops: the teacher's.
     """
 

@@ -82,6 +82,8 @@ class AlignColumns:
             self._aligner._student_source = aligner.student
         if teacher_ids is not None:
             self._aligner._teacher_source = aligner.teacher
+        if text is not None or teacher_ids is not None:
+            self._aligner._voices = None  # no side is written as the other one has it
 
     def __repr__(self) -> str:
         names = {"student_ids": self.student_ids, "teacher_ids": self.teacher_ids, "text": self.text}
@@ -123,7 +125,7 @@ class AlignColumns:
         assert self.student_ids is not None
         student = _ids(_column(table, self.student_ids), self.student_ids)
         if self.teacher_ids is None:
-            teacher = self._aligner._encode(student, None, self.threads)
+            teacher = self._aligner._encode(student, None, None, self.threads)
             return student, teacher, {"teacher_ids": _id_lists(teacher)}
         return student, _ids(_column(table, self.teacher_ids), self.teacher_ids), {}
 

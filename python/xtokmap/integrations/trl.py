@@ -88,7 +88,7 @@ class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
             the one that lies where the model is from.
         loss: a name of `xtokmap.losses.LOSSES` or a `LossRule`; None: transfer_kl, or of a server what its rows allow
             (transfer_kl, cover, prior).
-        loss_settings: of `LossSettings`: clamp, score_stop, ...
+        loss_settings: of `LossSettings`: clamp, score_stop, ...; and `foreign`, see `Pair`.
 
     Raises:
         XTokMapError: a teacher that is none, tools, a processor for images, an unknown loss or setting.

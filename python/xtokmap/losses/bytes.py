@@ -17,8 +17,9 @@ from torch import Tensor
 
 from xtokmap._core import ByteTable, XTokMapError
 from xtokmap.alignment import InteriorQueries
-from xtokmap.losses.rule import Computed, LossInput, but_stops, sums_of, there, whole_rows
+from xtokmap.losses.rule import Computed, LossInput, sums_of, there, wanted, whole_rows
 from xtokmap.losses.terms import (
+    MARKER,
     REWRITTEN,
     STOP,
     Loss,
@@ -186,7 +187,7 @@ class _Slots:
         given: bool `[V + 2]`; slots that some teacher token goes to.
         stops: the student's stop ids.
         is_stop: bool `[V]`; the same, empty unless `with_stops`.
-        no_bytes: bool `[V]`; student ids without bytes that are no stops.
+        no_bytes: bool `[V]`; student ids without bytes that are no stops, and that nothing goes to.
         with_stops: whether both sides can end a turn.
     """
 
@@ -205,7 +206,7 @@ class _Slots:
         slot = torch.where(slot >= 0, slot, nowhere).index_fill(0, maps.teacher_stops, stop if with_stops else nowhere)
         given = torch.zeros(width + 2, dtype=torch.bool, device=slot.device).index_fill(0, slot, True)
         is_stop = given.new_zeros(width).index_fill(0, maps.student_stops, with_stops)
-        no_bytes = given.new_ones(width).index_fill(0, maps.student_order, False) & ~is_stop
+        no_bytes = given.new_ones(width).index_fill(0, maps.student_order, False) & ~is_stop & ~given[:width]
         return cls(slot, given, maps.student_stops, is_stop, no_bytes, with_stops)
 
     @property
@@ -342,7 +343,7 @@ def _spans(
     whole = torch.where(follows, before.gather(1, padded[1].clamp(min=0)), last)
     last = torch.where(cut, padded[1], whole)
     kind = index.kind_of_student()
-    spans = scored & (kind != STOP) & (last > pos)
+    spans = scored & (kind != STOP) & (kind != MARKER) & (last > pos)
 
     ids = spelling.teacher_ids
     realized = torch.where(pos >= 0, ids.gather(1, pos.clamp(min=0)), -1)
@@ -434,7 +435,7 @@ class Completions:
         if index.student_chunk.device.type != "cpu":
             raise XTokMapError(f"queries are made on the CPU, before the index goes to {index.student_chunk.device}")
         kind = index.kind_of_student()
-        root = (index.teacher_off == 0) & (kind != REWRITTEN) & (kind != STOP)
+        root = (index.teacher_off == 0) & (kind != REWRITTEN) & (kind != STOP) & (kind != MARKER)
         # The token behind must be one of the text.
         root &= torch.nn.functional.pad(kind, (0, 1), value=-1)[:, 1:] >= 0
         flat = root.reshape(-1).nonzero()[:, 0]
@@ -601,7 +602,7 @@ def _fitted(ranges: Tensor, size: int) -> Tensor:
 
 def computed(x: LossInput) -> Computed:
     """The table's `byte_kl`."""
-    mask = but_stops(x.mask, x.index, x.settings)
+    mask = wanted(x.mask, x.index, x.settings)
     queries = there(x.interior, "interior")
     common: Any = {"beta": x.settings.beta, "mask": mask, "denominator": x.denominator}
     return sums_of(byte_kl(x.student, whole_rows(x), x.index, there(x.maps, "maps"), queries, **common), "residual")

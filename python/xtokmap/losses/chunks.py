@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
-from xtokmap.losses.rule import Computed, LossInput, but_stops, sums_of, there, whole_rows
+from xtokmap.losses.rule import Computed, LossInput, sums_of, there, wanted, whole_rows
 from xtokmap.losses.terms import (
     REWRITTEN,
     STOP,
@@ -44,7 +44,7 @@ def alm(
 
     With x and y the sums of a chunk's teacher and student logprobs: KL of the Bernoullis e^(x / tau) and e^(y / tau).
     An infinite tau is the limit of tau times that: x - y + x ln(y / x). At least 0, and 0 only where x = y. Every chunk
-    with tokens on both sides counts, REWRITTEN and STOP ones too.
+    with tokens on both sides counts, REWRITTEN, STOP and MARKER ones too.
 
     Args:
         student_logprobs: `[B, Ts]`, with a gradient; nats.
@@ -193,7 +193,7 @@ def _sorted_l1(p: Tensor, q: Tensor) -> Tensor:
 
 def computed_alm(x: LossInput) -> Computed:
     """The table's `alm`."""
-    mask = but_stops(x.mask, x.index, x.settings)
+    mask = wanted(x.mask, x.index, x.settings)
     teacher = there(x.teacher_logprobs, "teacher_logprobs")
     return sums_of(alm(x.logprobs, teacher, x.index, mask=mask, denominator=x.denominator))
 
@@ -208,7 +208,7 @@ def computed_uld_hybrid(x: LossInput) -> Computed:
         student_logprobs=x.logprobs,
         teacher_logprobs=there(x.teacher_logprobs, "teacher_logprobs"),
         stops=x.settings.score_stop,
-        mask=x.mask,
+        mask=wanted(x.mask, x.index, x.settings),
         denominator=x.denominator,
     )
     return sums_of(loss)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.alignment import Kind
-from xtokmap.losses.rule import Computed, LossInput, but_stops, there
+from xtokmap.losses.rule import Computed, LossInput, there, wanted
 from xtokmap.losses.terms import check_shape
 from xtokmap.torch.index import ChunkIndex
 
@@ -21,7 +21,8 @@ CreditRule: TypeAlias = Literal["strict", "prior", "shift", "uniform", "bytes", 
 CREDITS: tuple[CreditRule, ...] = get_args(CreditRule)
 
 # Plain integers: torch.compile does not compare a tensor with an enum member.
-_ONE_TO_ONE, _REWRITTEN, _STOP = int(Kind.ONE_TO_ONE), int(Kind.REWRITTEN), int(Kind.STOP)
+_ONE_TO_ONE, _REWRITTEN = int(Kind.ONE_TO_ONE), int(Kind.REWRITTEN)
+_STOP, _MARKER = int(Kind.STOP), int(Kind.MARKER)
 
 
 class Credit(NamedTuple):
@@ -57,7 +58,7 @@ def chunk_credit(
 
     | credit | rule | property |
     |---|---|---|
-    | `strict` | ONE_TO_ONE and STOP chunks only, A = D | as `full`, where it speaks |
+    | `strict` | chunks of one token a side, A = D | as `full`, where it speaks |
     | `prior` | log q_i = (L_T / L_S) log p_i; `shift` where abs(L_S) < eps | the paper's (arXiv 2606.09456) |
     | `shift` | log q_i = log p_i + D / m | `full` / m |
     | `uniform` | log q_i = L_T / m | does not vanish at the optimum |
@@ -65,8 +66,9 @@ def chunk_credit(
     | `cover` | log q_i = `transferred` | exact for the teacher as the student's vocabulary sees it |
     | `full` | A_i = D for every token | unbiased only where boundaries do not depend on what comes next |
 
-    STOP chunks give the student's end of turn the teacher's logprob of its own, under every rule. REWRITTEN chunks use
-    `shift` (`strict`: nothing). A chunk without tokens on one side is unscored.
+    STOP chunks give the student's end of turn the teacher's logprob of its own, under every rule. REWRITTEN and MARKER
+    chunks use `shift` (`strict`: nothing, or markers of one token a side). A chunk without tokens on one side is
+    unscored.
 
     Args:
         student_logprobs: `[B, Ts]`, of the policy that sampled; nats.
@@ -92,9 +94,10 @@ def chunk_credit(
     both = (index.student_count > 0) & (index.teacher_count > 0)
     if max_chunk_tokens is not None:
         both &= torch.maximum(index.student_count, index.teacher_count) <= max_chunk_tokens
-    stop, rewritten = index.kind == _STOP, index.kind == _REWRITTEN
+    stop, marker, rewritten = index.kind == _STOP, index.kind == _MARKER, index.kind == _REWRITTEN
     if credit == "strict":
-        both &= stop | (index.kind == _ONE_TO_ONE)
+        alone = (index.student_count == 1) & (index.teacher_count == 1)
+        both &= stop | (marker & alone) | (index.kind == _ONE_TO_ONE)
     usable = both & ~bad
     nonfinite = _hand_down(index, both & bad)
     scored = _hand_down(index, usable)
@@ -103,7 +106,7 @@ def chunk_credit(
     d = torch.where(usable, l_t - l_s, 0)
     m = index.student_count.clamp(min=1)
 
-    whole = stop | rewritten  # no bytes to split by
+    whole = stop | marker | rewritten  # no bytes to split by
     fallback = torch.zeros_like(scored)
     if credit in ("strict", "full"):
         advantages = index.to_student(d)
@@ -114,8 +117,8 @@ def chunk_credit(
             raise XTokMapError("credit='cover' needs transferred=, the teacher's log q*(s_i | s_<i) for every token")
         check_shape("transferred", transferred, chunk_of)
         q = transferred.detach().float()
-        # Which byte became which is not known in a REWRITTEN chunk.
-        by_chunk = _hand_down(index, rewritten)
+        # Which byte became which is not known in a REWRITTEN chunk, and a MARKER has none.
+        by_chunk = _hand_down(index, rewritten | marker)
         scored &= torch.isfinite(q) | by_chunk
         advantages = torch.where(by_chunk, index.to_student(d / m), q - s)
     else:
@@ -244,7 +247,12 @@ def policy_loss(
 
 
 def chunk_gap(
-    student_logprobs: Tensor, teacher_logprobs: Tensor, index: ChunkIndex, *, stops: bool = True
+    student_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    index: ChunkIndex,
+    *,
+    stops: bool = True,
+    markers: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The sampled reverse KL of every row: sums of L_S - L_T over its chunks, and the bytes that they spell.
 
@@ -255,7 +263,8 @@ def chunk_gap(
         student_logprobs: `[B, Ts]`; nats.
         teacher_logprobs: `[B, Tt]`; nats.
         index: of the same rows.
-        stops: whether the ends of turns count; False measures the text alone.
+        stops: whether the ends of turns count.
+        markers: whether markers of thoughts and tool calls do; with neither, the text alone is measured.
 
     Returns:
         float32 `[B]` nats and int64 `[B]` bytes, over chunks with finite logprobs and tokens on both sides.
@@ -263,8 +272,9 @@ def chunk_gap(
     credit = chunk_credit(student_logprobs, teacher_logprobs, index, "full", clamp=None)
     # Every token of a chunk has the chunk's whole gap.
     share = 1 / index.student_count.clamp(min=1)
-    if not stops:
-        share = torch.where(index.kind == _STOP, 0, share)
+    for kind, counts in ((_STOP, stops), (_MARKER, markers)):
+        if not counts:
+            share = torch.where(index.kind == kind, 0, share)
     nats = -(credit.advantages * index.to_student(share)).sum(1)
     return nats, torch.where(credit.scored, index.student_len, 0).sum(1)
 
@@ -279,7 +289,7 @@ def computed_policy(credit: CreditRule, x: LossInput) -> Computed:
     old = x.logprobs.detach() if x.old_logprobs is None else x.old_logprobs
     limit = settings.max_chunk_tokens or None
     given = chunk_credit(old, teacher, x.index, credit, x.transferred, settings.clamp, max_chunk_tokens=limit)
-    scored = but_stops(given.scored & x.mask, x.index, settings)
+    scored = wanted(given.scored & x.mask, x.index, settings)
     loss = policy_loss(
         x.logprobs,
         old,

@@ -53,6 +53,7 @@ def measured(found: LossInput, computed: Computed) -> PairLoss:
     sums = {name: value.detach() for name, value in computed.sums.items()}
     sums |= {"tokens": found.mask.sum(), **{f"coverage/{kind.name}": counts[kind] for kind in Kind}}
     if found.teacher_logprobs is not None:
-        gap = chunk_gap(own, found.teacher_logprobs, found.index, stops=found.settings.score_stop)
+        counted = {"stops": found.settings.score_stop, "markers": found.settings.score_markers}
+        gap = chunk_gap(own, found.teacher_logprobs, found.index, **counted)
         sums["nats"], sums["bytes"] = gap
     return PairLoss(computed.loss, means(sums), own, sums)

@@ -28,6 +28,7 @@ class LossSettings:
         clamp: largest absolute advantage.
         max_chunk_tokens: chunks with more tokens on a side are unscored by a credit; 0: no limit.
         score_stop: whether ends of turns are scored.
+        score_markers: whether markers of thoughts and tool calls are.
         clip_low: PPO's lower clip.
         clip_high: PPO's upper clip.
         clip_dual: PPO's dual clip.
@@ -38,6 +39,7 @@ class LossSettings:
     clamp: float = 10.0
     max_chunk_tokens: int = 6
     score_stop: bool = True
+    score_markers: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.28
     clip_dual: float = 10.0
@@ -148,18 +150,24 @@ class Computed(NamedTuple):
 Scored: TypeAlias = Callable[[ChunkIndex, Tensor, LossSettings], Tensor]
 
 
-def but_stops(tokens: Tensor, index: ChunkIndex, settings: LossSettings) -> Tensor:
-    """Without ends of turns, where these are not scored."""
+def but_markers(tokens: Tensor, index: ChunkIndex, settings: LossSettings) -> Tensor:
+    """Without markers, where these are not scored."""
+    return tokens if settings.score_markers else tokens & (index.kind_of_student() != int(Kind.MARKER))
+
+
+def wanted(tokens: Tensor, index: ChunkIndex, settings: LossSettings) -> Tensor:
+    """Without markers and ends of turns, where these are not scored."""
+    tokens = but_markers(tokens, index, settings)
     return tokens if settings.score_stop else tokens & (index.kind_of_student() != int(Kind.STOP))
 
 
 def met(index: ChunkIndex, mask: Tensor, settings: LossSettings) -> Tensor:
     """Tokens in a chunk that has teacher tokens."""
-    return but_stops(mask & (index.to_student((index.teacher_count > 0).long()) > 0), index, settings)
+    return wanted(mask & (index.to_student((index.teacher_count > 0).long()) > 0), index, settings)
 
 
 def met_alone(index: ChunkIndex, mask: Tensor, settings: LossSettings) -> Tensor:
-    """Tokens in ONE_TO_ONE and STOP chunks."""
+    """Tokens in ONE_TO_ONE, STOP and MARKER chunks."""
     return met(index, mask, settings) & (index.strict_teacher_pos() >= 0)
 
 

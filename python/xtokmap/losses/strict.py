@@ -42,7 +42,7 @@ def strict_kl(
     size: int | None = None,
     denominator: Tensor | float | None = None,
 ) -> Loss:
-    """Divergence where both sides have the same token (ONE_TO_ONE and STOP chunks), on a few tokens and the rest.
+    """Divergence where both sides have the same token (ONE_TO_ONE, STOP, MARKER chunks), on a few tokens and the rest.
 
     U is the student's top k that the teacher has as well, byte for byte (a `TopK` teacher: what its row lists and the
     student has as well); to it comes the end of a turn as one event, of all stop ids of a side. With p' = p on U and

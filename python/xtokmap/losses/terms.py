@@ -29,7 +29,7 @@ from xtokmap.alignment import Kind
 from xtokmap.torch.index import ChunkIndex, VocabTensors
 from xtokmap.torch.logits import Logits, TopK
 
-REWRITTEN, STOP = int(Kind.REWRITTEN), int(Kind.STOP)
+REWRITTEN, STOP, MARKER = int(Kind.REWRITTEN), int(Kind.STOP), int(Kind.MARKER)
 
 #: Where a bin of one side holds nothing at all: about 1e-13, so that no divergence is infinite by rounding.
 _LOG_NOTHING = -30.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
-from xtokmap.losses.rule import Computed, LossInput, sums_of, there
+from xtokmap.losses.rule import Computed, LossInput, but_markers, sums_of, there
 from xtokmap.losses.target import EventMaps, TransferTarget
 from xtokmap.losses.terms import STOP, Loss, check_beta, check_mask, reduce_terms
 from xtokmap.torch.index import ChunkIndex
@@ -197,7 +197,7 @@ def computed(x: LossInput) -> Computed:
         beta=x.settings.beta,
         clamp=x.settings.clamp,
         stops=x.settings.score_stop,
-        mask=x.mask,
+        mask=but_markers(x.mask, x.index, x.settings),
         denominator=x.denominator,
     )
     x.came_by(loss.logprobs, len(target))

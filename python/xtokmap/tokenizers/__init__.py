@@ -13,13 +13,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from xtokmap import _core
-from xtokmap._core import ByteTable, UnsupportedTokenizerError
+from xtokmap._core import ByteTable, UnsupportedTokenizerError, XTokMapError
 from xtokmap.files import obstacle
 from xtokmap.tokenizers import cache, gguf, hf, mistral, sentencepiece, tiktoken, transformers
 from xtokmap.tokenizers.base import LONGEST, STOP_TOKENS, Kind, Rule, TextCodec, Vocabulary, packages_of
@@ -40,7 +40,7 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def byte_table(tokenizer: Any) -> ByteTable:
+def byte_table(tokenizer: Any, *, special: Literal["none", "text"] = "none") -> ByteTable:
     """The bytes of every token id of a tokenizer: what its decoder spells for that id inside a text.
 
     No bytes (`None`): special tokens, control and unused pieces, the roles bos, eos, pad and unk, ids without an entry.
@@ -67,6 +67,8 @@ def byte_table(tokenizer: Any) -> ByteTable:
             saved by `save_pretrained`, `tokenizer.json`, `*.model`, `*.tiktoken` (also `.gz`), `tekken.json`, `*.gguf`.
             A bare `*.tiktoken` file holds no special tokens. Slow transformers tokenizers are read where they hold a
             tiktoken encoding or the SentencePiece model whose ids they use.
+        special: what special tokens spell: "none", nothing; "text", their names, for those who align rendered text.
+            Then nothing ends a turn.
 
     Returns:
         A table as long as the largest id + 1. Its stop ids are the tokenizer's own eos token, those that a directory's
@@ -77,8 +79,14 @@ def byte_table(tokenizer: Any) -> ByteTable:
             a pipe, socket or device in the place of one, or a missing package; the message names it and says what to
             do.
         FileNotFoundError: a path that does not exist.
+        XTokMapError: another `special`, or "text" of a `ByteTable`, which has no names.
     """
+    if special not in ("none", "text"):
+        raise XTokMapError(f'special={special!r}: use "none" or "text"')
+    as_text = [b"special tokens as text"] if special == "text" else []
     if isinstance(tokenizer, ByteTable):
+        if special == "text":
+            raise XTokMapError('special="text": a ByteTable has no names of its special tokens; pass the tokenizer')
         return tokenizer
     if isinstance(tokenizer, (str, os.PathLike)):
         path = _existing(tokenizer)
@@ -86,9 +94,9 @@ def byte_table(tokenizer: Any) -> ByteTable:
         def read() -> ByteTable:
             vocabulary = _vocabulary_of_path(path)
             with reading(path, "vocabulary"):
-                return vocabulary.table()
+                return vocabulary.table(special)
 
-        return _cached(partial(_contents, path), read)
+        return _cached(lambda: chain(_contents(path), as_text), read)
     kind = _kind_of_object(tokenizer)
     if kind is None:
         raise UnsupportedTokenizerError(
@@ -96,7 +104,12 @@ def byte_table(tokenizer: Any) -> ByteTable:
             "transformers fast tokenizer, a tokenizers.Tokenizer, tiktoken.Encoding, SentencePieceProcessor, "
             "mistral-common tokenizer, a path, or build xtokmap.ByteTable.from_bytes([...]) yourself"
         )
-    return _cached(lambda: kind.content(tokenizer), lambda: kind.vocabulary(tokenizer).table())
+
+    def content() -> Iterable[Any] | None:
+        found = kind.content(tokenizer)
+        return None if found is None else chain(found, as_text)
+
+    return _cached(content, lambda: kind.vocabulary(tokenizer).table(special))
 
 
 def encoding_rule(tokenizer: Any) -> Rule:

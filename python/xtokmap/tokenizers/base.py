@@ -143,7 +143,7 @@ class Vocabulary(NamedTuple):
     #: Ids that stand for a single byte (`<0x0A>`).
     byte_pieces: tuple[int, ...] = ()
 
-    def table(self) -> ByteTable:
+    def table(self, special: str = "none") -> ByteTable:
         size = max(max(ids, default=-1) for ids in (self.tokens, self.special)) + 1
         lowest = min(min(ids, default=0) for ids in (self.tokens, self.special))
         if lowest < 0 or size > ID_LIMIT:
@@ -154,8 +154,10 @@ class Vocabulary(NamedTuple):
         by_name = {name: i for i, name in self.special.items()}
         named = (by_name[name] for name in STOP_TOKENS if name in by_name)
         stop_ids = list(dict.fromkeys(i for i in chain(self.stop_ids, named) if 0 <= i < size))
+        if special == "text":
+            stop_ids = []
         for i in chain(self.special, stop_ids):
-            rows[i] = None
+            rows[i] = self.special[i].encode() if special == "text" else None
         byte_pieces = [i for i in self.byte_pieces if rows[i] is not None]
         return ByteTable.from_bytes(rows, stop_ids=stop_ids, invalid=self.invalid, byte_pieces=byte_pieces)
 

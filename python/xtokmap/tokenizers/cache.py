@@ -27,13 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-from xtokmap._core import ByteTable
+from xtokmap._core import ROLES, ByteTable
 
 #: Part of every key: raise it when the layout of a file changes.
-_FORMAT = 2
+_FORMAT = 3
 _MAGIC = b"xtokmap byte table\n"
-#: Ids, bytes, stop ids, byte pieces, and the place of `invalid` among these; the arrays follow, the arena last.
-_HEADER = struct.Struct("<QQQQB")
+#: Ids, bytes, stop ids, byte pieces, numbers of markers, and the place of `invalid` among these; the arrays follow, the
+#: arena last.
+_HEADER = struct.Struct("<QQQQQB")
 _INVALID = ("maximal", "each", "run")
 _DIGEST = hashlib.sha256().digest_size
 
@@ -140,15 +141,17 @@ def load(name: str) -> ByteTable | None:
     if data[:start] != _MAGIC + _digest(name, data[start:]):
         return None
     try:
-        ids, size, stops, pieces, invalid = _HEADER.unpack_from(data, start)
+        ids, size, stops, pieces, numbers, invalid = _HEADER.unpack_from(data, start)
         start += _HEADER.size
         arrays = []
-        for dtype, count in (("<u4", ids + 1), ("?", ids), ("<u4", stops), ("<u4", pieces), ("u1", size)):
+        counts = (("<u4", ids + 1), ("?", ids), ("<u4", stops), ("<u4", pieces), ("<u4", numbers), ("u1", size))
+        for dtype, count in counts:
             arrays.append(np.frombuffer(data, dtype, count, start))
             start += arrays[-1].nbytes
-        offsets, special, stop_ids, byte_pieces, arena = arrays
+        offsets, special, stop_ids, byte_pieces, marked, arena = arrays
         native = [array.astype(np.uint32) for array in (offsets, stop_ids, byte_pieces)]  # in order and aligned
-        return ByteTable.from_arrays(arena, native[0], special, native[1], _INVALID[invalid], native[2])
+        markers = _markers_of(marked.tolist())
+        return ByteTable.from_arrays(arena, native[0], special, native[1], _INVALID[invalid], native[2], markers)
     except (ValueError, IndexError, struct.error):  # signed, and yet no table: of another format
         return None
 
@@ -158,9 +161,12 @@ def store(name: str, table: ByteTable) -> None:
     where = directory()
     if where is None:
         return
-    arena, offsets, special, stop_ids, invalid, byte_pieces = table.to_arrays()
-    header = _HEADER.pack(len(table), arena.size, stop_ids.size, byte_pieces.size, _INVALID.index(invalid))
-    little = (offsets.astype("<u4"), special, stop_ids.astype("<u4"), byte_pieces.astype("<u4"), arena)
+    arena, offsets, special, stop_ids, invalid, byte_pieces, markers = table.to_arrays()
+    # A marker after the other: its role, how many ids it has, and these.
+    marked = np.asarray([n for role, ids in markers for n in (ROLES.index(role), len(ids), *ids)], "<u4")
+    sizes = (len(table), arena.size, stop_ids.size, byte_pieces.size, marked.size)
+    header = _HEADER.pack(*sizes, _INVALID.index(invalid))
+    little = (offsets.astype("<u4"), special, stop_ids.astype("<u4"), byte_pieces.astype("<u4"), marked, arena)
     body = b"".join([header, *(array.tobytes() for array in little)])
     with suppress(OSError, ValueError):
         where.parent.parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +181,15 @@ def store(name: str, table: ByteTable) -> None:
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
                 raise
+
+
+def _markers_of(numbers: list[int]) -> list[tuple[str, list[int]]]:
+    markers = []
+    while numbers:
+        role, count, *numbers = numbers
+        markers.append((ROLES[role], numbers[:count]))
+        numbers = numbers[count:]
+    return markers
 
 
 def _read(where: Path, name: str, inside: int | None) -> bytes:

@@ -27,7 +27,8 @@ class ChunkIndex:
         student_count: int64 `[B, C]`; student tokens of every chunk.
         teacher_count: int64 `[B, C]`; teacher tokens of every chunk.
         teacher_pos: int64 `[B, Ts]`; the teacher token (its place in the row of `teacher_chunk`) in which a student
-            token starts; -1 where unaligned, and inside a REWRITTEN chunk, where it is known for the first token only.
+            token starts; -1 where unaligned, and inside a REWRITTEN chunk, where it is known for the first token only;
+            likewise in a MARKER chunk, if the first tokens of both sides begin this role and no other.
         teacher_off: int64 `[B, Ts]`; the byte inside that teacher token, -1 where `teacher_pos` is.
     """
 
@@ -108,9 +109,9 @@ class ChunkIndex:
         return torch.where(self.student_chunk >= 0, self.to_student(self.kind), -1)
 
     def strict_teacher_pos(self) -> Tensor:
-        """The teacher token of every student token's ONE_TO_ONE or STOP chunk: int64 `[B, Ts]`, -1 elsewhere."""
+        """The teacher token of a student token in a ONE_TO_ONE, STOP or MARKER chunk: int64 `[B, Ts]`, -1 elsewhere."""
         kind = self.kind_of_student()
-        strict = (kind == int(Kind.ONE_TO_ONE)) | (kind == int(Kind.STOP))
+        strict = (kind == int(Kind.ONE_TO_ONE)) | (kind == int(Kind.STOP)) | (kind == int(Kind.MARKER))
         return torch.where(strict, self.teacher_pos, -1)
 
     def teacher_rows(self, teacher_pos: Tensor) -> Tensor:

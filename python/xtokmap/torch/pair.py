@@ -26,6 +26,7 @@ from xtokmap.chat import PLAIN_TEMPLATE, render, stop_id
 from xtokmap.losses.measured import PairLoss, measured
 from xtokmap.losses.rule import LossInput, LossRule, LossSettings
 from xtokmap.losses.table import rule_of
+from xtokmap.markers import Foreign
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.teachers.scores import Scores, scores_of
@@ -44,10 +45,11 @@ class Pair:
         teacher_tokenizer: another, of any family.
         loss: a name of `xtokmap.losses.LOSSES`, or a `LossRule` of your own.
         plain_template: how a prompt is put to a model whose tokenizer has no chat template.
+        foreign: what becomes of thoughts and calls for which the teacher has no format: "omit" or "text" (`Aligner`).
         settings: of the loss, see `LossSettings`: beta, clamp, score_stop, ...
 
     Raises:
-        XTokMapError: an unknown loss or setting.
+        XTokMapError: an unknown loss or setting, another `foreign`.
         UnsupportedTokenizerError: a tokenizer whose tokens' bytes cannot be known exactly.
     """
 
@@ -58,6 +60,7 @@ class Pair:
         loss: str | LossRule = "transfer_kl",
         *,
         plain_template: str = PLAIN_TEMPLATE,
+        foreign: Foreign = "omit",
         **settings: Any,
     ) -> None:
         self.tokenizers = (student_tokenizer, teacher_tokenizer)
@@ -67,7 +70,7 @@ class Pair:
         except TypeError as error:
             raise XTokMapError(f"settings of the loss: {error}") from None
         self.plain_template = plain_template
-        self.aligner = Aligner(student_tokenizer, teacher_tokenizer)
+        self.aligner = Aligner(student_tokenizer, teacher_tokenizer, markers=True, foreign=foreign)
         self.stop_id = stop_id(teacher_tokenizer)
 
     def with_loss(self, loss: str | LossRule) -> Pair:
@@ -118,7 +121,7 @@ class Pair:
             prompts = [ragged(list(side)) for side in conversations]
         else:
             prompts = [render(tokenizer, conversations, self.plain_template) for tokenizer in self.tokenizers]
-        teacher_ids = [row.tolist() for row in self.aligner.teacher_ids(completions, stop_id=self.stop_id)]
+        teacher_ids = self.aligner._answers(prompts, completions, self.stop_id)
         return self.aligned(prompts[0], completions, prompts[1], teacher_ids, device=device)
 
     def aligned(

@@ -83,6 +83,7 @@ _NAMES = {
     "teacher_rows": ("auto", *ROWS),
     "track": ("", *TRACKERS),
     "decay": DECAYS,
+    "foreign": ("omit", "text"),
     "aggregate": ("response", "scored"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
@@ -199,6 +200,8 @@ class Config:
     clamp: float = _doc(10.0, "largest absolute advantage (the paper: 10)")
     max_chunk_tokens: int = _doc(6, "chunks with more tokens on a side are unscored, 0: no limit (the paper: 6)")
     score_stop: bool = _doc(True, "score ends of turns, and measure them; a base teacher does not know when to stop")
+    score_markers: bool = _doc(True, "score markers of thoughts and tool calls, and measure them")
+    foreign: str = _doc("omit", "thoughts and calls for which the teacher has no format: omit, or score them as text")
     clip_low: float = _doc(0.2, "PPO's lower clip (the paper: 0.2)")
     clip_high: float = _doc(0.28, "PPO's upper clip (the paper: 0.28)")
     clip_dual: float = _doc(10.0, "PPO's dual clip (the paper: 10)")

@@ -112,7 +112,7 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
             own = roller.all_logprobs(rollouts.batch)  # which needs every rank where the student is sharded
             if failure is not None:
                 continue
-            gap, bytes_of = rollouts.gap(own, stops=config.score_stop)
+            gap, bytes_of = rollouts.gap(own, stops=config.score_stop, markers=config.score_markers)
             counts += coverage_counts(rollouts.batch.index)
             answers = roller.tokenizer.batch_decode(rollouts.batch.student_ids, skip_special_tokens=True)
             found += zip(batch, gap.tolist(), bytes_of.tolist(), answers, strict=True)

@@ -58,23 +58,25 @@ class Rollouts:
         """The same as they were sampled: with those of the skipped rows."""
         return [self.skipped.get(b, length) for b, length in enumerate(self.lengths)]
 
-    def gap(self, logprobs: Tensor, *, stops: bool) -> tuple[Tensor, Tensor]:
+    def gap(self, logprobs: Tensor, *, stops: bool, markers: bool) -> tuple[Tensor, Tensor]:
         """Nats between student and teacher, and bytes that they are of: `losses.chunk_gap`, of several weighted.
 
         Args:
             logprobs: float32 `[B, Ts]`, the student's.
             stops: whether ends of turns count.
+            markers: whether markers of thoughts and tool calls do.
         """
+        counted = {"stops": stops, "markers": markers}
         if not self.views:
             assert self.teacher is not None
-            return chunk_gap(logprobs, self.teacher.logprobs, self.batch.index, stops=stops)
+            return chunk_gap(logprobs, self.teacher.logprobs, self.batch.index, **counted)
         nats, nbytes = (torch.zeros(len(logprobs), device=logprobs.device) for _ in range(2))
         for view in self.views:
             assert view.scores is not None
             rows = torch.tensor(list(view.at), device=logprobs.device)
             weights = torch.tensor([view.weights[b] for b in view.at], device=logprobs.device)
             own = logprobs[rows, : view.batch.completion_mask.shape[1]]
-            part = chunk_gap(own, view.scores.logprobs, view.batch.index, stops=stops)
+            part = chunk_gap(own, view.scores.logprobs, view.batch.index, **counted)
             nats.index_add_(0, rows, weights * part[0])
             nbytes.index_add_(0, rows, weights * part[1].float())
         return nats, nbytes

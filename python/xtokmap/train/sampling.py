@@ -41,8 +41,8 @@ class Roller:
     ) -> None:
         self.student, self.tokenizer, self.teacher, self.config = student, tokenizer, teacher, config
         self.processes, self.sampler = processes or Processes(), sampler
-        settings = asdict(config.loss_settings)
-        self.pair = Pair(tokenizer, teacher.tokenizer, config.rule, plain_template=config.plain_template, **settings)
+        how = {"plain_template": config.plain_template, "foreign": config.foreign, **asdict(config.loss_settings)}
+        self.pair = Pair(tokenizer, teacher.tokenizer, config.rule, **how)
         self.aligner = self.pair.aligner
         self.device = next(student.parameters()).device
         self.stop_id = stop_id(tokenizer)
@@ -57,7 +57,7 @@ class Roller:
     @cached_property
     def from_teacher(self) -> Aligner:
         """The other way round, for samples of the teacher."""
-        return Aligner(self.teacher.tokenizer, self.tokenizer)
+        return self.aligner.swapped()
 
     def roll(self, prompts: Sequence[PromptLike], config: Config | None = None) -> Rollouts:
         """One batch: sampled, retokenized, aligned, scored by the teacher; by `config` instead of the roller's own."""
@@ -116,19 +116,17 @@ class Roller:
         prompts = prompts_of(prompts)
         if prompt_ids is None:
             prompt_ids = render(self.tokenizer, prompts, config.plain_template)
+        asked = prompt_ids, self.teacher.render(prompts)
         with clock("retokenize"):
             if config.method == "opd":
-                aligner, stop = self.aligner, self.teacher.stop_id
+                completions, teacher_ids = answers, self.aligner._answers(asked, answers, self.teacher.stop_id)
             else:
-                aligner, stop = self.from_teacher, self.stop_id
-            other = [row.tolist() for row in aligner.teacher_ids(answers, stop_id=stop)]
-            completions, teacher_ids = (answers, other) if config.method == "opd" else (other, answers)
+                completions, teacher_ids = self.from_teacher._answers(asked[::-1], answers, self.stop_id), answers
         with clock("align"):
-            pair, teacher_prompts = self.pair.with_loss(config.rule), self.teacher.render(prompts)
-            batch = pair.aligned(prompt_ids, completions, teacher_prompts, teacher_ids, device=self.device)
+            batch = self.pair.aligned(asked[0], completions, asked[1], teacher_ids, device=self.device)
             rollouts = Rollouts(prompts, batch, completed, clock.seconds)
-            longer, why = self.teacher.too_long(teacher_prompts, teacher_ids)
-            return rollouts.without(longer, why, pair) if longer else rollouts
+            longer, why = self.teacher.too_long(asked[1], teacher_ids)
+            return rollouts.without(longer, why, self.pair) if longer else rollouts
 
     def score(self, rollouts: Rollouts, config: Config | None = None) -> Rollouts:
         """The batch with what the teacher thinks of it, where the loss asks for it; the student is not touched.

@@ -84,7 +84,7 @@ class Others:
     def __init__(self, pair: Pair, teachers: Mapping[str, Teacher], domains: Mapping[str, Mapping[str, float]]) -> None:
         self.names = (FIRST, *teachers)
         self.domains = domains
-        how = {"plain_template": pair.plain_template, **asdict(pair.settings)}
+        how = {"plain_template": pair.plain_template, "foreign": pair.aligner.foreign, **asdict(pair.settings)}
         self.teachers = {
             name: (teacher, Pair(pair.tokenizers[0], teacher.tokenizer, pair.rule, **how))
             for name, teacher in teachers.items()

@@ -59,8 +59,10 @@ class Samples:
             theirs = rollouts.teacher.logprobs.to(logprobs.device)
             gap = index.sum_student(logprobs) - index.sum_teacher(theirs)
             usable = (index.student_count > 0) & (index.teacher_count > 0) & torch.isfinite(gap)
-            if not roller.config.score_stop:
-                usable &= index.kind != int(Kind.STOP)
+            config = roller.config
+            for which, scored in ((Kind.STOP, config.score_stop), (Kind.MARKER, config.score_markers)):
+                if not scored:
+                    usable &= index.kind != int(which)
             b, g = divmod(int(torch.where(usable, gap.abs(), -1).argmax()), gap.shape[1])
             least = kept["gap"][-1]["gap"] if len(kept["gap"]) == KEEP["gap"] else 0.0
             if usable[b, g] and abs(float(gap[b, g])) > abs(least):
