@@ -82,7 +82,7 @@ def test_five_steps_over_the_wire_are_those_with_the_teacher_here(server, tmp_pa
     for name, changes in (("here", {}), ("served", {"teacher_url": server.url, "teacher_timeout": 300.0})):
         config = Config(
             student=str(folder(demo.STUDENT)), teacher=str(folder(demo.TEACHER)), prompts=str(prompts), steps=5,
-            output=str(tmp_path / name), batch_size=4, max_new_tokens=24, learning_rate=1e-5, device="cpu",
+            output=str(tmp_path / name), batch_size=2, max_new_tokens=12, learning_rate=1e-5, device="cpu",
             save_every=0, report_every=0, **changes,
         )  # fmt: skip
         runs.append([line["loss"] for line in train(config).metrics])
