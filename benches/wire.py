@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 import tempfile
 import threading
 import time
@@ -152,6 +151,7 @@ class Case:
 def whole_rows(url: str, case: Case) -> tuple[float, float]:
     """Bytes and seconds of a token whose whole row comes as JSON."""
     teacher = ServerTeacher(url, case.tokenizer, topk=case.model.config.vocab_size, timeout=600.0)
+    teacher.client.connect(case.rows[0][:4])
     Counted.clear()
     start = time.perf_counter()
     teacher.score([[*case.prompts[0], *case.rows[0]][:1]], [case.rows[0][:WHOLE]], keep=True)
@@ -257,7 +257,9 @@ def main() -> None:
             teacher = ServerTeacher(args.vllm or args.pooling, tokenizer, **options)  # type: ignore[arg-type]
             found.append(case.measured("vLLM's pooling runner, hidden states", teacher))
         by_name = {one["name"].partition(", ")[2]: one["up"] + one["down"] for one in found[:5]}
-        command = " ".join(["python benches/wire.py", *sys.argv[1:]])
+        given = {"--teacher DIR": args.teacher, "--student DIR": args.student, "--vllm URL": args.vllm}
+        given |= {"--pooling URL": args.pooling}
+        command = " ".join(["python benches/wire.py", *(flag for flag, value in given.items() if value)])
         lines = [
             "# A served teacher's rows over the wire",
             "",
