@@ -34,7 +34,7 @@ def test_fields(index):
     assert index.student_count.tolist() == [[2, 1, 1, 1], [1, 0, 0, 0], [0] * 4]
     assert index.teacher_count.tolist() == [[1, 1, 2, 1], [1, 0, 0, 0], [0] * 4]
     assert {getattr(index, name).dtype for name in ("student_chunk", "kind", "student_len")} == {torch.int64}
-    assert coverage_counts(index).tolist() == [2, 1, 2, 0, 0, 1]
+    assert coverage_counts(index).tolist() == [2, 1, 2, 0, 0, 1, 0]
     assert index.teacher_pos.tolist() == [[0, 0, 1, 2, 4], [0, -1, -1, -1, -1], [-1] * 5]
     assert index.teacher_off.tolist() == [[0, 4, 0, 0, 0], [0, -1, -1, -1, -1], [-1] * 5]
     assert index.kind_of_student().tolist() == [[2, 2, 0, 1, 5], [0, -1, -1, -1, -1], [-1] * 5]
