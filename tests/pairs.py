@@ -84,7 +84,7 @@ def tokenizer(name: str) -> Tokenizer:
 def aligner(student: str, teacher: str) -> xtokmap.Aligner:
     """As `Aligner(student tokenizer, teacher tokenizer)`, with tables and codecs that are made once."""
     al = xtokmap.Aligner(tokenizer(student).table, tokenizer(teacher).table)
-    al._codec = tokenizer(teacher).codec
+    al._teacher_codec = tokenizer(teacher).codec
     return al
 
 
