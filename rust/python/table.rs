@@ -176,7 +176,7 @@ impl PyByteTable {
 
     /// By its arrays: two large ones instead of an object for each token.
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
-        Ok((slf.get_type().getattr("from_arrays")?, slf.get().to_arrays(slf.py())?))
+        caught(|| Ok((slf.get_type().getattr("from_arrays")?, slf.get().to_arrays(slf.py())?)))
     }
 
     #[getter]
