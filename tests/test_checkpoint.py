@@ -384,7 +384,7 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path):
         train(Config(**values), models=tiny.pair())
 
 
-@pytest.mark.parametrize("at", [1, 3, 9, 15, 18, 21, 24, 31])
+@pytest.mark.parametrize("at", [1, 9, 24, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 15, 18, 21, 31))])
 def test_a_process_that_dies_while_it_saves(tmp_path, whole, at):
     """At several of the moments around every write, flush, rename and removal; the others are marked slow."""
     values = killable.settings(tmp_path)

@@ -970,7 +970,7 @@ def test_figures_say_what_was_scored():
     mask = torch.tensor([[True, True, True, False]])
     byte = byte_kl(Logits(x), Logits(z), case.index, case.vm, case.queries, mask=mask)
     assert byte.figures["scored"].item() == 1
-    assert byte.figures["kinds"].tolist() == [1, 0, 2, 0, 0, 0]
+    assert byte.figures["kinds"].tolist() == [1, 0, 2, 0, 0, 0, 0]
     assert not any(figure.requires_grad for figure in byte.figures.values())
 
 

@@ -66,7 +66,7 @@ def url():
         yield server.url
 
 
-@pytest.mark.parametrize("how", ["plain", "sharded", "overlap", "states"])
+@pytest.mark.parametrize("how", ["plain", "sharded", pytest.param("overlap", marks=pytest.mark.slow), "states"])
 def test_two_processes_stop_together_and_resume_to_the_bit(tmp_path, how, url):
     sharded = how == "sharded"
     prompts = tmp_path / "p.jsonl"

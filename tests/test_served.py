@@ -860,7 +860,7 @@ def faulty_run(prompts, model, capsys, fault, at):
 KINDS = [*faults.FAULTS, *faults.LIES]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_fault_of_any_kind_costs_its_batch(prompts, model, capsys, overlap):
     plan = faults.Plan()
     with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
