@@ -22,6 +22,7 @@ import torch._dynamo
 from safetensors.torch import load_file
 
 import tiny
+from xtokmap.train import run as running
 from xtokmap.train.config import Config
 from xtokmap.train.loop import train
 from xtokmap.train.support import checkpoint
@@ -31,6 +32,19 @@ TIMINGS = ("time", "seconds", "hidden_seconds", "tokens_per_second")
 #: Forks of a process that has imported everything and run nothing: a new one is there at once, with no threads.
 processes: Any = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["killable"])
+
+
+def stop_in_step(patch: pytest.MonkeyPatch, number: int) -> None:
+    """SIGTERM comes in the middle of this step of a run, counted from 1."""
+    update, calls = running.update, []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    patch.setattr(running, "update", stopping)
 
 
 def serve() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from dataclasses import replace
 
 import pytest
@@ -217,20 +215,12 @@ def test_old_samples_are_corrected_by_the_servers_logprobs(prompts, server):
 
 
 def test_both_sides_elsewhere_overlapped_and_gone_on_with(prompts, server, monkeypatch):
-    step, calls = running.update, []
-
-    def stopping(*args):
-        calls.append(0)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
-
     with faults.serving(tiny.teacher_model(), tiny.teacher_tokenizer()) as teacher:
         settings = config(prompts, server, teacher_url=teacher.url, overlap=True, save_every=50, eval_samples=0)
         whole = train(replace(settings, output=settings.output + "-whole"), models=tiny.pair())
         assert [line["sampler"]["staleness"] for line in whole.metrics] == [0, 1, 1, 1]
         with monkeypatch.context() as patch:
-            patch.setattr(running, "update", stopping)
+            killable.stop_in_step(patch, 2)
             assert train(settings, models=tiny.pair()).interrupted
         result = train(replace(settings, resume=True), models=tiny.pair())
     assert killable.left(result.output) == killable.left(whole.output)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
 import threading
 import time
 from dataclasses import replace
@@ -972,20 +970,13 @@ def test_a_lost_batch_is_left_out_with_overlap(prompts, model, capsys):
 
 
 def test_an_overlapped_run_that_was_stopped_goes_on_to_the_bit(prompts, model, monkeypatch):
-    def stopping(*args):
-        calls.append(0)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-
-    calls = []
     with faults.serving(model, tiny.teacher_tokenizer()) as server:
         settings = config(
             prompts, teacher_url=server.url, overlap=True, eval_samples=0, save_every=50, steps=5, updates=2
         )
         whole = train(replace(settings, output=settings.output + "-whole"), models=tiny.pair())
         with monkeypatch.context() as patch:
-            patch.setattr(running, "update", stopping)
+            killable.stop_in_step(patch, 3)
             stopped = train(settings, models=tiny.pair())
         assert stopped.interrupted
         assert len(stopped.metrics) == 3

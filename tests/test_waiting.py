@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import threading
 from dataclasses import replace
 
@@ -412,21 +410,11 @@ def test_rows_that_are_refused_are_named_when_all_others_are_answered(model):
 
 
 def test_what_was_skipped_ahead_is_known_after_a_resume(prompts, model, monkeypatch):
-    from xtokmap.train import run as running
-
-    step, calls = running.update, []
-
-    def stopping(*args):
-        calls.append(0)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
-
     with faults.serving(model, tiny.teacher_tokenizer(), limits=Limits(max_length=LONGEST)) as server:
         settings = config(prompts, teacher_url=server.url, overlap=True, save_every=50, steps=4)
         whole = train(replace(settings, output=settings.output + "-whole"), models=tiny.pair())
         with monkeypatch.context() as patch:
-            patch.setattr(running, "update", stopping)
+            killable.stop_in_step(patch, 2)
             assert train(settings, models=tiny.pair()).interrupted
         result = train(replace(settings, resume=True), models=tiny.pair())
     assert sum(line["skipped_rows"] for line in result.metrics) > 0
