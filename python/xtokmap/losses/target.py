@@ -174,9 +174,7 @@ class TransferTarget:
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """In the place of logits that are nobody else's."""
-    if x.is_inference() or x._is_view():
-        return torch.softmax(x, -1)
+    """In the place of logits that are nobody else's, as those that `Logits.at` picks are."""
     x.sub_(x.amax(-1, keepdim=True)).exp_()
     return x.div_(x.sum(-1, keepdim=True))
 

@@ -140,15 +140,16 @@ class Roller:
             return self._scored(rollouts, config)
 
     def _scored(self, rollouts: Rollouts, config: Config) -> Rollouts:
+        pair = self.pair.with_loss(config.rule)
         try:
-            scores = self.pair.with_loss(config.rule).scores(self.teacher, rollouts.batch)
+            scores = pair.scores(self.teacher, rollouts.batch)
         except RowRefusedError as error:
             if not error.rows:
                 raise
             return self._scored(rollouts.without(error.rows, str(error), self.pair), config)
         rollouts = replace(rollouts, teacher=scores)
         if self.others is not None:
-            rollouts.views = self.others.views(rollouts, self.pair.with_loss(config.rule))
+            rollouts.views = self.others.views(rollouts, pair)
         return rollouts
 
     def rows(self, batch: PairBatch) -> Logits:
