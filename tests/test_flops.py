@@ -77,23 +77,26 @@ def test_sampling_with_a_cache(make):
 
 
 @pytest.mark.parametrize(
-    ("method", "loss", "slack"),
+    ("method", "loss", "anchor", "slack"),
     [
-        ("opd", "prior", 0.01),
-        ("opd", "cover", 0.01),
-        ("sft", "auto", 0.01),
+        ("opd", "prior", 0.0, 0.01),
+        ("opd", "prior", 0.1, 0.01),
+        ("opd", "cover", 0.0, 0.01),
+        ("sft", "auto", 0.0, 0.01),
         # Rows without a signal are not worked out.
-        ("opd", "transfer_kl", 0.2),
-        ("opd", "byte_kl", 0.2),
+        ("opd", "transfer_kl", 0.0, 0.2),
+        ("opd", "byte_kl", 0.0, 0.2),
         # An untrained teacher's samples are half U+FFFD, which is aligned and has no signal.
-        ("kd", "transfer_kl", 0.4),
+        ("kd", "transfer_kl", 0.0, 0.4),
     ],
 )
-def test_a_step(method, loss, slack):
+def test_a_step(method, loss, anchor, slack):
     student, tokenizer, teacher, teacher_tokenizer = tiny.pair()
     for model in (student, teacher):
         model.set_attn_implementation("eager")
-    settings = Config(method=method, loss=loss, micro_batch=1, max_new_tokens=20, max_chunk_tokens=0, batch_size=1)
+    settings = Config(
+        method=method, loss=loss, anchor=anchor, micro_batch=1, max_new_tokens=20, max_chunk_tokens=0, batch_size=1
+    )
     roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer, micro_batch=1), settings)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     torch.manual_seed(0)
@@ -104,7 +107,7 @@ def test_a_step(method, loss, slack):
     rollouts = kept["rollouts"]
     lengths = [[len(row) for row in side] for side in rollouts.batch.sides]
     flops = StepFlops(ModelFlops.of(student), ModelFlops.of(teacher))
-    found = flops.step(settings.loss_rule, *lengths, on_policy=method == "opd")
+    found = flops.step(settings.loss_rule, *lengths, on_policy=method == "opd", anchored=anchor > 0)
     assert found["sample"] + found["teacher"] == pytest.approx(rolled, rel=0.01)
     assert 0.99 * updated < found["update"] < (1 + slack) * updated
     assert (found["teacher"] == 0) == (method == "sft")

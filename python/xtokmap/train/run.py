@@ -314,8 +314,10 @@ class Run:
         own: dict[str, Any] = {}
         if self.flops is not None:
             lengths = [[len(row) for row in side] for side in rollouts.batch.sides]
-            on_policy = config.method == "opd"
-            own["flops"] = self.flops.step(config.loss_rule, *lengths, updates=config.updates, on_policy=on_policy)
+            on_policy, anchored = config.method == "opd", config.anchor > 0
+            own["flops"] = self.flops.step(
+                config.loss_rule, *lengths, updates=config.updates, on_policy=on_policy, anchored=anchored
+            )
             for view in rollouts.views[1:]:
                 flops, sides = self.more_flops.get(view.name), [[len(row) for row in side] for side in view.batch.sides]
                 own["flops"]["teacher"] += flops.step(config.loss_rule, *sides)["teacher"] if flops else 0

@@ -104,6 +104,7 @@ class StepFlops:
         *,
         updates: int = 1,
         on_policy: bool = True,
+        anchored: bool = False,
     ) -> dict[str, int]:
         """FLOPs of sampling, of the teacher's scoring and of the updates.
 
@@ -116,6 +117,7 @@ class StepFlops:
             teacher_completions: teacher tokens of every answer.
             updates: optimizer steps on these samples.
             on_policy: whether the student sampled.
+            anchored: whether it is held to what it was.
         """
         rows = [p + n for p, n in zip(prompts, completions, strict=True)]
         teacher_rows = [p + n for p, n in zip(teacher_prompts, teacher_completions, strict=True)]
@@ -125,6 +127,9 @@ class StepFlops:
         student_passes, teacher_passes = rule.head_passes
         forward = self.student.forward(rows, 0)
         update = 3 * forward + 2 * n * (self.student.head * student_passes + self.teacher.head * teacher_passes)
+        if anchored:
+            # What it was: a pass, with the head. Its KL: logits, and gradients of the states and of the head.
+            update += self.student.forward(rows, n) + 3 * 2 * n * self.student.head
         old = self.student.forward(rows, n) if updates > 1 and rule.on_policy else 0
         return {
             "sample": sampler.generate(*of),
