@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -15,7 +14,7 @@ import reproduce
 import xtokmap
 from reproduce import families, runs, tables
 from reproduce.families import ARRANGEMENTS, STUDENT_TEMPLATE, encode, teacher_template, tokenizer
-from reproduce.tasks import TASKS, Addition, Chain, final, problem_of, solve
+from reproduce.tasks import TASKS, Addition, Chain, final, is_plain, problem_of, solve
 from xtokmap import Aligner
 
 ADDITION = Addition()
@@ -105,7 +104,7 @@ def test_wrong_numbers_are_not_learnt(cut):
 def run_of(method, seed, points):
     flops = [{"sample": 0, "teacher": 0, "update": cost} for cost, _ in points]
     found = [
-        {"step": k, "flops": f, "seconds": 2.0 * k, "greedy": right, "sampled": right / 2}
+        {"step": k, "flops": f, "seconds": 2.0 * k, "greedy": right, "sampled": right / 2, "plain": 1.0}
         for k, (f, (_, right)) in enumerate(zip(flops, points, strict=True))
     ]
     names = {"task": "addition", "arrangement": "crossing", "ways": 8, "rate": 1e-3, "steps": len(points) - 1}
@@ -128,8 +127,13 @@ def test_ratios_pair_the_seeds_and_say_what_they_do_not_know():
     ratio = tables.Ratio(slow, fast, 0.4)
     assert ratio.mean == pytest.approx(20)
     assert tables.Ratio(slow, fast, 0.2, measure="sampled").mean == pytest.approx(20)
-    assert tables.gains({"sft": slow, "opd": fast}) == pytest.approx(
-        {"nine tenths of what sft gains": 0.36, "half of the best gain": 0.2}
+    assert tables.gains({"sft": slow, "opd transfer_kl": fast}) == pytest.approx(
+        {
+            "nine tenths of what sft gains": 0.36,
+            "a quarter of what transfer_kl gains": 0.1,
+            "half of what transfer_kl gains": 0.2,
+            "three quarters of what transfer_kl gains": 0.3,
+        }
     )
     half = 12.706 * math.log(2)  # one degree of freedom; the logarithms are log 20 -+ log 2
     assert ratio.low == pytest.approx(20 / math.exp(half))
@@ -152,27 +156,109 @@ def test_intervals_are_students():
     assert math.isnan(tables.interval([1.0])[1])
 
 
-def test_the_sweep_takes_the_rate_with_the_most_right_answers():
-    curves = {1e-4: (0.3, 0.3), 1e-3: (0.5, 0.4), 3e-3: (0.1, 0.6)}
-    rows = [
-        {**run_of("sft", 100, [(0, 0.2), (10, first), (20, last)]), "rate": rate}
-        for rate, (first, last) in curves.items()
+def test_a_curve_has_the_ends_of_runs_and_nothing_from_their_middle():
+    short, long = (run_of("sft", 0, [(0, 0.2), (cost, right)]) for cost, right in ((10, 0.3), (90, 0.7)))
+    short, long = {**short, "steps": 5}, {**long, "steps": 50}
+    (curve,) = tables.curves([long, short])
+    assert [(p["greedy"], tables.cost(p, tables.ALL)) for p in curve["points"]] == [(0.2, 0), (0.3, 10), (0.7, 90)]
+    assert len(tables.curves([short, {**long, "seed": 1}])) == 2
+
+
+def test_a_gain_stands_beside_that_of_right_answers_alone():
+    cell = {
+        "right answers": [run_of("right answers", seed, [(0, 0.2), (10, 0.3)]) for seed in (0, 1)],
+        "opd transfer_kl": [run_of("opd transfer_kl", seed, [(0, 0.2), (10, 0.6)]) for seed in (0, 1)],
+    }
+    alone, taught = tables.cell_table(cell)[2:]
+    assert "| +0.400 ± 0.000 | +0.100 ± 0.000 | +0.200 ± 0.000 | +0.050 ± 0.000 | 100% |" in taught
+    assert "| +0.100 ± 0.000 |  | +0.050 ± 0.000 |  | 100% |" in alone
+
+
+def test_the_drift_table_has_the_longest_runs_of_the_seeds_that_were_held():
+    def run(method, seed, right):
+        return {**run_of(method, seed, [(0, 0.2), (10, right)]), "steps": 1}
+
+    cell = {
+        "opd transfer_kl": [run("opd transfer_kl", seed, 0.6 + seed / 10) for seed in (0, 1)],
+        "opd transfer_kl, anchor .1": [run("opd transfer_kl, anchor .1", 0, 0.9)],
+        "sft": [run("sft", 0, 0.1)],
+    }
+    assert tables.drift_table(cell)[2:] == [
+        "| opd transfer_kl | 0 | 0.600 | 0.300 | 100% |",
+        "| opd transfer_kl, anchor .1 | 0 | 0.900 | 0.450 | 100% |",
     ]
-    assert reproduce.choose_rates(rows) == {"addition crossing 8 sft": 1e-3}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_students_own_way_is_known_by_its_looks(name):
+    if name == "chain_sum":
+        pytest.importorskip("reasoning_gym")
+    task, rng = TASKS[name], random.Random(3)
+    for _ in range(100):
+        problem = task.draw(rng)
+        assert is_plain(solve(task, problem, 0, rng).text, problem)
+        assert is_plain(solve(task, problem, 0, rng, mistakes=1.0).text, problem)
+    found = [is_plain(solve(task, (12, 34, 56), way, rng).text, (12, 34, 56)) for way in range(8)]
+    assert found == [True] + [False] * 7
+    assert not is_plain("12+34=46;46+56=102#103", (12, 34, 56))
+
+
+def test_the_sweep_takes_the_rate_with_the_most_right_answers():
+    curves = {1e-4: 0.4, 1e-3: 0.7, 3e-3: 0.6}
+    rows = [{**run_of("sft", 100, [(0, 0.2), (10, last)]), "rate": rate} for rate, last in curves.items()]
+    assert reproduce.choose_rates(rows) == {("addition", 8, "sft"): 1e-3}
+
+
+def test_what_is_held_beside_another_method_has_its_rate_and_is_not_swept():
+    swept = list(reproduce._sweep(reproduce.FULL))
+    assert {s.method for s in swept}.isdisjoint(reproduce.SAME_RATE)
+    assert {s.arrangement for s in swept} == {"student_finer"}
+    rates = {(s.task, s.ways, s.method): float(len(s.method)) for s in swept}
+    made = list(reproduce._settings(reproduce.FULL, rates))
+    assert [s.seed for s in made] == sorted(s.seed for s in made)
+    for s in made:
+        assert s.rate == len(reproduce.SAME_RATE.get(s.method, s.method))
+    longest = {s.steps for s in made if "anchor" in s.method}
+    assert longest == {400}
+    assert {s.seed for s in made if "anchor" in s.method} == {0, 1, 2}
+
+
+def test_a_student_is_annealed_and_judged_as_such(monkeypatch):
+    monkeypatch.setattr(families, "ANNEALED", 3)
+    trained, judged = [], []
+    real = families.fit
+
+    def fit(model, draw, **how):
+        trained.append((how["seed"], how["steps"], how["rate"](0), how["rate"](2)))
+        real(model, draw, **how)
+
+    def share(model):
+        judged.append(model)
+        return len(judged) / 10
+
+    monkeypatch.setattr(families, "fit", fit)
+    made = families.fit_student("addition", "digits", seed=0, judged=share, target=0.5, steps=100)
+    # .1 is too far off to try; .2 and .3 annealed; .4 and .5 annealed.
+    assert len(judged) == 5
+    assert [steps for _, steps, *_ in trained] == [100, 3, 3]
+    rate = families.STUDENT_RATE
+    assert [k for *_, first, third in trained for k in (first, third)] == pytest.approx(
+        [rate / 50, rate * 3 / 50, rate, rate / 3, rate, rate / 3]
+    )
+    assert made is judged[-1]
+    assert made is not judged[-2]
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Everything of the comparison, too small to learn much; in this process, so that it is as small there."""
     monkeypatch.setattr(reproduce, "TEACHER_STEPS", dict.fromkeys(TASKS, 3))
-    monkeypatch.setattr(reproduce, "POINTS", {"opd": (1, 2), "kd": (1, 2), "sft": (1, 2)})
-    monkeypatch.setattr(reproduce, "SWEEP_POINTS", {"opd": (1,), "kd": (1,), "sft": (1,)})
-    monkeypatch.setattr(reproduce, "RATES", (1e-3,))
-    monkeypatch.setattr(reproduce, "FLOOR", 0.0)
+    monkeypatch.setattr(reproduce, "RATES", dict.fromkeys(("opd", "kd", "sft"), (1e-3,)))
+    monkeypatch.setattr(families, "ANNEALED", 2)
     for name, value in (("BATCH", 8), ("MAX_NEW_TOKENS", 12), ("JUDGED", 8), ("POOL", 24)):
         monkeypatch.setattr(runs, name, value)
     real = families.fit_student
-    monkeypatch.setattr(families, "fit_student", lambda *args, **how: real(*args, **{**how, "steps": 2}))
+    monkeypatch.setattr(families, "fit_student", lambda *args, **how: real(*args, **{**how, "steps": 20}))
     reproduce.bench.cache_clear()
     yield
     reproduce.bench.cache_clear()
@@ -199,26 +285,35 @@ class HereExecutor:
 
 def test_all_of_it_once_and_going_on_where_it_was(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(reproduce, "ProcessPoolExecutor", HereExecutor)
-    methods = tuple(runs.METHODS)
-    cells = (("addition", "crossing", 8, methods), ("addition", "crossing", 1, ("sft", "opd prior")))
-    monkeypatch.setattr(reproduce, "FULL", reproduce.Plan(cells, seeds=(0, 1), sweep_seeds=(100,)))
+    first = dict.fromkeys(runs.METHODS, (1,)) | {"sft": (1, 2), "right answers": (2,)}
+    cells = (
+        reproduce.Cell("addition", "crossing", 8, first),
+        reproduce.Cell("addition", "crossing", 1, {"sft": (1,), "opd transfer_kl": (1,)}, seeds=1),
+    )
+    monkeypatch.setattr(reproduce, "FULL", reproduce.Plan(cells, seeds=(0,), sweep_seeds=(100,)))
     threads = torch.get_num_threads()
     folder = reproduce.reproduce(tmp_path / "out")
     rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * (len(methods) + 2)
+    assert len(rows) == len(first) + 3
     for row in rows:
-        steps = [p["step"] for p in row["points"]]
-        assert steps == [0, 1, 2]
-        spent = [sum(p["flops"].values()) for p in row["points"]]
-        assert spent[0] == 0 < spent[1] < spent[2]
-        # The second batch asks for other problems than the first: 24 in all, 8 a step.
-        assert row["points"][2]["flops"]["sample"] > row["points"][1]["flops"]["sample"]
-        assert (row["points"][2]["flops"]["teacher"] == 0) == (row["method"] == "sft")
-        assert 0 < row["points"][1]["seconds"] < row["points"][2]["seconds"]
+        before, after = row["points"]
+        assert (before["step"], after["step"]) == (0, row["steps"])
+        assert sum(before["flops"].values()) == 0 < after["flops"]["update"]
+        assert (after["flops"]["teacher"] == 0) == (row["method"] == "sft" or row["method"] in runs.TEACHERLESS)
+        assert (after["flops"]["sample"] == 0) == (row["method"] in runs.TEACHERLESS)
+        assert after["seconds"] > 0
+    # The second batch asks for other problems than the first: 24 in all, 8 a step.
+    sampled = {
+        row["steps"]: row["points"][1]["flops"]["sample"]
+        for row in rows
+        if (row["method"], row["ways"], row["seed"]) == ("sft", 8, 0)
+    }
+    assert sampled[2] > sampled[1]
     text = (folder / "reproduction.md").read_text()
     assert "## addition, crossing, 8 ways" in text
     assert "## addition, crossing, 1 way\n" in text
-    assert all(f"| {method} |" in text for method in methods)
+    assert "### Drift" in text
+    assert all(f"| {method} |" in text for method in runs.METHODS)
     assert (folder / "reproduction-addition-8.png").read_bytes().startswith(b"\x89PNG")
 
     # One run is lost, and only that is made again, with the same result but for its time.
@@ -233,19 +328,6 @@ def test_all_of_it_once_and_going_on_where_it_was(small, monkeypatch, tmp_path, 
             del point["seconds"]
     assert again == lost
     assert torch.get_num_threads() == threads
-
-
-def test_a_run_that_falls_is_ended(small, tmp_path, monkeypatch):
-    made = {cut: tokenizer(cut, "addition") for cut in ("digits", "numbers")}
-    torch.manual_seed(0)
-    teacher = families.teacher_model(len(made["numbers"]))
-    bench = runs.Bench("addition", "student_finer", teacher, lambda seed: families.student_model(len(made["digits"])))
-    shares = iter([(0.5, 0.5), (0.2, 0.2), (0.4, 0.4), (0.2, 0.2), (0.1, 0.1)])
-    monkeypatch.setattr(runs.Bench, "judge_student", lambda *_: next(shares))
-    setting = runs.Setting("addition", "student_finer", 8, "opd prior", 1e-3, 0, 6)
-    found = bench.run(setting, (1, 2, 3, 4, 5, 6), floor=0.5)
-    assert [p["step"] for p in found["points"]] == [0, 1, 2, 3, 4]
-    assert {f.name for f in dataclasses.fields(setting)} < set(found)
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
@@ -265,7 +347,7 @@ def test_the_stored_teachers_can_do_their_task(name, cut):
     path = reproduce.teacher_path(Path(__file__).parents[1] / "benches" / "teachers", name, cut)
     teacher = reproduce._load(families.teacher_model(len(made)), path)
     problems = runs.heldout_problems(task, 64)
-    assert runs.judge(teacher, made, task, teacher_template(1), problems, greedy=True) > 0.95
+    assert runs.judge(teacher, made, task, teacher_template(1), problems, greedy=True).right > 0.95
 
 
 def test_the_student_and_the_teacher_are_asked_the_same_problem():

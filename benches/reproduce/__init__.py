@@ -14,7 +14,8 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reproduce import families, runs
-from reproduce.runs import METHODS, Bench, Pool, Setting
+from reproduce.runs import METHODS, TEACHERLESS, Bench, Pool, Setting
 from reproduce.tasks import TASKS, problem_of
 from xtokmap._core import XTokMapError
 from xtokmap.files import replacing
@@ -33,23 +34,38 @@ from xtokmap.files import replacing
 #: Steps of a teacher's training; differences and negative numbers take longer.
 TEACHER_STEPS = {"addition": 3000, "chain_sum": 6000}
 
-#: Learning rates that are tried for every method.
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+#: Learning rates that are tried, by how a method samples.
+RATES = {"opd": (1e-4, 3e-4, 1e-3), "kd": (1e-4, 3e-4), "sft": (1e-3, 3e-3)}
 
-#: Steps of a run by how it samples, and after which of them the student is judged.
-POINTS = {
-    "opd": (5, 10, 20, 40, 80, 120, 160),
-    "kd": (10, 25, 50, 100),
-    "sft": (20, 50, 100, 200, 400, 800, 1200),
+#: Whose rate it is that a method is run at, where not its own. What is held beside another method shares its rate.
+SAME_RATE = {
+    "right answers": "opd transfer_kl",
+    "right answers, sft's rate": "sft",
+    "opd transfer_kl, constant rate": "opd transfer_kl",
+    "opd transfer_kl, constant rate, anchor .1": "opd transfer_kl",
+    "opd transfer_kl, anchor .1": "opd transfer_kl",
+    "opd transfer_kl, anchor .5": "opd transfer_kl",
 }
-SWEEP_POINTS = {"opd": (20, 40, 60), "kd": (50,), "sft": (300, 600)}
 
-#: Fine-tuning on answers in few ways is where it will get after so many steps.
-FEW_WAYS_STEPS = 400
 
-#: On-policy runs end that are at less than half of where they started, twice on end: they do not come back. Fine-tuning
-#: and off-policy distillation begin with a fall.
-FLOOR = 0.5
+@dataclass(frozen=True)
+class Cell:
+    """One comparison.
+
+    Attributes:
+        task: name of the task.
+        arrangement: of the two tokenizers.
+        ways: in how many ways the teacher writes.
+        budgets: by method, the steps of its runs. Each budget is a run of its own, with a learning rate that falls to
+            nothing at its end: a point that is read in the middle of a longer run would be of another rate.
+        seeds: how many of the plan's seeds it is run on; None: all.
+    """
+
+    task: str
+    arrangement: str
+    ways: int
+    budgets: dict[str, tuple[int, ...]]
+    seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,41 +73,55 @@ class Plan:
     """What is run.
 
     Attributes:
-        cells: task, arrangement, ways and methods.
+        cells: the comparisons.
         seeds: reported.
         sweep_seeds: on which the learning rate is chosen; none of the reported.
     """
 
-    cells: tuple[tuple[str, str, int, tuple[str, ...]], ...]
+    cells: tuple[Cell, ...]
     seeds: tuple[int, ...]
     sweep_seeds: tuple[int, ...]
 
 
-_SOME = ("sft", "opd prior", "opd cover", "opd transfer_kl")
+_STEPS = (20, 80, 240)
+_FURTHER = {"right answers, sft's rate": (400,)}
+_EIGHT_WAYS = {"sft": (300, 1200), "opd prior": (240,), "opd transfer_kl": _STEPS, "right answers": _STEPS}
+_FEW_WAYS = {
+    "sft": (25, 100, 400), "opd prior": (240,), "opd transfer_kl": (20, 80, 400), "right answers": (20, 80, 400),
+}  # fmt: skip
+_ALL_LOSSES = {
+    "opd strict": (240,), "opd full": (240,), "opd cover": (240,), "opd byte_kl": (240,),
+    "kd transfer_kl forward": (100,),
+}  # fmt: skip
+_AGAINST_DRIFT: dict[str, tuple[int, ...]] = {
+    "opd transfer_kl": (400,), "opd transfer_kl, constant rate": (400,),
+    "opd transfer_kl, constant rate, anchor .1": (400,),
+    "opd transfer_kl, anchor .1": (400,), "opd transfer_kl, anchor .5": (400,),
+}  # fmt: skip
 
+#: The first cell of a task and number of ways is the one whose learning rates are swept.
 FULL = Plan(
     cells=(
-        ("addition", "student_finer", 8, tuple(METHODS)),
-        ("addition", "teacher_finer", 8, tuple(METHODS)),
-        ("addition", "crossing", 8, tuple(METHODS)),
-        ("addition", "student_finer", 1, _SOME),
-        ("addition", "student_finer", 2, _SOME),
-        ("chain_sum", "student_finer", 8, _SOME),
+        Cell("addition", "student_finer", 8, {**_EIGHT_WAYS, **_FURTHER, **_ALL_LOSSES}),
+        Cell("addition", "student_finer", 8, _AGAINST_DRIFT, seeds=3),
+        Cell("addition", "student_finer", 1, _FEW_WAYS),
+        Cell("addition", "student_finer", 2, _FEW_WAYS),
+        Cell("addition", "crossing", 8, {**_EIGHT_WAYS, **_FURTHER}),
+        Cell("addition", "teacher_finer", 8, {**_EIGHT_WAYS, **_FURTHER}),
+        Cell("chain_sum", "student_finer", 8, {**_EIGHT_WAYS, **_FURTHER}),
     ),
     seeds=(0, 1, 2, 3, 4),
     sweep_seeds=(100,),
 )
-QUICK = Plan(cells=(("addition", "student_finer", 8, _SOME),), seeds=(0, 1), sweep_seeds=())
+_QUICK = {"sft": (100, 300), "opd prior": (60,), "opd transfer_kl": (20, 60), "right answers": (20, 60)}
+QUICK = Plan(cells=(Cell("addition", "student_finer", 8, _QUICK),), seeds=(0, 1), sweep_seeds=())
 
 #: For a quick run: what the sweep of the full one chose.
-QUICK_RATES = {"sft": 3e-3, "opd prior": 3e-5, "opd cover": 1e-4, "opd transfer_kl": 1e-4}
-
-
-def points_of(method: str, ways: int, *, sweep: bool = False) -> tuple[int, ...]:
-    """After which steps a run of this method is judged; the last one is its length."""
-    points = (SWEEP_POINTS if sweep else POINTS)[METHODS[method].get("method", "opd")]
-    few = method == "sft" and ways < 8
-    return tuple(step for step in points if step <= FEW_WAYS_STEPS) if few else points
+QUICK_RATES = {
+    ("addition", 8, "sft"): 3e-3,
+    ("addition", 8, "opd prior"): 3e-4,
+    ("addition", 8, "opd transfer_kl"): 1e-3,
+}
 
 
 # ---- what the workers do -----------------------------------------------------------------------------------------
@@ -137,18 +167,18 @@ def student_path(folder: Path, task: str, cut: str, seed: int) -> Path:
 
 
 def make_student(folder: Path, task: str, cut: str, seed: int) -> dict[str, Any]:
-    """Trains a student until it gets half of other problems right at its likeliest, and keeps it."""
+    """Trains a student until, annealed, it gets half of other problems right at its likeliest, and keeps it."""
     made = families.tokenizer(cut, task)
     rng = random.Random("students")
     problems = [problem_of(TASKS[task], rng) for _ in range(128)]
 
-    def enough(model: Any) -> bool:
-        model.eval()
-        found = runs.judge(model, made, TASKS[task], families.STUDENT_TEMPLATE, problems, greedy=True)
-        model.train()
-        return found >= 0.5
+    def judged(model: Any) -> float:
+        training = model.training
+        found = runs.judge(model.eval(), made, TASKS[task], families.STUDENT_TEMPLATE, problems, greedy=True)
+        model.train(training)
+        return found.right
 
-    _save(families.fit_student(task, cut, seed=seed, until=enough), student_path(folder, task, cut, seed))
+    _save(families.fit_student(task, cut, seed=seed, judged=judged), student_path(folder, task, cut, seed))
     return {}
 
 
@@ -181,15 +211,15 @@ def make_answers(folder: Path, teachers: Path, task: str, arrangement: str, ways
     return {}
 
 
-def make_run(folder: Path, teachers: Path, setting: Setting, points: Sequence[int]) -> dict[str, Any]:
+def make_run(folder: Path, teachers: Path, setting: Setting) -> dict[str, Any]:
     """Trains and judges one student."""
     own = bench(folder, teachers, setting.task, setting.arrangement)
     on_policy = METHODS[setting.method].get("method", "opd") == "opd"
-    if not on_policy and setting.ways not in own.pools:
+    if not on_policy and setting.method not in TEACHERLESS and setting.ways not in own.pools:
         kept = json.loads(pool_path(folder, setting.task, own.cuts[1], setting.ways).read_text())
         answers = {prompt: (row, done) for prompt, (row, done) in kept["answers"].items()}
         own.pools[setting.ways] = Pool(answers, kept["seconds"])
-    return own.run(setting, points, floor=FLOOR if on_policy else 0.0)
+    return own.run(setting)
 
 
 def judge_teacher(folder: Path, teachers: Path, task: str, arrangement: str, ways: int) -> dict[str, Any]:
@@ -197,7 +227,8 @@ def judge_teacher(folder: Path, teachers: Path, task: str, arrangement: str, way
     own = bench(folder, teachers, task, arrangement)
     template, tok = families.teacher_template(ways), own.teacher_tokenizer
     right = [runs.judge(own.teacher, tok, own.task, template, own.problems, greedy=g) for g in (True, False)]
-    return {"task": task, "arrangement": arrangement, "ways": ways, "greedy": right[0], "sampled": right[1]}
+    greedy, sampled = (one.right for one in right)
+    return {"task": task, "arrangement": arrangement, "ways": ways, "greedy": greedy, "sampled": sampled}
 
 
 def _start_worker() -> None:
@@ -234,21 +265,16 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def _run_all(
-    pool: ProcessPoolExecutor,
-    title: str,
-    path: Path,
-    settings: Iterable[Setting],
-    folders: tuple[Path, Path],
-    sweep: bool,
+    pool: ProcessPoolExecutor, title: str, path: Path, settings: Iterable[Setting], folders: tuple[Path, Path]
 ) -> list[dict[str, Any]]:
     """Runs what `path` does not have yet, and adds it there."""
     wanted = list(dict.fromkeys(settings))
     have = runs.read(path)
     jobs = [
         Job(
-            f"{s.task} {s.arrangement} {s.ways} {s.method} rate {s.rate:g} seed {s.seed}",
+            f"{s.task} {s.arrangement} {s.ways} {s.method} {s.steps} steps rate {s.rate:g} seed {s.seed}",
             make_run,
-            (*folders, s, points_of(s.method, s.ways, sweep=sweep)),
+            (*folders, s),
         )
         for s in wanted
         if s.key not in have
@@ -259,17 +285,38 @@ def _run_all(
     return [have[s.key] for s in wanted]
 
 
-def choose_rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """For every cell and method the rate with the most right answers over the sweep's points, greedy and at T = 1.
+def _sweep(plan: Plan) -> Iterator[Setting]:
+    """Every rate for every method, at its longest, in the first cell of a task and number of ways."""
+    swept = set()
+    for cell in plan.cells:
+        for method, budgets in cell.budgets.items():
+            name = (cell.task, cell.ways, method)
+            if method in SAME_RATE or name in swept:
+                continue
+            swept.add(name)
+            for seed in plan.sweep_seeds:
+                for rate in RATES[METHODS[method].get("method", "opd")]:
+                    yield Setting(cell.task, cell.arrangement, cell.ways, method, rate, seed, budgets[-1])
 
-    The mean of the points, as a rate should be quick as well as get far, and as one point of one seed is noisy.
-    """
-    scores: dict[str, dict[float, list[float]]] = {}
+
+def choose_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int, str], float]:
+    """For every task, number of ways and method the rate with the most right answers, greedy and at T = 1."""
+    scores: dict[tuple[str, int, str], dict[float, list[float]]] = {}
     for row in rows:
-        name = f"{row['task']} {row['arrangement']} {row['ways']} {row['method']}"
-        right = statistics.mean(point["greedy"] + point["sampled"] for point in row["points"][1:])
+        name = (row["task"], row["ways"], row["method"])
+        right = row["points"][-1]["greedy"] + row["points"][-1]["sampled"]
         scores.setdefault(name, {}).setdefault(row["rate"], []).append(right)
     return {name: max(by_rate, key=lambda rate: statistics.mean(by_rate[rate])) for name, by_rate in scores.items()}
+
+
+def _settings(plan: Plan, rates: Mapping[tuple[str, int, str], float]) -> Iterator[Setting]:
+    """The plan's runs, seed by seed, so that a run which is cut off has whole seeds."""
+    for k, seed in enumerate(plan.seeds):
+        for cell in plan.cells:
+            for method, budgets in cell.budgets.items():
+                rate = rates[cell.task, cell.ways, SAME_RATE.get(method, method)]
+                for steps in budgets if cell.seeds is None or k < cell.seeds else ():
+                    yield Setting(cell.task, cell.arrangement, cell.ways, method, rate, seed, steps)
 
 
 def reproduce(
@@ -296,7 +343,8 @@ def reproduce(
         XTokMapError: `reasoning-gym` is wanted and not installed.
     """
     plan = QUICK if quick else FULL
-    if any(task == "chain_sum" for task, *_ in plan.cells):
+    cells = dict.fromkeys((cell.task, cell.arrangement, cell.ways) for cell in plan.cells)
+    if any(task == "chain_sum" for task, *_ in cells):
         try:
             import reasoning_gym  # noqa: F401
         except ImportError as error:
@@ -306,7 +354,7 @@ def reproduce(
     stored = Path(teachers) if teachers is not None else folder / "teachers"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), context, _start_worker) as pool:
-        cuts = dict.fromkeys((task, families.ARRANGEMENTS[arrangement]) for task, arrangement, *_ in plan.cells)
+        cuts = dict.fromkeys((task, families.ARRANGEMENTS[arrangement]) for task, arrangement, _ in cells)
         needed = dict.fromkeys((task, cut) for task, (_, cut) in cuts)
         if not all(teacher_path(stored, *one).exists() for one in needed):
             stored = folder / "teachers"
@@ -314,7 +362,10 @@ def reproduce(
         jobs = [Job(f"{task} {cut}", make_teacher, (stored, task, cut)) for task, cut in missing]
         list(_carry_out(pool, "teachers", jobs))
 
-        wanted = dict.fromkeys((task, s, seed) for task, (s, _) in cuts for seed in (*plan.sweep_seeds, *plan.seeds))
+        wanted = dict.fromkeys(
+            (one.task, families.ARRANGEMENTS[one.arrangement][0], one.seed)
+            for one in (*_sweep(plan), *_settings(plan, defaultdict(float)))
+        )
         jobs = [
             Job(f"{task} {cut} {seed}", make_student, (folder, task, cut, seed))
             for task, cut, seed in wanted
@@ -325,13 +376,13 @@ def reproduce(
         folders = (folder, stored)
         jobs = [
             Job(f"{task} {arrangement} {ways}", make_answers, (*folders, task, arrangement, ways))
-            for task, arrangement, ways, _ in plan.cells
+            for task, arrangement, ways in cells
             if not pool_path(folder, task, families.ARRANGEMENTS[arrangement][1], ways).exists()
         ]
         list(_carry_out(pool, "teacher's answers", jobs))
         jobs = [
             Job(f"{task} {arrangement} {ways}", judge_teacher, (*folders, task, arrangement, ways))
-            for task, arrangement, ways, _ in plan.cells
+            for task, arrangement, ways in cells
         ]
         judged = sorted(
             _carry_out(pool, "teachers' own answers", jobs),
@@ -339,26 +390,9 @@ def reproduce(
         )
         (folder / "teachers.json").write_text(json.dumps(judged, indent=2) + "\n")
 
-        sweep = [
-            Setting(task, arrangement, ways, method, rate, seed, points_of(method, ways, sweep=True)[-1])
-            for seed in plan.sweep_seeds
-            for task, arrangement, ways, methods in plan.cells
-            for method in methods
-            for rate in RATES
-        ]
-        rows = _run_all(pool, "sweep of learning rates", folder / "sweep.jsonl", sweep, folders, True)
-        rates = choose_rates(rows)
-        settings = [
-            Setting(
-                task, arrangement, ways, method,
-                QUICK_RATES[method] if quick else rates[f"{task} {arrangement} {ways} {method}"],
-                seed, points_of(method, ways)[-1],
-            )
-            for seed in plan.seeds
-            for task, arrangement, ways, methods in plan.cells
-            for method in methods
-        ]  # fmt: skip
-        rows = _run_all(pool, "runs", folder / "runs.jsonl", settings, folders, False)
+        swept = _run_all(pool, "sweep of learning rates", folder / "sweep.jsonl", _sweep(plan), folders)
+        rates = QUICK_RATES if quick else choose_rates(swept)
+        rows = _run_all(pool, "runs", folder / "runs.jsonl", _settings(plan, rates), folders)
     from reproduce.tables import write_tables
 
-    return write_tables(folder, rows, runs.read(folder / "sweep.jsonl").values(), judged)
+    return write_tables(folder, rows, swept, judged)

@@ -7,6 +7,7 @@ behind it and the teacher with the digit before it.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
@@ -36,6 +37,9 @@ _CUTS: dict[str, tuple[str, int]] = {
     "before": (r"[-+=;#]?[0-9]", 160),
     "after": (r"[0-9][-+=;#]?", 160),
 }
+
+#: The learning rate of a student before it is handed over, and over how many steps it then falls to nothing.
+STUDENT_RATE, ANNEALED = 2e-3, 50
 
 #: Behind the problem; a teacher is told in how many ways it may answer.
 STUDENT_TEMPLATE = "{prompt}>"
@@ -141,22 +145,22 @@ def fit(
     draw: Callable[[random.Random], tuple[Tensor, Tensor]],
     *,
     steps: int,
-    rate: float,
+    rate: Callable[[int], float],
     seed: str,
     muon: bool = False,
     until: Callable[[int], bool] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> None:
-    """Supervised training from `draw`'s batches: AdamW, 50 steps of warm-up, then a cosine to a tenth of the rate.
+    """Supervised training from `draw`'s batches with AdamW.
 
     Args:
         model: what is trained; left in evaluation mode.
         draw: makes ids and labels from a random generator.
         steps: updates, at most.
-        rate: highest learning rate.
+        rate: the learning rate of a step, by how many there were before it.
         seed: of the generator.
         muon: train the matrices with Muon (Keller Jordan, 2024; in PyTorch from 2.9), which takes fewer steps.
-        until: asked after every step; ends the training when it says so. There is no cosine then.
+        until: asked after every step; ends the training when it says so.
         say: hears of the progress, every 250 steps.
     """
     rng = random.Random(seed)
@@ -164,17 +168,16 @@ def fit(
     matrices = [p for p in model.parameters() if muon and p.ndim == 2 and id(p) not in embeddings]
     own = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in own]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01)]
     if muon:
         if not hasattr(torch.optim, "Muon"):
             raise XTokMapError(f"torch {torch.__version__} has no Muon, which trains these models: 2.9 has it")
-        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     model.train()
     began = time.perf_counter()
     for step in range(steps):
-        cosine = 1.0 if until else 0.55 + 0.45 * math.cos(math.pi * step / steps)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate * min(1.0, (step + 1) / 50) * cosine
+            group["lr"] = rate(step)
         ids, labels = draw(rng)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -214,7 +217,10 @@ def fit_teacher(task: str, cut: str, *, steps: int, say: Callable[[str], None] |
             examples.append((problem, ways, solve(TASKS[task], problem, rng.randrange(ways), rng, mistakes)))
         return encode(made, task, examples, teacher_template)
 
-    fit(model, draw, steps=steps, rate=3e-3, seed=f"teacher {task} {cut}", muon=True, say=say)
+    def rate(step: int) -> float:
+        return 3e-3 * min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+    fit(model, draw, steps=steps, rate=rate, seed=f"teacher {task} {cut}", muon=True, say=say)
     return model
 
 
@@ -223,30 +229,47 @@ def fit_student(
     cut: str,
     *,
     seed: int,
-    until: Callable[[Any], bool],
+    judged: Callable[[Any], float],
+    target: float = 0.5,
     steps: int = 4000,
     say: Callable[[str], None] | None = None,
 ) -> Any:
     """A student that knows one way of writing, from right answers, and does not compute well.
 
+    Its training ends with a decay to nothing. A student that is stopped at a constant rate gets better from any
+    training at a small rate, by losing the noise of its own, and that would be taken for something it has learnt. So
+    the training goes on at a constant rate, and every 20 steps a copy of the model is annealed and judged.
+
     Args:
         task: name of the task.
         cut: of its tokenizer.
         seed: of its weights and of the answers.
-        until: asked every 10 steps whether the model is good enough.
-        steps: at most.
+        judged: a model's share of right answers.
+        target: the share that the annealed student is to reach.
+        steps: at most, before the decay.
         say: hears of the progress.
     """
     made = tokenizer(cut, task)
     torch.manual_seed(seed)
     model = student_model(len(made))
+    annealed: Any = None
 
     def draw(rng: random.Random) -> tuple[Tensor, Tensor]:
         problems = [problem_of(TASKS[task], rng) for _ in range(64)]
         return encode(made, task, [(p, 1, solve(TASKS[task], p, 0, rng)) for p in problems], lambda _: STUDENT_TEMPLATE)
 
     def enough(step: int) -> bool:
-        return step % 10 == 0 and until(model)
+        nonlocal annealed
+        # What is far from the target will not get there by the decay.
+        if step % 20 or (step < steps and judged(model) < target / 3):
+            return False
+        annealed = copy.deepcopy(model)
+        own = f"student {task} {cut} {seed} {step}"
+        fit(annealed, draw, steps=ANNEALED, rate=lambda k: STUDENT_RATE * (1 - k / ANNEALED), seed=own)
+        return judged(annealed) >= target
 
-    fit(model, draw, steps=steps, rate=3e-3, seed=f"student {task} {cut} {seed}", muon=True, until=enough, say=say)
-    return model
+    def rate(step: int) -> float:
+        return STUDENT_RATE * min(1.0, (step + 1) / 50)
+
+    fit(model, draw, steps=steps, rate=rate, seed=f"student {task} {cut} {seed}", until=enough, say=say)
+    return annealed

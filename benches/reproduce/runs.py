@@ -15,7 +15,7 @@ import torch
 
 from reproduce import families
 from reproduce.families import ARRANGEMENTS, STUDENT_TEMPLATE, teacher_template, tokenizer
-from reproduce.tasks import TASKS, Problem, Task, problem_of
+from reproduce.tasks import TASKS, Problem, Task, is_plain, problem_of, solve
 from xtokmap.chat import render
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.train.config import Config
@@ -23,20 +23,26 @@ from xtokmap.train.generation import sample
 from xtokmap.train.loop import Run
 from xtokmap.train.sampling import Roller
 
-#: What can be compared, as the fields of `Config` that make it.
+#: What can be compared, as the fields of `Config` that make it. The rate falls to nothing unless it says otherwise.
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft"},
+    "right answers": {"method": "sft"},
+    "right answers, sft's rate": {"method": "sft"},
     "kd transfer_kl forward": {"method": "kd", "loss": "transfer_kl", "beta": 0.0},
-    "kd byte_kl forward": {"method": "kd", "loss": "byte_kl", "beta": 0.0},
     "opd strict": {"loss": "strict"},
     "opd prior": {"loss": "prior"},
     "opd full": {"loss": "full"},
     "opd cover": {"loss": "cover"},
     "opd byte_kl": {"loss": "byte_kl"},
     "opd transfer_kl": {"loss": "transfer_kl"},
-    "opd transfer_kl forward": {"loss": "transfer_kl", "beta": 0.0},
-    "opd transfer_kl jsd": {"loss": "transfer_kl", "beta": 0.5},
+    "opd transfer_kl, constant rate": {"loss": "transfer_kl", "decay": "none"},
+    "opd transfer_kl, constant rate, anchor .1": {"loss": "transfer_kl", "decay": "none", "anchor": 0.1},
+    "opd transfer_kl, anchor .1": {"loss": "transfer_kl", "anchor": 0.1},
+    "opd transfer_kl, anchor .5": {"loss": "transfer_kl", "anchor": 0.5},
 }
+
+#: Methods without a teacher: right answers, written as the student writes, in place of a teacher's.
+TEACHERLESS = ("right answers", "right answers, sft's rate")
 
 BATCH = 64
 MAX_NEW_TOKENS = 110
@@ -55,7 +61,7 @@ class Setting:
         method: one of `METHODS`.
         rate: learning rate.
         seed: of the student's start, of samples and shuffling.
-        steps: updates.
+        steps: updates, over which the learning rate falls.
     """
 
     task: str
@@ -72,17 +78,31 @@ class Setting:
         return json.dumps(asdict(self))
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """Of a model's answers to the held-out problems.
+
+    Attributes:
+        right: share that ends in the right answer.
+        plain: share that is written in the student's own way, right or wrong.
+    """
+
+    right: float
+    plain: float
+
+
 def judge(
     model: Any, tokenizer: Any, task: Task, template: str, problems: Sequence[Problem], *, greedy: bool, seed: int = 0
-) -> float:
-    """The share of held-out problems that a model gets right, at its likeliest or at temperature 1."""
+) -> Judgement:
+    """What a model answers to held-out problems, at its likeliest or at temperature 1."""
     prompts = render(tokenizer, [task.prompt(problem) for problem in problems], template)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = Config(max_new_tokens=MAX_NEW_TOKENS)
         answers, _ = sample(model, prompts, [tokenizer.eos_token_id], config, greedy=greedy)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return sum(map(task.is_right, problems, texts)) / len(problems)
+    n = len(problems)
+    return Judgement(sum(map(task.is_right, problems, texts)) / n, sum(map(is_plain, texts, problems)) / n)
 
 
 def heldout_problems(task: Task, n: int = JUDGED) -> list[Problem]:
@@ -92,17 +112,27 @@ def heldout_problems(task: Task, n: int = JUDGED) -> list[Problem]:
 
 
 class Pool:
-    """A teacher's answers to the training problems, sampled when first asked for and then kept for every run.
+    """Answers to the training problems that are there before a run, and what each cost.
 
     Fine-tuning and off-policy distillation usually have such a set and go through it several times. In a run's account
     an answer is sampled when the run first uses it, and costs what sampling it took.
+
+    Args:
+        answers: by prompt, ids of the teacher's tokenizer and whether they ended.
+        seconds: by prompt, processor seconds of sampling.
+        given: nobody sampled them.
     """
 
     def __init__(
-        self, answers: dict[str, tuple[list[int], bool]] | None = None, seconds: dict[str, float] | None = None
+        self,
+        answers: dict[str, tuple[list[int], bool]] | None = None,
+        seconds: dict[str, float] | None = None,
+        *,
+        given: bool = False,
     ) -> None:
         self.answers = {} if answers is None else answers
         self.seconds = {} if seconds is None else seconds
+        self.given = given
 
     def ask(self, roller: Roller, prompts: Sequence[str]) -> None:
         """Samples what is missing, a large batch at a time."""
@@ -126,9 +156,9 @@ class PooledRoller(Roller):
     def answers(
         self, prompts: Sequence[str], teacher_prompts: Sequence[Sequence[int]]
     ) -> tuple[list[list[int]], list[bool]]:
-        """From the pool; `fresh` are the prompts that this run had not used before."""
+        """From the pool; `fresh` are the prompts that this run had not used before, and that somebody sampled."""
         self.pool.ask(self, prompts)
-        self.fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.seen]
+        self.fresh = [] if self.pool.given else [p for p in dict.fromkeys(prompts) if p not in self.seen]
         self.seen.update(self.fresh)
         rows, completed = zip(*(self.pool.answers[prompt] for prompt in prompts), strict=True)
         return list(rows), list(completed)
@@ -157,30 +187,37 @@ class Bench:
         return heldout_problems(self.task)
 
     @cached_property
+    def _drawn(self) -> dict[str, Problem]:
+        rng = random.Random("train")
+        return {self.task.prompt(problem): problem for problem in (problem_of(self.task, rng) for _ in range(POOL))}
+
+    @property
     def prompts(self) -> list[str]:
         """To learn from."""
-        rng = random.Random("train")
-        return list(dict.fromkeys(self.task.prompt(problem_of(self.task, rng)) for _ in range(POOL)))
+        return list(self._drawn)
 
-    def judge_student(self, student: Any) -> tuple[float, float]:
-        """The student's share of right answers, greedy and at temperature 1."""
+    @cached_property
+    def own_way(self) -> Pool:
+        """Right answers to the training problems, as the student writes, in the tokens of the teacher."""
+        rng = random.Random("own way")
+        texts = [solve(self.task, problem, 0, rng).text for problem in self._drawn.values()]
+        rows = self.teacher_tokenizer(texts).input_ids
+        return Pool({prompt: (row, True) for prompt, row in zip(self.prompts, rows, strict=True)}, given=True)
+
+    def judge_student(self, student: Any) -> tuple[Judgement, Judgement]:
+        """What the student answers, greedy and at temperature 1."""
         greedy, sampled = (
             judge(student, self.student_tokenizer, self.task, STUDENT_TEMPLATE, self.problems, greedy=greedy)
             for greedy in (True, False)
         )
         return greedy, sampled
 
-    def run(self, setting: Setting, points: Sequence[int], *, floor: float = 0.0) -> dict[str, Any]:
+    def run(self, setting: Setting) -> dict[str, Any]:
         """Trains a student as the setting says.
 
-        Args:
-            setting: the run; its steps are the most that it makes.
-            points: steps after which the student is judged.
-            floor: ends a run whose greedy accuracy is below this share of where it started at two points on end.
-
         Returns:
-            The setting, and for every point: steps, FLOPs so far by part, processor seconds so far, answers the teacher
-            gave, greedy and sampled accuracy.
+            The setting, and two points, before and after it: steps, FLOPs by part, processor seconds, answers the
+            teacher gave, greedy and sampled accuracy, and the share of samples that are written in the student's way.
         """
         student = self.student(setting.seed)
         roller = self._roller(student, setting)
@@ -188,9 +225,9 @@ class Bench:
         torch.manual_seed(setting.seed)
         run = Run(roller, self.prompts, watch=False)
         flops = {"sample": 0, "teacher": 0, "update": 0}
-        seconds, steps, low = 0.0, max(points), 0
+        seconds = 0.0
         found = [self._point(0, flops, seconds, student)]
-        for step in range(1, min(setting.steps, steps) + 1):
+        for _ in range(setting.steps):
             began = time.process_time()
             metrics = run.step()
             seconds += time.process_time() - began
@@ -200,11 +237,7 @@ class Bench:
                 spent = {**spent, "sample": round(spent["sample"] * share)}
                 seconds += sum(roller.pool.seconds[prompt] for prompt in roller.fresh)
             flops = {name: flops[name] + spent[name] for name in flops}
-            if step in points:
-                found.append(self._point(step, flops, seconds, student))
-                low = low + 1 if found[-1]["greedy"] < floor * found[0]["greedy"] else 0
-                if low == 2:
-                    break
+        found.append(self._point(setting.steps, flops, seconds, student))
         return {**asdict(setting), "points": found}
 
     def fill(self, ways: int) -> Pool:
@@ -216,6 +249,7 @@ class Bench:
 
     def _roller(self, student: Any, setting: Setting) -> PooledRoller:
         config = Config(
+            steps=setting.steps,
             batch_size=BATCH,
             micro_batch=BATCH,
             max_new_tokens=MAX_NEW_TOKENS,
@@ -225,19 +259,23 @@ class Bench:
             plain_template=STUDENT_TEMPLATE,
             seed=setting.seed,
             device="cpu",
-            **METHODS[setting.method],
+            **{"decay": "linear", **METHODS[setting.method]},
         )
         teacher = LocalTeacher(
             self.teacher, self.teacher_tokenizer, micro_batch=BATCH, plain_template=teacher_template(setting.ways)
         )
         roller = PooledRoller(student, self.student_tokenizer, teacher, config)
-        roller.pool = self.pools.setdefault(setting.ways, Pool())
+        own = setting.method in TEACHERLESS
+        roller.pool = self.own_way if own else self.pools.setdefault(setting.ways, Pool())
         roller.seen = set()
         return roller
 
     def _point(self, step: int, flops: dict[str, int], seconds: float, student: Any) -> dict[str, Any]:
         greedy, sampled = self.judge_student(student)
-        return {"step": step, "flops": dict(flops), "seconds": round(seconds, 3), "greedy": greedy, "sampled": sampled}
+        return {
+            "step": step, "flops": dict(flops), "seconds": round(seconds, 3),
+            "greedy": greedy.right, "sampled": sampled.right, "plain": sampled.plain,
+        }  # fmt: skip
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

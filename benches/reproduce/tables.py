@@ -35,6 +35,19 @@ def cost(point: dict[str, Any], parts: Sequence[str]) -> float:
     return float(point["seconds"]) if tuple(parts) == ("seconds",) else float(sum(point["flops"][p] for p in parts))
 
 
+def curves(rows: Iterable[Run]) -> list[Run]:
+    """The runs of a method and seed as one, with a point at the end of each: nothing is read in the middle of a run.
+
+    Runs of another learning rate are another method's.
+    """
+    found: dict[tuple[Any, ...], Run] = {}
+    for row in sorted(rows, key=lambda row: row["steps"]):
+        name = tuple(row[key] for key in ("task", "arrangement", "ways", "method", "seed"))
+        curve = found.setdefault(name, {**row, "points": [row["points"][0]]})
+        curve["points"].append(row["points"][-1])
+    return list(found.values())
+
+
 def cost_to_reach(run: Run, target: float, parts: Sequence[str] = ALL, measure: str = "greedy") -> float:
     """Cost at which accuracy first reaches a target, straight between two points; infinite if it never does."""
     before = run["points"][0]
@@ -120,22 +133,51 @@ def _share(values: Sequence[float]) -> str:
     return f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
+def _gain(runs: Sequence[Run], step: int, measure: str) -> str:
+    """What a method's runs of so many steps gained over their own starts."""
+    gained = [p[measure] - run["points"][0][measure] for run in runs for p in run["points"] if p["step"] == step]
+    mean, half = interval(gained)
+    return f"{mean:+.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
+
+
 def cell_table(cell: dict[str, list[Run]]) -> list[str]:
-    """Every method of a cell: where it ends, what it took, and how far fine-tuning is behind it."""
+    """Every budget of every method of a cell: what it gained, beside right answers without a teacher, and its cost."""
     lines = [
-        "| method | rate | steps | greedy at the end | T = 1 at the end | greedy, best mean | FLOPs "
-        "| of these sampling | processor s |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| method | rate | steps | greedy | T = 1 | gain, greedy | right answers for as many steps | gain, T = 1 "
+        "| the same | in the student's way | FLOPs | of these sampling | processor s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
+    alone = cell.get("right answers", [])
     for method, runs in cell.items():
-        ends = [run["points"][-1] for run in runs]
-        flops = statistics.mean(cost(p, ALL) for p in ends)
-        sampling = statistics.mean(p["flops"]["sample"] for p in ends) / flops
-        lines.append(
-            f"| {method} | {runs[0]['rate']:g} | {statistics.mean(p['step'] for p in ends):.0f} "
-            f"| {_share([p['greedy'] for p in ends])} | {_share([p['sampled'] for p in ends])} "
-            f"| {best(runs):.3f} | {flops:.2e} | {sampling:.0%} | {statistics.mean(p['seconds'] for p in ends):.0f} |"
-        )
+        for step in sorted({p["step"] for run in runs for p in run["points"][1:]}):
+            ends = [p for run in runs for p in run["points"] if p["step"] == step]
+            flops = statistics.mean(cost(p, ALL) for p in ends)
+            sampling = statistics.mean(p["flops"]["sample"] for p in ends) / flops
+            beside = any(p["step"] == step for run in alone for p in run["points"]) and method.startswith("opd")
+            greedy, sampled = (_gain(alone, step, m) if beside else "" for m in ("greedy", "sampled"))
+            lines.append(
+                f"| {method} | {runs[0]['rate']:g} | {step} "
+                f"| {_share([p['greedy'] for p in ends])} | {_share([p['sampled'] for p in ends])} "
+                f"| {_gain(runs, step, 'greedy')} | {greedy} | {_gain(runs, step, 'sampled')} | {sampled} "
+                f"| {statistics.mean(p['plain'] for p in ends):.0%} "
+                f"| {flops:.2e} | {sampling:.0%} | {statistics.mean(p['seconds'] for p in ends):.0f} |"
+            )
+    return lines
+
+
+def drift_table(cell: dict[str, list[Run]]) -> list[str]:
+    """What was tried against drift, seed by seed: right answers, and samples that are still in the student's way."""
+    held = {name: runs for name, runs in cell.items() if name.startswith("opd transfer_kl")}
+    step = max(p["step"] for runs in held.values() for run in runs for p in run["points"])
+    lines = [f"| {step} steps | seed | greedy | T = 1 | in the student's way |", "|---|--:|--:|--:|--:|"]
+    seeds = {run["seed"] for name, runs in held.items() if "," in name for run in runs}
+    lines += [
+        f"| {method} | {run['seed']} | {p['greedy']:.3f} | {p['sampled']:.3f} | {p['plain']:.0%} |"
+        for method, runs in held.items()
+        for run in sorted(runs, key=lambda run: run["seed"])
+        for p in run["points"]
+        if run["seed"] in seeds and p["step"] == step
+    ]
     return lines
 
 
@@ -145,14 +187,15 @@ def start_of(cell: dict[str, list[Run]], measure: str = "greedy") -> float:
 
 
 def gains(cell: dict[str, list[Run]], measure: str = "greedy") -> dict[str, float]:
-    """How much better to compare at: what fine-tuning gains at its best if it does, and half of what the best does."""
+    """How much better to compare at: what fine-tuning gains, if it does, and shares of what `transfer_kl` does."""
     start, sft = start_of(cell, measure), best(cell["sft"], measure) if "sft" in cell else 0.0
     found = {}
     if sft > start + 0.02:
         found["nine tenths of what sft gains"] = 0.9 * (sft - start)
-    top = max(best(runs, measure) for method, runs in cell.items() if method != "sft")
+    top = best(cell["opd transfer_kl"], measure)
     if top > start + 0.02:
-        found["half of the best gain"] = (top - start) / 2
+        for share, name in ((0.25, "a quarter"), (0.5, "half"), (0.75, "three quarters")):
+            found[f"{name} of what transfer_kl gains"] = share * (top - start)
     return found
 
 
@@ -165,7 +208,7 @@ def ratio_table(cell: dict[str, list[Run]]) -> list[str]:
     for measure, how in (("greedy", "greedy"), ("sampled", "T = 1")):
         for name, gain in gains(cell, measure).items():
             for method, runs in cell.items():
-                if method == "sft":
+                if method not in ("opd transfer_kl", "opd prior"):
                     continue
                 parts = (ALL, WITHOUT_SAMPLING, ("seconds",))
                 columns = [str(Ratio(cell["sft"], runs, gain, part, measure)) for part in parts]
@@ -194,9 +237,9 @@ def sweep_table(rows: Iterable[Run]) -> list[str]:
 
 
 _COLORS = {
-    "sft": "black", "kd transfer_kl forward": "0.45", "kd byte_kl forward": "0.65", "opd strict": "C1",
-    "opd prior": "C3", "opd full": "C8", "opd cover": "C2", "opd byte_kl": "C4", "opd transfer_kl": "C0",
-    "opd transfer_kl forward": "C5", "opd transfer_kl jsd": "C9",
+    "sft": "black", "right answers": "0.5", "right answers, sft's rate": "0.7", "kd transfer_kl forward": "C5",
+    "opd strict": "C1", "opd prior": "C3", "opd full": "C8", "opd cover": "C2", "opd byte_kl": "C4",
+    "opd transfer_kl": "C0",
 }  # fmt: skip
 
 
@@ -212,6 +255,8 @@ def plot_cells(cells: dict[tuple[str, str, int], dict[str, list[Run]]], path: Pa
     for row, (name, cell) in zip(axes, cells.items(), strict=True):
         for axis, (measure, parts, label) in zip(row, columns, strict=True):
             for method, runs in cell.items():
+                if method not in _COLORS:  # the table of drift has it
+                    continue
                 steps = sorted(set.intersection(*({p["step"] for p in run["points"]} for run in runs)))
                 at = [[p for run in runs for p in run["points"] if p["step"] == step] for step in steps]
                 x = [statistics.mean(cost(p, parts) for p in points) for points in at]
@@ -246,6 +291,7 @@ def write_tables(folder: Path, runs: Sequence[Run], sweep: Iterable[Run], teache
         teachers: the teachers' own shares of right answers.
     """
     sweep = list(sweep)
+    rows, runs = list(runs), curves(runs)
     groups = _groups(runs)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("xtokmap", "torch", "transformers"))
     seeds = len({run["seed"] for run in runs})
@@ -266,6 +312,8 @@ def write_tables(folder: Path, runs: Sequence[Run], sweep: Iterable[Run], teache
         lines += [*cell_table(cell), ""]
         if "sft" in cell:
             lines += ratio_table(cell)
+        if any("anchor" in method for method in cell):
+            lines += ["", "### Drift", "", *drift_table(cell)]
     if sweep:
         lines += ["", "## Learning rates, on a seed that is not reported", "", "Greedy / T = 1 (steps).", ""]
         lines += sweep_table(sweep)
@@ -275,5 +323,5 @@ def write_tables(folder: Path, runs: Sequence[Run], sweep: Iterable[Run], teache
         pages.setdefault(f"reproduction-{name[0]}-{name[2]}.png", {})[name] = cell
     for file, cells in pages.items():
         plot_cells(cells, folder / file)
-    (folder / "reproduction.json").write_text(json.dumps(list(runs)), encoding="utf-8")
+    (folder / "reproduction.json").write_text(json.dumps(rows), encoding="utf-8")
     return folder

@@ -7,6 +7,7 @@ wrong numbers in them, the steps behind consistent with these: a teacher must be
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -202,6 +203,12 @@ _WAYS: tuple[Way, ...] = (
     _rounded,
     _spelled,
 )
+
+
+def is_plain(answer: str, problem: Problem) -> bool:
+    """Whether an answer is written in the student's own way, whatever was computed in it."""
+    a, b, c = problem
+    return re.fullmatch(rf"{a}{re.escape(_signed(b))}=(-?\d+);\1{re.escape(_signed(c))}=(-?\d+)#\2", answer) is not None
 
 
 class Addition:
