@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from xtokmap.alignment import Kind
-from xtokmap.chat import PromptLike, prompts_of
+from xtokmap.chat import PromptLike, prompts_of, render
 from xtokmap.teachers.client import TeacherError
 from xtokmap.torch.index import coverage_counts
+from xtokmap.train.generation import sample
 from xtokmap.train.sampling import Roller
+from xtokmap.train.support.distributed import gathered
+
+#: How many prompts a reader is shown answers to, at most.
+SHOWN = 8
 
 
 def ratio_with_error(nats: Sequence[float], nbytes: Sequence[float]) -> tuple[float, float]:
@@ -38,7 +43,9 @@ def coverage_shares(counts: Sequence[int], tokens: int) -> dict[str, float]:
 class Evaluation:
     """What the student is like on held-out prompts; one entry a prompt, its samples summed.
 
-    `skipped` is how many answers a served teacher does not take; only length and completed are of these, too.
+    `responses` are sampled; `likeliest` has greedy answers to a few of the prompts, by their place, as samples of a
+    small model are no fair picture of it (none where a server samples). `skipped` is how many answers a served teacher
+    does not take; only length and completed are of these, too.
     """
 
     prompts: list[str]
@@ -49,6 +56,11 @@ class Evaluation:
     length: float
     coverage: dict[str, float]
     skipped: int = 0
+    likeliest: dict[int, str] = field(default_factory=dict)
+
+    def shown(self, i: int) -> str:
+        """The answer to a prompt that a reader is shown."""
+        return self.likeliest.get(i, self.responses[i])
 
     @property
     def kl_per_byte(self) -> tuple[float, float]:
@@ -71,6 +83,22 @@ class Evaluation:
         kl, error = self.kl_per_byte
         keys = ("completed", "length", "coverage")
         return {"kl_per_byte": kl, "kl_error": error, **{key: getattr(self, key) for key in keys}}
+
+
+def picked(n: int, most: int = SHOWN) -> range:
+    """Which of n prompts a reader is shown: evenly spaced."""
+    return range(0, n, max(1, -(-n // most)))
+
+
+def _likeliest(roller: Roller, prompts: Sequence[PromptLike]) -> dict[int, str]:
+    """Greedy answers, by the place of their prompts; every process makes them, as a sharded student needs them all."""
+    if roller.sampler is not None:
+        return {}
+    at, config = picked(len(prompts)), roller.config
+    ids = render(roller.tokenizer, prompts_of([prompts[i] for i in at]), config.plain_template)
+    with gathered(roller.student):
+        answers, _ = sample(roller.student, ids, roller.aligner.student.stop_ids, config, greedy=True)
+    return dict(zip(at, roller.tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True))
 
 
 @torch.no_grad()
@@ -141,4 +169,5 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
         sampled / total,
         coverage,
         skipped,
+        _likeliest(roller, prompts) if prompts else {},
     )

@@ -15,13 +15,13 @@ from torch import Tensor
 from xtokmap.alignment import Kind
 from xtokmap.columns import UNALIGNED, Column, columns
 from xtokmap.files import obstacle, replacing
-from xtokmap.train.evaluation import Evaluation
+from xtokmap.train.evaluation import SHOWN, Evaluation, picked
 from xtokmap.train.rollouts import Rollouts
 from xtokmap.train.sampling import Roller
 
 #: How many are kept of each sort: responses evenly spaced over the run, those with the largest gap of a chunk, the last
 #: ones with bytes that the sides spell differently, and held-out prompts.
-KEEP = {"sample": 12, "gap": 12, "bytes": 6, "heldout": 8}
+KEEP = {"sample": 12, "gap": 12, "bytes": 6, "heldout": SHOWN}
 #: Chunks shown on either side of the one that a sample was kept for.
 AROUND = 24
 
@@ -83,15 +83,14 @@ class Samples:
         some = before or after
         if some is None:
             return
-        picked = range(0, len(some.prompts), math.ceil(len(some.prompts) / KEEP["heldout"]))
         self.records["heldout"] = [
             {
                 "why": "heldout",
                 "prompt": some.prompts[i],
-                "before": before and before.responses[i],
-                "after": after and after.responses[i],
+                "before": before and before.shown(i),
+                "after": after and after.shown(i),
             }
-            for i in picked
+            for i in picked(len(some.prompts))
         ]
 
     def write(self, path: Path) -> None:
