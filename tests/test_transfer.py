@@ -614,8 +614,11 @@ def test_long_rows_do_not_cancel():
     torch.testing.assert_close(found.transferred.double(), exact.transferred, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("beta", "stops"), [(0.0, True), (0.5, True), (1.0, True), (1.0, False)])
-def test_gradcheck(beta, stops):
+@pytest.mark.parametrize(
+    ("beta", "stops", "bridge"),
+    [(0.0, True, 0.0), (0.5, True, 0.0), (1.0, True, 0.0), (1.0, False, 0.0), (1.0, True, 0.7), (0.0, True, 0.7)],
+)
+def test_gradcheck(beta, stops, bridge):
     """Without A, which is held: what depends on the student in it is no part of the gradient."""
     rows = [[b"ab", b"c", b"a", STOP], [b"abc", b" "]]
     case = Case(VOCABULARY, TEACHER_VOCABULARY, rows, [[b"abca", STOP], [b"a", b"bc", b" "]])
@@ -623,9 +626,49 @@ def test_gradcheck(beta, stops):
     x = case.student_logits(1)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return transfer_kl(Logits(x), target, case.index, beta=beta, stops=stops).loss
+        return transfer_kl(Logits(x), target, case.index, beta=beta, stops=stops, stop_bridge=bridge).loss
 
     assert torch.autograd.gradcheck(loss, x)
+
+
+def test_the_bridge_is_a_forward_kl_of_whether_the_turn_ends():
+    rows = [[b"ab", b"c", b"a", STOP], [b"abc", b" "]]
+    case = Case(VOCABULARY, TEACHER_VOCABULARY, rows, [[b"abca", STOP], [b"a", b"bc", b" "]])
+    teacher, x = case.random_rows(0), case.student_logits(1)
+    _, target = evaluated(case, teacher)
+    plain, bridged = (
+        transfer_kl(Logits(x), target, case.index, stop_bridge=weight, denominator=1) for weight in (0.0, 0.5)
+    )
+    stop = list(case.queries.vocab_map.student_stops)
+    p = x.detach()[0, 3].softmax(-1)[stop].sum()
+    q = target.slice(3, 4)[0][0, stop].sum()
+    assert 0.01 < q < 0.99
+    want = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    torch.testing.assert_close((bridged.terms - plain.terms)[0, 3], 0.5 * want)
+    without = [
+        transfer_kl(Logits(x), target, case.index, stops=False, stop_bridge=weight, denominator=1)
+        for weight in (0.0, 0.5)
+    ]
+    torch.testing.assert_close(without[0].terms, without[1].terms)
+
+
+def test_a_student_that_never_stops_is_pulled_by_the_bridge_alone():
+    case = Case(VOCABULARY, TEACHER_VOCABULARY, [[b"ab", STOP]], [[b"ab", STOP]])
+    teacher = Logits(torch.zeros(case.num_rows, len(TEACHER_VOCABULARY)))
+    teacher.rows[1, list(case.queries.vocab_map.teacher_stops)] = 20
+    _, target = evaluated(case, teacher)
+    x = torch.zeros(1, 2, len(VOCABULARY), requires_grad=True)
+    stop = list(case.queries.vocab_map.student_stops)
+    with torch.no_grad():
+        x[0, 1, stop] = -20
+    slow, pulled = (
+        torch.autograd.grad(transfer_kl(Logits(x), target, case.index, stop_bridge=weight, denominator=1).loss, x)[0][
+            0, 1, stop
+        ].sum()
+        for weight in (0.0, 1.0)
+    )
+    assert abs(slow) < 1e-6
+    assert pulled == pytest.approx(-1, abs=1e-3)
 
 
 def test_the_sampled_part_is_held():

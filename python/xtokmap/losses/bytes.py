@@ -604,5 +604,6 @@ def computed(x: LossInput) -> Computed:
     """The table's `byte_kl`."""
     mask = wanted(x.mask, x.index, x.settings)
     queries = there(x.interior, "interior")
-    common: Any = {"beta": x.settings.beta, "mask": mask, "denominator": x.denominator}
+    bridge = x.settings.stop_bridge if x.settings.score_stop else 0.0
+    common: Any = {"beta": x.settings.beta, "stop_bridge": bridge, "mask": mask, "denominator": x.denominator}
     return sums_of(byte_kl(x.student, whole_rows(x), x.index, there(x.maps, "maps"), queries, **common), "residual")

@@ -25,6 +25,7 @@ class LossSettings:
 
     Attributes:
         beta: of whole distributions: 1 reverse KL, 0 forward, between them Jensen-Shannon.
+        stop_bridge: weight of a further KL(q || p) of whether the turn ends here, of `transfer_kl` and `byte_kl`.
         clamp: largest absolute advantage.
         max_chunk_tokens: chunks with more tokens on a side are unscored by a credit; 0: no limit.
         score_stop: whether ends of turns are scored.
@@ -36,6 +37,7 @@ class LossSettings:
     """
 
     beta: float = 1.0
+    stop_bridge: float = 0.0
     clamp: float = 10.0
     max_chunk_tokens: int = 6
     score_stop: bool = True

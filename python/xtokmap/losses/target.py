@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -193,6 +194,8 @@ class EventMaps:
         student_event: the same on the device.
         members: int64 `[V_S]`; how many tokens that event has.
         teacher_event: int64 `[V_T]`; the event that a teacher token's mass belongs to, E for none.
+        stops: int64; the student's tokens that end a turn.
+        stop_events: int64; their events.
         count: E, the number of events.
     """
 
@@ -202,6 +205,8 @@ class EventMaps:
     student_event: Tensor
     members: Tensor
     teacher_event: Tensor
+    stops: Tensor
+    stop_events: Tensor
     count: int
 
     @classmethod
@@ -213,14 +218,14 @@ class EventMaps:
             to_student, opened = _dense_map(queries)
             names, event = np.unique(_events(queries), return_inverse=True)
             members, teacher = np.bincount(event)[event], np.append(event, len(names))[to_student]
+            stops = np.array(queries.vocab_map.student_stops, np.int64)
+
+            def there(part: npt.NDArray[Any]) -> Tensor:
+                return torch.from_numpy(part).to(device)
+
             known[key] = cls(
-                torch.from_numpy(to_student).to(device),
-                torch.from_numpy(opened).to(device),
-                event,
-                torch.from_numpy(event).to(device),
-                torch.from_numpy(members).to(device),
-                torch.from_numpy(teacher).to(device),
-                len(names),
+                *(there(to_student), there(opened), event, there(event), there(members), there(teacher)),
+                *(there(stops), there(np.unique(event[stops])), len(names)),
             )
         return known[key]
 

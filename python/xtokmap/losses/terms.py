@@ -137,6 +137,37 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return torch.where(there, found, 0).sum(-1)
 
 
+def divergence_and_slope(p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The same of probabilities `[..., K]`, with its derivative by each p, up to a constant.
+
+    A bin with p = 0 has no gradient, one with neither is none.
+    """
+    tiny = torch.finfo(p.dtype).tiny
+    log_p, log_q = p.clamp(min=tiny).log(), q.clamp(min=tiny).log()
+    if beta == 1:
+        slope = log_p.sub_(log_q).mul_(p > 0)
+        return (p * slope).sum(-1), slope
+    if beta == 0:
+        value = (q * (log_q - log_p)).sum(-1)
+        return value, torch.where(p > 0, -q / p.clamp(min=tiny), 0)
+    m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=tiny).log_()
+    slope = (1 - beta) * (log_p - m).mul_(p > 0)
+    return (p * slope).sum(-1) + beta * (q * (log_q - m)).sum(-1), slope
+
+
+def event_and_slopes(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(q || p) of whether an event happens, and its derivatives by the p of what is in the event and of what is not.
+
+    Args:
+        p: `[...]`, the student's probability of it.
+        q: `[...]`, the teacher's.
+    """
+    kinds = torch.finfo(p.dtype)
+    p, other, q = p.clamp(min=kinds.tiny), (1 - p).clamp(min=kinds.eps), q.clamp(0, 1)
+    value = torch.xlogy(q, q) - q * p.log() + torch.xlogy(1 - q, 1 - q) - (1 - q) * other.log()
+    return value, -q / p, -(1 - q) / other
+
+
 def _kl_bins(a: Tensor, b: Tensor) -> Tensor:
     return a.exp() * torch.where(a > -math.inf, a - b, 0)
 

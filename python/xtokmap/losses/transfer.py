@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
+from xtokmap.losses import terms as of_terms
 from xtokmap.losses.rule import Computed, LossInput, but_markers, sums_of, there
 from xtokmap.losses.target import EventMaps, TransferTarget
 from xtokmap.losses.terms import STOP, Loss, check_beta, check_mask, reduce_terms
@@ -26,6 +27,7 @@ def transfer_kl(
     beta: float = 1.0,
     clamp: float = 10.0,
     stops: bool = True,
+    stop_bridge: float = 0.0,
     floor: float = 1e-2,
     mask: Tensor | None = None,
     size: int | None = None,
@@ -51,6 +53,8 @@ def transfer_kl(
         beta: 1 is KL(p || q*), 0 is KL(q* || p), between them the generalized Jensen-Shannon divergence.
         clamp: largest absolute A.
         stops: whether the end of a turn counts; False leaves its mass out on both sides.
+        stop_bridge: weight of a further KL(q* || p) of the event {stop, no stop}, whatever beta is: where the student
+            hardly ever ends its turn, a reverse KL hardly teaches it to.
         floor: least probability of the rest, so that mass which the student has where the teacher has none costs no
             more than -log floor nats.
         mask: bool or 0/1 `[B, Ts]`; the response tokens.
@@ -94,7 +98,7 @@ def transfer_kl(
         beta=beta,
         clamp=clamp,
         floor=floor,
-        stops=[] if stops else list(target.queries.vocab_map.student_stops),
+        bridge=stop_bridge if stops else None,
     )
     size = size or max(1, _SLICE // max(student.vocab_size, target.teacher.vocab_size))
     total, *found = sum_rows(row_loss, student.at(rows), weights, target.events, ids[rows], sampled, size=size)
@@ -118,10 +122,11 @@ def _row_loss(
     beta: float,
     clamp: float,
     floor: float,
-    stops: list[int],
+    bridge: float | None,
 ) -> tuple[Tensor, ...]:
     """Rows of `transfer_kl`: value, undetermined, rest, whether the token's event has several, and its own logprob.
 
+    `bridge` is None where ends of turns do not count.
     `x` becomes the gradient. With p = softmax(x) and G(e) = dD / dp(e) that is p(u) (G(e(u)) - sum of p G), so that
     each row of the vocabulary is gone over a few times, and everything else is worked out by event.
     """
@@ -133,12 +138,12 @@ def _row_loss(
     x.exp_()
     total = x.sum(-1)
     logprobs = of_own - total.log()
-    if stops:
-        ends, bins = (torch.tensor(at, device=x.device) for at in (stops, sorted(set(maps.event[stops].tolist()))))
+    bins = maps.stop_events
+    if bridge is None:
         left = (1 - q.index_select(1, bins).sum(-1)).clamp(min=floor)
         q.index_fill_(1, bins, 0).div_(left[:, None])
         sampled = sampled - left.log()
-        x.index_fill_(1, ends, 0)
+        x.index_fill_(1, maps.stops, 0)
         total = x.sum(-1)
     known = x[:, : len(every)]  # more logits than tokens: padding
     p = torch.zeros_like(q).scatter_add_(1, every.expand(len(x), -1), known).div_(total[:, None])
@@ -149,7 +154,13 @@ def _row_loss(
     p.mul_(there)
     # What the student cannot say at all is no bin: it would make a forward KL infinite, and has no gradient.
     q[:, -1] = torch.where(p[:, -1] > 0, q[:, -1].clamp(min=floor), 0)
-    value, slope = _divergence(p, q, beta)
+    value, slope = of_terms.divergence_and_slope(p, q, beta)
+    if bridge:
+        more, of_ends, of_others = of_terms.event_and_slopes(*(y.index_select(1, bins).sum(-1) for y in (p, q)))
+        value = value + bridge * more
+        slope.add_(bridge * of_others[:, None]).index_add_(
+            1, bins, bridge * (of_ends - of_others)[:, None].expand(-1, len(bins))
+        )
     event = every[own]
     bin_of = torch.where(there.gather(1, event), event, q.shape[1] - 1)
     several = (maps.members[ids] > 1) | (bin_of[:, 0] == q.shape[1] - 1)
@@ -167,24 +178,6 @@ def _row_loss(
     return value, undetermined, rest.clone(), several.to(x.dtype), logprobs
 
 
-def _divergence(p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The generalized Jensen-Shannon divergence of bins, and its derivative by each p, up to a constant.
-
-    A bin with p = 0 has no gradient, one with neither is none.
-    """
-    tiny = torch.finfo(p.dtype).tiny
-    log_p, log_q = p.clamp(min=tiny).log(), q.clamp(min=tiny).log()
-    if beta == 1:
-        slope = log_p.sub_(log_q).mul_(p > 0)
-        return (p * slope).sum(-1), slope
-    if beta == 0:
-        value = (q * (log_q - log_p)).sum(-1)
-        return value, torch.where(p > 0, -q / p.clamp(min=tiny), 0)
-    m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=tiny).log_()
-    slope = (1 - beta) * (log_p - m).mul_(p > 0)
-    return (p * slope).sum(-1) + beta * (q * (log_q - m)).sum(-1), slope
-
-
 def computed(x: LossInput) -> Computed:
     """The table's `transfer_kl`."""
     target = there(x.target, "target")
@@ -197,6 +190,7 @@ def computed(x: LossInput) -> Computed:
         beta=x.settings.beta,
         clamp=x.settings.clamp,
         stops=x.settings.score_stop,
+        stop_bridge=x.settings.stop_bridge,
         mask=but_markers(x.mask, x.index, x.settings),
         denominator=x.denominator,
     )

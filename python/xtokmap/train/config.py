@@ -63,7 +63,16 @@ _NUMBERS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ),
     (
         (
-            *("warmup_steps", "weight_decay", "anchor", "max_chunk_tokens", "eval_samples", "clip_low", "clip_high"),
+            *(
+                "warmup_steps",
+                "weight_decay",
+                "stop_bridge",
+                "anchor",
+                "max_chunk_tokens",
+                "eval_samples",
+                "clip_low",
+                "clip_high",
+            ),
             *("save_every", "report_every", "lora_rank", "teacher_topk", "teacher_retries", "teacher_failures"),
             "teacher_patience",
         ),
@@ -197,6 +206,11 @@ class Config:
         + " (the paper: prior)",
     )
     beta: float = _doc(1.0, "of transfer_kl and byte_kl: 1 reverse KL, 0 forward, between them Jensen-Shannon")
+    stop_bridge: float = _doc(
+        0.0,
+        "of transfer_kl and byte_kl: weight of a further forward KL of whether the turn ends here, for a student that "
+        "hardly ever ends one: a reverse KL teaches it that slowly",
+    )
     clamp: float = _doc(10.0, "largest absolute advantage (the paper: 10)")
     max_chunk_tokens: int = _doc(6, "chunks with more tokens on a side are unscored, 0: no limit (the paper: 6)")
     score_stop: bool = _doc(True, "score ends of turns, and measure them; a base teacher does not know when to stop")
