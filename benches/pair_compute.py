@@ -1,15 +1,24 @@
 """Fine-tuning and on-policy distillation on a real pair, against FLOPs: python benches/pair_compute.py
 
-SmolLM2 135M Instruct learns from Gemma 3 270M, the pair of `make demo`. Every run starts from the same weights. Along
-the way the student is held against the teacher in two ways: the reverse KL of its own answers to held-out prompts, per
-byte, and its negative logprob of the teacher's answers to them, per byte. Table and plot are in benches/results/ after
-every measurement.
+Gemma 3 270M, a base model that never ends a turn, learns to answer from SmolLM2 135M Instruct: the pair of `make demo`,
+as it is trained there. Every run starts from the same weights, and every budget is a run of its own whose learning rate
+falls to nothing at its end. Then the student answers held-out questions, and the answers are held against the teacher:
+
+- ended turns: the share of answers that end before the longest length;
+- reverse KL of these answers to the teacher, per byte;
+- NLL: nats per byte of the teacher's own answers under the student, which is what fine-tuning minimizes;
+- to the point: how much likelier the teacher finds an answer after its own question than after another one, in nats an
+  answer, and the share of answers that it finds likelier. A model that babbles well gets nothing here.
+
+Table and plot are in benches/results/ after every measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
+import math
 import platform
 import shlex
 import statistics
@@ -17,7 +26,8 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,10 +36,10 @@ import torch
 
 import xtokmap
 from xtokmap import demo
-from xtokmap.models import load
+from xtokmap.models import load, with_adapter
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.train.config import Config
-from xtokmap.train.evaluation import evaluate, ratio_with_error
+from xtokmap.train.evaluation import ratio_with_error
 from xtokmap.train.loop import Run
 from xtokmap.train.prompts import read_prompts
 from xtokmap.train.rollouts import Rollouts
@@ -43,36 +53,94 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def forward_nll(roller: Roller, answers: Rollouts) -> tuple[float, float]:
-    """Nats per byte of the teacher's answers under the student, and the standard error over prompts."""
-    logprobs = roller.all_logprobs(answers.batch)
-    nbytes = [len(roller.aligner.student.decode(row)) for row in answers.batch.student_ids]
-    text = torch.zeros_like(logprobs, dtype=torch.bool)
-    special = roller.aligner.student.is_special
-    for b, row in enumerate(answers.batch.student_ids):
-        text[b, : len(row)] = torch.tensor([not special[i] for i in row], dtype=torch.bool)
-    return ratio_with_error((-logprobs * text).sum(1).tolist(), nbytes)
+@dataclass
+class Point:
+    """What a student is like; the second of two is the standard error over questions."""
+
+    ended: float
+    kl: tuple[float, float]
+    nll: tuple[float, float]
+    to_the_point: tuple[float, float]
+    likelier: float
+
+    def columns(self) -> list[str]:
+        """For the table."""
+        pairs = [f"{mean:.3f} ± {error:.3f}" for mean, error in (self.kl, self.nll)]
+        mean, error = self.to_the_point
+        return [f"{self.ended:.0%}", *pairs, f"{mean:.1f} ± {error:.1f}", f"{self.likelier:.0%}"]
 
 
-def plot(points: list[tuple[str, int, int, float, float, float]]) -> None:
-    """Both measures against FLOPs, the mean over the seeds that have come so far."""
+class Judge:
+    """Holds a student against the teacher on held-out questions."""
+
+    def __init__(self, tokenizer: Any, teacher: LocalTeacher, student: Any, config: Config, questions: Any) -> None:
+        self.tokenizer, self.teacher, self.config, self.questions = tokenizer, teacher, config, questions
+        with torch.random.fork_rng():
+            torch.manual_seed(99)
+            kd = replace(config, method="kd")
+            self.answers = Roller(student, tokenizer, teacher, kd).roll(questions)
+
+    def _nats(self, roller: Roller, answers: Rollouts, questions: Any) -> torch.Tensor:
+        """The teacher's logprob of each answer after such questions."""
+        rows, done = answers.batch.student_ids, answers.completed
+        asked = roller.take(questions, rows, done, self.config)
+        scores = roller.score(asked, replace(self.config, loss="full")).teacher
+        assert scores is not None
+        return (scores.logprobs * scores.mask).sum(1)
+
+    def _nll(self, roller: Roller) -> tuple[float, float]:
+        logprobs = roller.all_logprobs(self.answers.batch)
+        rows = self.answers.batch.student_ids
+        counted = torch.zeros_like(logprobs, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            counted[b, : len(row)] = True
+        nbytes = [len(roller.aligner.student.decode(row)) for row in rows]
+        return ratio_with_error((-logprobs * counted).sum(1).tolist(), nbytes)
+
+    @torch.no_grad()
+    def __call__(self, student: Any) -> Point:
+        """The student as it is now; the same seed every time."""
+        roller = Roller(student, self.tokenizer, self.teacher, replace(self.config, loss="full"))
+        with torch.random.fork_rng():
+            torch.manual_seed(1234)
+            found = roller.roll(self.questions)
+        own = roller.all_logprobs(found.batch)
+        gap, nbytes = found.gap(own, stops=True, markers=True)
+        questions = list(self.questions)
+        others = questions[1:] + questions[:1]
+        ahead = (self._nats(roller, found, questions) - self._nats(roller, found, others)).tolist()
+        n = len(ahead)
+        return Point(
+            sum(found.completed) / n,
+            ratio_with_error(gap.tolist(), nbytes.tolist()),
+            self._nll(roller),
+            (statistics.mean(ahead), statistics.stdev(ahead) / math.sqrt(n)),
+            sum(x > 0 for x in ahead) / n,
+        )
+
+
+def plot(start: Point, found: list[tuple[str, int, float, Point]]) -> None:
+    """All measures against FLOPs, the mean over the seeds that have come so far."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    start = points[0]
-    for column, (axis, name) in enumerate(
-        zip(axes, ("reverse KL of the student's answers", "NLL of the teacher's answers"), strict=True), 4
-    ):
-        for method in dict.fromkeys(p[0] for p in points[1:]):
-            steps = sorted({p[2] for p in points if p[0] == method})
-            at = [[p for p in points if p[0] == method and p[2] == step] for step in steps]
-            x = [statistics.mean(p[3] for p in some) for some in at]
-            y = [statistics.mean(p[column] for p in some) for some in at]  # type: ignore[misc]
-            axis.plot([0, *x], [start[column], *y], marker="o", markersize=3, label=method)
-        axis.set(xlabel="FLOPs", ylabel="nats/byte", title=name)
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.6), layout="constrained")
+    measures: tuple[tuple[str, Callable[[Point], float]], ...] = (
+        ("share of ended turns", lambda p: p.ended),
+        ("reverse KL of its answers, nats/byte", lambda p: p.kl[0]),
+        ("NLL of the teacher's answers, nats/byte", lambda p: p.nll[0]),
+        ("to the point, nats an answer", lambda p: p.to_the_point[0]),
+    )
+    for axis, (title, value) in zip(axes, measures, strict=True):
+        for method in dict.fromkeys(name for name, *_ in found):
+            budgets = sorted({steps for name, steps, *_ in found if name == method})
+            at = [[(x, p) for name, n, x, p in found if (name, n) == (method, steps)] for steps in budgets]
+            x = [0.0, *(statistics.mean(flops for flops, _ in some) for some in at)]
+            y = [value(start), *(statistics.mean(value(p) for _, p in some) for some in at)]
+            axis.plot(x, y, marker="o", markersize=3, label=method)
+        axis.set(xlabel="FLOPs", title=title)
         axis.grid(alpha=0.25)
     axes[0].legend(fontsize="small")
     figure.savefig(RESULTS / "pair_compute.png", dpi=85)
@@ -81,81 +149,61 @@ def plot(points: list[tuple[str, int, int, float, float, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["sft", "opd transfer_kl"])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40], help="after which to measure")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32, help="longest answer")
-    parser.add_argument("--heldout", type=int, default=24, help="held-out prompts")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 12], help="budgets; each is a run of its own")
+    parser.add_argument("--heldout", type=int, default=32, help="held-out questions")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
 
     device = torch.device("cpu")
-    student, tokenizer = load(str(demo.fetch(demo.STUDENT)), device)
-    teacher_model, teacher_tokenizer = load(str(demo.fetch(demo.TEACHER)), device)
+    base, tokenizer = load(str(demo.fetch(demo.GEMMA)), device)
+    teacher_model, teacher_tokenizer = load(str(demo.fetch(demo.SMOLLM2)), device)
     teacher = LocalTeacher(teacher_model, teacher_tokenizer)
-    start = {name: value.clone() for name, value in student.state_dict().items()}
-    prompts, heldout = read_prompts(str(resources.files("xtokmap") / "data" / "prompts.jsonl"))
-    heldout = heldout[: args.heldout]
-    common = Config(
-        batch_size=args.batch,
-        max_new_tokens=args.tokens,
-        learning_rate=args.learning_rate,
-        warmup_steps=4,
-        score_stop=False,
-        device="cpu",
-        output=tempfile.gettempdir(),
-    )
-    judge = Roller(student, tokenizer, teacher, replace(common, method="kd"))
-    torch.manual_seed(99)
-    answers = judge.roll(heldout)
+    prompts, heldout = read_prompts(str(resources.files("xtokmap") / "data" / "questions.jsonl"))
+    common = Config(**demo.SETTINGS, device="cpu", output=tempfile.gettempdir())
+    judge = Judge(tokenizer, teacher, base, common, heldout[: args.heldout])
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     lines = [
         f"`{shlex.join(['python', 'benches/pair_compute.py', *sys.argv[1:]])}`",
         "",
         f"xtokmap {xtokmap.__version__}, {versions}, Python {platform.python_version()}, {platform.machine()}, CPU.",
-        f"{args.batch} samples a step of at most {args.tokens} tokens, learning rate {args.learning_rate:g}, "
-        f"{len(heldout)} held-out prompts; ± is the standard error over prompts.",
+        f"{common.batch_size} samples a step of at most {common.max_new_tokens} tokens, learning rate "
+        f"{common.learning_rate:g} on an adapter of rank {common.lora_rank}, which falls to nothing at the end of each "
+        f"run; {min(args.heldout, len(heldout))} held-out questions; ± is the standard error over these.",
         "",
-        "| method | seed | step | FLOPs | of these sampling | seconds | reverse KL, nats/byte | NLL of the teacher's "
-        "answers, nats/byte |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| method | seed | steps | FLOPs | of these sampling | seconds | ended turns | reverse KL, nats/byte "
+        "| NLL of the teacher's answers, nats/byte | to the point, nats an answer | likelier than after another |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
 
-    points: list[tuple[str, int, int, float, float, float]] = []
-
-    def measure(method: str, seed: int, step: int, flops: dict[str, int], seconds: float) -> None:
-        kl, kl_error = evaluate(judge, heldout).kl_per_byte
-        nll, nll_error = forward_nll(judge, answers)
+    def write(method: str, seed: int | str, steps: int, flops: dict[str, int], seconds: float, point: Point) -> None:
         total = sum(flops.values())
         share = f"{flops['sample'] / total:.0%}" if total else ""
-        lines.append(
-            f"| {method} | {seed} | {step} | {total:.2e} | {share} | {seconds:.0f} "
-            f"| {kl:.4f} ± {kl_error:.4f} | {nll:.4f} ± {nll_error:.4f} |"
-        )
+        columns = (method, seed, steps, f"{total:.2e}", share, f"{seconds:.0f}", *point.columns())
+        lines.append(f"| {' | '.join(map(str, columns))} |")
         print(lines[-1], flush=True)
-        points.append((method, seed, step, float(total), kl, nll))
         (RESULTS / "pair_compute.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        if step:
-            plot(points)
 
     nothing = {"sample": 0, "teacher": 0, "update": 0}
-    measure("start", 0, 0, nothing, 0.0)
+    start = judge(base)
+    write("start", "", 0, nothing, 0.0, start)
+    found: list[tuple[str, int, float, Point]] = []
     for seed in range(args.seeds):
-        for method in args.methods:
-            student.load_state_dict(start)
-            torch.manual_seed(seed)
-            config = replace(common, seed=seed, **METHODS[method])
-            run = Run(Roller(student, tokenizer, teacher, config), prompts)
-            flops, seconds = dict(nothing), 0.0
-            for step in range(1, max(args.steps) + 1):
-                began = time.perf_counter()
-                metrics = run.step()
-                seconds += time.perf_counter() - began
-                flops = {name: flops[name] + metrics["flops"][name] for name in flops}
-                if step in args.steps:
-                    measure(method, seed, step, flops, seconds)
+        for steps in args.steps:
+            for method in args.methods:
+                torch.manual_seed(seed)
+                student = with_adapter(copy.deepcopy(base), common.lora_rank, common.lora_alpha)
+                config = replace(common, seed=seed, steps=steps, **METHODS[method])
+                run = Run(Roller(student, tokenizer, teacher, config), prompts, watch=False)
+                flops, began = dict(nothing), time.perf_counter()
+                for _ in range(steps):
+                    spent = run.step()["flops"]
+                    flops = {name: flops[name] + spent[name] for name in flops}
+                point = judge(student.eval())
+                write(method, seed, steps, flops, time.perf_counter() - began, point)
+                found.append((method, steps, float(sum(flops.values())), point))
+                plot(start, found)
 
 
 if __name__ == "__main__":

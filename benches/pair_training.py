@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
 
-    student_path, teacher_path = demo.fetch(demo.STUDENT), demo.fetch(demo.TEACHER)
+    student_path, teacher_path = demo.fetch(demo.SMOLLM2), demo.fetch(demo.GEMMA)
     questions = resources.files("xtokmap") / "data" / "prompts.jsonl"
     device = torch.device("cpu")
     student, tokenizer = load(str(student_path), device)

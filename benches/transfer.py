@@ -69,8 +69,8 @@ def timed(work: Callable[[], Any]) -> float:
 
 def measure(what: str, tokens: int) -> dict[str, float]:
     device = torch.device("cpu")
-    student, tokenizer = load(str(demo.fetch(demo.STUDENT)), device)
-    model, other = load(str(demo.fetch(demo.TEACHER)), device)
+    student, tokenizer = load(str(demo.fetch(demo.SMOLLM2)), device)
+    model, other = load(str(demo.fetch(demo.GEMMA)), device)
     teacher = LocalTeacher(model, other)
     aligner = Aligner(tokenizer, other)
     completions = student_rows(tokenizer, tokens, 8)

@@ -183,7 +183,7 @@ def steps_of(folder: Path, args: argparse.Namespace, **changes: Any) -> str:
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"What is {a} plus {50 - a}?" for a in range(3, 43)))
     config = Config(
-        student=args.student or str(demo.fetch(demo.STUDENT)), teacher=args.teacher, prompts=str(prompts),
+        student=args.student or str(demo.fetch(demo.SMOLLM2)), teacher=args.teacher, prompts=str(prompts),
         output=str(folder / "out"), steps=5, batch_size=2, max_new_tokens=12, learning_rate=1e-5, warmup_steps=0,
         device="cpu", save_every=0, report_every=0, loss="transfer_kl", **changes,
     )  # fmt: skip
@@ -228,11 +228,11 @@ def main() -> None:
             written("\n".join(five_steps(scratch, args)) + "\n", 1)
             return
         folder = args.teacher or f"{scratch}/teacher"
-        model, tokenizer = load(args.teacher or str(demo.fetch(demo.TEACHER)), CPU)
+        model, tokenizer = load(args.teacher or str(demo.fetch(demo.GEMMA)), CPU)
         if not args.teacher:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        case = Case(*load(args.student or str(demo.fetch(demo.STUDENT)), CPU), model, tokenizer)
+        case = Case(*load(args.student or str(demo.fetch(demo.SMOLLM2)), CPU), model, tokenizer)
         head = read_head(folder, CPU)
         found = []
         with serving(model, tokenizer) as url:

@@ -61,14 +61,14 @@ def figure(request):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, figure):
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with VLLM(folder(demo.TEACHER), log, "--max-model-len", str(LONGEST)) as server:
+    with VLLM(folder(demo.GEMMA), log, "--max-model-len", str(LONGEST)) as server:
         figure(f"vLLM is up: {log}")
         yield server
 
 
 @pytest.fixture(scope="module")
 def local():
-    model, tokenizer = load(str(folder(demo.TEACHER)), torch.device("cpu"), "float32")
+    model, tokenizer = load(str(folder(demo.GEMMA)), torch.device("cpu"), "float32")
     return LocalTeacher(model, tokenizer)
 
 
@@ -87,8 +87,8 @@ def settings(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(["Why is the sky blue?", "Name three colors.", "What is 2 + 2?", "Say hello."]))
     return Config(
-        student=str(folder(demo.STUDENT)),
-        teacher=str(folder(demo.TEACHER)),
+        student=str(folder(demo.SMOLLM2)),
+        teacher=str(folder(demo.GEMMA)),
         teacher_timeout=300.0,
         teacher_patience=1200.0,  # the machine may be busy
         prompts=str(prompts),
@@ -120,10 +120,10 @@ def run(settings, server):
 def test_the_student_samples_there(settings, tmp_path, figure):
     """Every weight is renewed, its logprobs are the student's, and a run goes on with it."""
     arguments = ("--max-model-len", str(LONGEST))
-    student, tokenizer = load(str(folder(demo.STUDENT)), torch.device("cpu"), "float32")
+    student, tokenizer = load(str(folder(demo.SMOLLM2)), torch.device("cpu"), "float32")
     prompts = render(tokenizer, Path(settings.prompts).read_text().splitlines() * 4)
     stops = [tokenizer.eos_token_id]
-    with VLLM(untied(demo.STUDENT), tmp_path / "log", *arguments, settings={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+    with VLLM(untied(demo.SMOLLM2), tmp_path / "log", *arguments, settings={"VLLM_SERVER_DEV_MODE": "1"}) as server:
         sampler = ServerSampler(server.url, tmp_path / "weights", "test", timeout=300.0)
         for version in range(2):
             start = time.perf_counter()
@@ -161,7 +161,7 @@ def test_self_test_and_what_it_refuses(server, local):
     assert teacher.client.max_length == LONGEST
     assert ServerTeacher(server.url, local.tokenizer).self_test() is None  # auto
     with pytest.raises(TeacherError, match=r"two vocabularies|the vocabulary has 5"):
-        teacher_of(server, load_tokenizer(str(folder(demo.STUDENT)))).self_test()
+        teacher_of(server, load_tokenizer(str(folder(demo.SMOLLM2)))).self_test()
     with pytest.raises(TeacherError, match="greater than max allowed: 20"):
         teacher_of(server, local.tokenizer, topk=21).self_test()
 
@@ -187,7 +187,7 @@ def test_logprobs_are_the_local_teachers(server, local, figure):
 
 
 def test_cover_from_the_top_k(server, local, figure):
-    student = load_tokenizer(str(folder(demo.STUDENT)))
+    student = load_tokenizer(str(folder(demo.SMOLLM2)))
     aligner = Aligner(student, local.tokenizer)
     prompts, _ = rows_of(local.tokenizer)
     ids = [student(text, add_special_tokens=False).input_ids for text in TEXTS]

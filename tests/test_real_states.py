@@ -37,24 +37,24 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("vllm") / "log"
     # Rows are not cut in parts here.
     with VLLM(
-        folder(demo.TEACHER), log, "--max-model-len", "512", "--max-num-batched-tokens", "512", *POOLING
+        folder(demo.GEMMA), log, "--max-model-len", "512", "--max-num-batched-tokens", "512", *POOLING
     ) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def local():
-    model, tokenizer = load(str(folder(demo.TEACHER)), CPU, "float32")
+    model, tokenizer = load(str(folder(demo.GEMMA)), CPU, "float32")
     return LocalTeacher(model, tokenizer)
 
 
 def test_states_are_those_of_the_model_here(server, local):
-    head = read_head(str(folder(demo.TEACHER)), CPU)
+    head = read_head(str(folder(demo.GEMMA)), CPU)
     teacher = ServerTeacher(server.url, local.tokenizer, rows=("hidden", "sums"), head=head, timeout=300.0)
     assert "hidden states alone" in teacher.self_test()
     assert (teacher.rows, teacher.bytes_per_token) == ("hidden", 640 * 4)
     assert teacher.head.norm == ""
-    aligner = Aligner(load_tokenizer(str(folder(demo.STUDENT))), local.tokenizer)
+    aligner = Aligner(load_tokenizer(str(folder(demo.SMOLLM2))), local.tokenizer)
     teacher_ids, batch = aligner.retokenize([aligner_ids(text) for text in TEXTS])
     rows, queries = [row.tolist() for row in teacher_ids], aligner.cover_queries(batch)
     prompts = [local.tokenizer("Go on:").input_ids] * len(rows)
@@ -72,7 +72,7 @@ def test_states_are_those_of_the_model_here(server, local):
 
 
 def aligner_ids(text):
-    return load_tokenizer(str(folder(demo.STUDENT)))(text).input_ids
+    return load_tokenizer(str(folder(demo.SMOLLM2)))(text).input_ids
 
 
 def test_five_steps_over_the_wire_are_those_with_the_teacher_here(server, tmp_path):
@@ -81,7 +81,7 @@ def test_five_steps_over_the_wire_are_those_with_the_teacher_here(server, tmp_pa
     runs = []
     for name, changes in (("here", {}), ("served", {"teacher_url": server.url, "teacher_timeout": 300.0})):
         config = Config(
-            student=str(folder(demo.STUDENT)), teacher=str(folder(demo.TEACHER)), prompts=str(prompts), steps=5,
+            student=str(folder(demo.SMOLLM2)), teacher=str(folder(demo.GEMMA)), prompts=str(prompts), steps=5,
             output=str(tmp_path / name), batch_size=2, max_new_tokens=12, learning_rate=1e-5, device="cpu",
             save_every=0, report_every=0, **changes,
         )  # fmt: skip
