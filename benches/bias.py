@@ -45,7 +45,8 @@ those with h. A loss's expected gradient is the mean of what it gives for every 
 the student writes it. Cosine: 1 is right, 0 is no use, below 0 is away from the teacher. A forward KL is another
 objective, whose gradient points elsewhere also where both tokenizers are the same. Credits have no clamp; `byte_kl` is
 as published (with spanning tokens), forward and reverse; `transfer_kl` has its defaults and the sampled tokens'
-`log q*`, but for `alone` (without those), `floor 1e-5`, and `floor 1e-30` (so low that log 0 counts in full; no clamp)."""
+`log q*`, but for `alone` (without those), `floor 1e-5`, and `floor 1e-30` (so low that log 0 counts in full; no
+clamp)."""
 
 #: The vocabularies; the student's first.
 LONGEST_MATCH = {
