@@ -149,11 +149,7 @@ lint: $(VENV)/built
 	$(VENV)/bin/mypy
 	$(PY) -m mypy.stubtest xtokmap._core
 
-$(VENV)/docs: $(VENV)/packages
-	$(PIP) install --quiet --editable '.[docs]'
-	touch $@
-
-docs: $(VENV)/built $(VENV)/docs
+docs: $(VENV)/built
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
 	$(PY) docs/lay_out.py target/docs
 	PATH="$(abspath $(VENV)/bin):$$PATH" zensical build --strict

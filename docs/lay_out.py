@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
 PACKAGE = ROOT / "python"
+FROM_ROOT = {ROOT / "CHANGELOG.md": "changes.md", ROOT / "CONTRIBUTING.md": "contributing.md"}
 
 #: A page of the API for each; it has the module's docstring and what is in its `__all__`, in that order.
 API = ["", ".chat", ".torch", ".losses", ".teachers", ".train", ".integrations.arrow", ".integrations.trl"]
@@ -36,8 +37,8 @@ def place(path: Path) -> str | None:
     """Where a file of the repository lies in the site; None: not in it."""
     if path.parent == DOCS:
         return path.name
-    if path == ROOT / "CHANGELOG.md":
-        return "changes.md"
+    if path in FROM_ROOT:
+        return FROM_ROOT[path]
     if path.parent == ROOT / "benches" / "results" and path.suffix in (".md", ".png"):
         return f"results/{path.name}"
     if path.parent == ROOT / "examples" and path.suffix == ".py":
@@ -47,7 +48,7 @@ def place(path: Path) -> str | None:
 
 def lay_out(folder: Path) -> list[Path]:
     """Write all pages and what they show; gives back the files of the repository that are in the site."""
-    waiting = [*sorted(p for p in DOCS.iterdir() if p.suffix in (".md", ".css")), ROOT / "CHANGELOG.md"]
+    waiting = [*sorted(p for p in DOCS.iterdir() if p.suffix in (".md", ".css")), *FROM_ROOT]
     done: list[Path] = []
     while waiting:
         path = waiting.pop()
