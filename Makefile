@@ -149,7 +149,12 @@ lint: $(VENV)/built
 	$(VENV)/bin/mypy
 	$(PY) -m mypy.stubtest xtokmap._core
 
-docs: $(VENV)/built
+# The builder of the site is large, and wants Python 3.11.
+$(VENV)/docs: $(VENV)/built
+	$(PIP) install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
 	$(PY) docs/lay_out.py target/docs
 	PATH="$(abspath $(VENV)/bin):$$PATH" zensical build --strict
