@@ -11,6 +11,7 @@ no address of the repository.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import xtokmap
+from xtokmap.train import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -78,6 +80,20 @@ def package(folder: Path) -> None:
     stub = ast.parse((PACKAGE / "xtokmap" / "_core.pyi").read_text(encoding="utf-8"))
     _document(stub, xtokmap._core)
     (folder / "xtokmap" / "_core.py").write_text(ast.unparse(ast.fix_missing_locations(stub)), encoding="utf-8")
+    config = folder / "xtokmap" / "train" / "config.py"
+    settings = ast.parse(config.read_text(encoding="utf-8"))
+    _document_settings(settings)
+    config.write_text(ast.unparse(ast.fix_missing_locations(settings)), encoding="utf-8")
+
+
+def _document_settings(module: ast.Module) -> None:
+    """List `Config`'s settings in its docstring: their words are metadata, for the command line."""
+    [config] = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
+    for node in config.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+            node.value = node.value.args[0]
+    lines = (f"\n    {field.name}: {field.metadata['doc']}" for field in dataclasses.fields(Config))
+    config.body[0] = ast.Expr(ast.Constant(f"{inspect.getdoc(Config)}\n\nAttributes:{''.join(lines)}"))
 
 
 def _document(node: ast.Module | ast.ClassDef, thing: Any) -> None:
@@ -120,6 +136,8 @@ def page(path: Path, where: str) -> tuple[str, list[Path]]:
             return words
         linked.append(found)
         up = "../" * where.count("/")
+        if words.endswith(found.name) and found.suffix == ".md":  # a page goes by its title here, not by its file
+            words = found.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         return f"{image}[{words}]({up}{there}{anchor or ''})"
 
     parts = _FENCE.split(path.read_text(encoding="utf-8"))

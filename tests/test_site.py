@@ -77,11 +77,12 @@ def test_links_become_the_sites_own_and_code_is_left_alone(monkeypatch: pytest.M
     monkeypatch.setattr(lay_out, "ROOT", tmp_path)
     monkeypatch.setattr(lay_out, "DOCS", page.parent)
     page.write_text(
-        "[a](y.md#z) [b](../rust) ![c](../benches/results/c.png)\n```\n[d](../rust)\n```\n[e](https://e.org/f)\n"
+        "[a](y.md#z) [y.md](y.md) [b](../rust) ![c](../benches/results/c.png)\n```\n[d](../rust)\n```\n[e](https://e.org/f)\n"
     )
+    (page.parent / "y.md").write_text("# Why\n")
     text, linked = lay_out.page(page, "x.md")
-    assert text == "[a](y.md#z) b ![c](results/c.png)\n```\n[d](../rust)\n```\n[e](https://e.org/f)\n"
-    assert linked == [page.parent / "y.md", tmp_path / "benches" / "results" / "c.png"]
+    assert text == "[a](y.md#z) [Why](y.md) b ![c](results/c.png)\n```\n[d](../rust)\n```\n[e](https://e.org/f)\n"
+    assert linked == [page.parent / "y.md", page.parent / "y.md", tmp_path / "benches" / "results" / "c.png"]
 
 
 @pytest.mark.parametrize("part", lay_out.API)
@@ -104,6 +105,9 @@ def test_the_core_of_the_copy_has_signatures_and_docstrings(tmp_path: Path) -> N
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
             assert node.returns is not None
+    config = (tmp_path / "xtokmap" / "train" / "config.py").read_text(encoding="utf-8")
+    assert "\n    student: the model to train: a directory, a .gguf file, or a hub id\n" in config
+    assert "\n    student: str = ''\n" in config
     assert (tmp_path / "xtokmap" / "torch" / "pair.py").exists()
     assert not list(tmp_path.rglob("*.so"))
 
