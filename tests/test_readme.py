@@ -50,6 +50,16 @@ def test_python_prints_what_stands_under_it(page):
         assert output.getvalue() == (printed or "")
 
 
+def test_prompts_that_are_shown_are_read(tmp_path):
+    """Blocks of JSON show lines of a file of prompts."""
+    read_prompts = importlib.import_module("xtokmap.train").read_prompts
+    shown = [block for page in PAGES for block in re.findall(r"```json\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
+    assert shown
+    for block in shown:
+        (tmp_path / "prompts.jsonl").write_text(block)
+        assert sum(map(len, read_prompts(tmp_path / "prompts.jsonl"))) == len(block.splitlines())
+
+
 def test_the_first_example_is_short():
     before, code, printed = blocks(README)[0]
     assert not NOT_RUN.fullmatch(before)
