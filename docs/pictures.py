@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from typing import TypeAlias
 
 import xtokmap
 from xtokmap import Kind
+
+Tokens: TypeAlias = list[bytes | None]
+Sides: TypeAlias = tuple[str, str]
 
 DOCS = Path(__file__).resolve().parent
 
@@ -36,11 +40,11 @@ def width(token: str) -> float:
     return len(token) * CHAR + 2 * PAD
 
 
-def picture(student: list[str], teacher: list[str], columns: Iterable[tuple[range, range, str]], title: str) -> str:
+def picture(tokens: list[list[str]], columns: Iterable[tuple[range, range, str]], title: str, sides: Sides) -> str:
     """Both sides' tokens, a column for each chunk; (range(0), range(0), "NONE") tokens are in no chunk."""
     parts, x = [], float(LEFT)
     for k, (*spans, kind) in enumerate(columns):
-        rows = [[side[i] for i in span] for side, span in zip((student, teacher), spans, strict=True)]
+        rows = [[side[i] for i in span] for side, span in zip(tokens, spans, strict=True)]
         label = kind if kind != "NONE" else "unaligned"
         need = max(sum(map(width, row)) + GAP * (len(row) - 1) if row else 0 for row in rows)
         wide = max(need, len(label) * 6.4 + 4)
@@ -61,8 +65,8 @@ def picture(student: list[str], teacher: list[str], columns: Iterable[tuple[rang
 <title>{escape(title)}</title>
 <style>{STYLE}</style>
 <rect class="ground" x="0.5" y="0.5" width="{x + 1:.0f}" height="107" rx="8"/>
-<text class="side" x="12" y="31">student</text>
-<text class="side" x="12" y="69">teacher</text>
+<text class="side" x="12" y="31">{sides[0]}</text>
+<text class="side" x="12" y="69">{sides[1]}</text>
 {body}
 </svg>
 """
@@ -75,12 +79,12 @@ def shown(token: bytes | None, name: str) -> str:
     return token.decode(errors="backslashreplace").replace(" ", "·").replace("\n", "⏎")
 
 
-def drawn(student: list[bytes | None], teacher: list[bytes | None], title: str, stop: str = "<stop>") -> str:
+def drawn(student: Tokens, teacher: Tokens, title: str, sides: Sides = ("student", "teacher")) -> str:
     """The alignment of two lists of tokens; None is an end of a turn."""
     tables = [xtokmap.ByteTable.from_bytes(side, stop_ids=[i for i, t in enumerate(side) if t is None])
               for side in (student, teacher)]  # fmt: skip
     alignment = xtokmap.Aligner(*tables).align(range(len(student)), range(len(teacher)))
-    names = [[shown(token, stop) for token in side] for side in (student, teacher)]
+    names = [[shown(token, "<stop>") for token in side] for side in (student, teacher)]
     columns, at = [], [0, 0]
     for chunk in [*alignment, None]:
         starts = (chunk.student.start, chunk.teacher.start) if chunk else (len(student), len(teacher))
@@ -90,7 +94,7 @@ def drawn(student: list[bytes | None], teacher: list[bytes | None], title: str, 
         if chunk:
             columns.append((chunk.student, chunk.teacher, Kind(chunk.kind).name))
             at = [chunk.student.stop, chunk.teacher.stop]
-    return picture(*names, columns, title)
+    return picture(names, columns, title, sides)
 
 
 def pictures() -> dict[str, str]:
@@ -117,9 +121,10 @@ def pictures() -> dict[str, str]:
             "A sample that was cut off: its tail is in no chunk",
         ),
         "drift.svg": drawn(
-            [b"H", b"av", b"ing", b" fun", None],
-            [b"Hav", b"ing", b" fun", None],
+            [b"hav", b"in", b"g", b" fun"],
+            [b"having", b" fun"],
             "Sampled tokens above, the same text encoded again below",
+            ("sampled", "again"),
         ),
     }  # fmt: skip
 
