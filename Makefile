@@ -35,7 +35,7 @@ help:
 	@echo "make bench  benchmarks, side by side with what else there is"
 	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for a part of it"
 	@echo "make lint   formatting, clippy, ruff, mypy, stubtest"
-	@echo "make docs   API documentation in target/doc and docs/build"
+	@echo "make docs   the site of the documentation, in target/docs/site, and that of the crate, in target/doc"
 	@echo "make clean  remove what these make"
 
 $(VENV)/packages: pyproject.toml Makefile
@@ -149,12 +149,16 @@ lint: $(VENV)/built
 	$(VENV)/bin/mypy
 	$(PY) -m mypy.stubtest xtokmap._core
 
-docs: $(VENV)/built
+# The builder of the site is large, and wants Python 3.11.
+$(VENV)/docs: $(VENV)/built
+	$(PIP) install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
-	$(VENV)/bin/pdoc --output-directory docs/build --docformat google xtokmap '!xtokmap\..*' xtokmap.chat \
-		xtokmap.torch '!xtokmap\.torch\..*' xtokmap.torch.pair xtokmap.losses '!xtokmap\.losses\..*' \
-		xtokmap.teachers '!xtokmap\.teachers\..*' xtokmap.train '!xtokmap\.train\..*' \
-		xtokmap.integrations.arrow xtokmap.integrations.trl
+	$(PY) docs/lay_out.py target/docs
+	PATH="$(abspath $(VENV)/bin):$$PATH" zensical build --strict
+	@echo "read it: $(PY) -m http.server --bind 127.0.0.1 --directory target/docs/site"
 
 clean:
-	rm -rf $(VENV) $(VENV)-* target fuzz/target fuzz/corpus fuzz/artifacts runs docs/build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so
+	rm -rf $(VENV) $(VENV)-* target fuzz/target fuzz/corpus fuzz/artifacts runs .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

@@ -39,13 +39,14 @@ what can stand there{sparse}, {models} pairs of them for each column. `drawn`: e
 The other columns' vocabularies were picked by hand, the easier one of two of a kind (the other is called "deep") after
 a look at how `cover` does: `drawn` says what to expect.
 
-The exact gradient is that of sum over starts h of a text of P_S(h) KL(p(.|h) || q*(.|h)) by the student's logits at
-every h, P_S(h) held; q*(u|h) is the mass of all texts whose student encoding goes on from h with u, over that of those
-with h. A loss's expected gradient is the mean of what it gives for every text, weighted by the probability that the
-student writes it. Cosine: 1 is right, 0 is no use, below 0 is away from the teacher. A forward KL is another objective,
-whose gradient points elsewhere also where both tokenizers are the same. Credits have no clamp; `byte_kl` is as
-published (with spanning tokens), forward and reverse; `transfer_kl` has its defaults and the sampled tokens' log q*,
-but for `alone` (without those), `floor 1e-5`, and `floor 1e-30` (so low that log 0 counts in full; no clamp)."""
+The exact gradient is that of sum over starts h of a text of P_S(h) `KL(p(.|h) || q*(.|h))` by the student's logits at
+every h, P_S(h) held; `q*(u|h)` is the mass of all texts whose student encoding goes on from h with u, over that of
+those with h. A loss's expected gradient is the mean of what it gives for every text, weighted by the probability that
+the student writes it. Cosine: 1 is right, 0 is no use, below 0 is away from the teacher. A forward KL is another
+objective, whose gradient points elsewhere also where both tokenizers are the same. Credits have no clamp; `byte_kl` is
+as published (with spanning tokens), forward and reverse; `transfer_kl` has its defaults and the sampled tokens'
+`log q*`, but for `alone` (without those), `floor 1e-5`, and `floor 1e-30` (so low that log 0 counts in full; no
+clamp)."""
 
 #: The vocabularies; the student's first.
 LONGEST_MATCH = {
@@ -223,7 +224,7 @@ def report(models: int, seed: int, concentration: float) -> tuple[list[str], dic
     for kind in drawn:
         lines += ["", f"{kind}:", "", *table(study(kind, models, seed, whole, leak=1e-4, **same), cosines)]
     lines += ["", "## Forward KL", ""]
-    lines += ["Cosine to the gradient of sum over h of P_S(h) KL(q*(.|h) || p(.|h)), mean and worst."]
+    lines += ["Cosine to the gradient of sum over h of P_S(h) `KL(q*(.|h) || p(.|h))`, mean and worst."]
     for kind in drawn:
         found_forward = study(kind, models, seed, FORWARD, exact=lambda m: m.exact_forward, **same)
         lines += ["", f"{kind}:", "", *table(found_forward, cosines)]

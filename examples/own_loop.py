@@ -1,4 +1,4 @@
-"""A plain PyTorch loop with a teacher of another family: `python examples/own_loop.py STUDENT TEACHER` (hub ids)."""
+"""A plain PyTorch loop with a teacher of another family: `python examples/own_loop.py STUDENT TEACHER` (ids, paths)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A thought and a tool call as two families write them: `python examples/reasoning.py STUDENT TEACHER` (hub ids)."""
+"""A thought and a tool call as two families write them: `python examples/reasoning.py STUDENT TEACHER` (ids, paths)."""
 
 import sys
 

@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from datasets import Dataset
 from trl import DistillationConfig
 
@@ -22,5 +23,11 @@ def distill(student, teacher, args):
 
 
 if __name__ == "__main__":
-    settings = DistillationConfig("runs/trl", per_device_train_batch_size=4, max_completion_length=64, logging_steps=1)
+    settings = DistillationConfig(
+        "runs/trl",
+        per_device_train_batch_size=4,
+        max_completion_length=64,
+        logging_steps=1,
+        bf16=torch.cuda.is_available(),  # TRL's default is True, which transformers refuses without a GPU
+    )
     distill(*sys.argv[1:3], settings).save_model()

@@ -1,4 +1,4 @@
-"""README.md and docs/ do what they say: code runs, names can be imported, files exist."""
+"""README.md, docs/ and what stands beside them do what they say: code runs, names can be imported, files exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 names = [page.name for page in PAGES]
 
 #: A block of Python, the line before it, and what it prints, if that stands under it. `<!-- not run: why -->` in that
@@ -48,6 +48,16 @@ def test_python_prints_what_stands_under_it(page):
         with contextlib.redirect_stdout(output):
             exec(compiled, names)
         assert output.getvalue() == (printed or "")
+
+
+def test_prompts_that_are_shown_are_read(tmp_path):
+    """Blocks of JSON show lines of a file of prompts."""
+    read_prompts = importlib.import_module("xtokmap.train").read_prompts
+    shown = [block for page in PAGES for block in re.findall(r"```json\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
+    assert shown
+    for block in shown:
+        (tmp_path / "prompts.jsonl").write_text(block)
+        assert sum(map(len, read_prompts(tmp_path / "prompts.jsonl"))) == len(block.splitlines())
 
 
 def test_the_first_example_is_short():
@@ -95,6 +105,20 @@ def test_every_name_of_the_package_can_be_had(page):
                     break
             assert hasattr(found, part), name
             found = getattr(found, part)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_every_file_of_the_repository_that_is_spoken_of_exists(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    folders = "benches|docs|examples|fuzz|python|rust|tests"
+    for name in re.findall(rf"`(?:python )?((?:{folders})/[\w./-]*)[^`\n]*`", text):
+        assert "NAME" in name or (ROOT / name).exists(), name
+
+
+def test_the_citation_is_of_this_version():
+    version = re.search(r'^version = "(.*)"', (ROOT / "Cargo.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_laws_are_those_of_the_crate():

@@ -11,6 +11,10 @@ use super::errors::{set_attributes, TokenIdError, XTokMapError};
 use super::support::{bytes_of, caught, integer, kept, not_an_integer, type_name, values, Array};
 use crate::table::{ByteTable, Invalid, Role};
 
+/// The bytes of every token id of one vocabulary.
+///
+/// `len(table)` is the number of ids, `table[id]` the bytes of one, None for a special token. `xtokmap.byte_table` makes one
+/// of a tokenizer or its file. Tables do not change, may be used by several threads, and pickle.
 #[pyclass(frozen, name = "ByteTable", module = "xtokmap")]
 pub(super) struct PyByteTable {
     pub table: Arc<ByteTable>,
@@ -55,6 +59,19 @@ fn markers_of(table: &ByteTable) -> Vec<(&'static str, Vec<u32>)> {
 
 #[pymethods]
 impl PyByteTable {
+    /// A table of any vocabulary whose bytes you know.
+    ///
+    /// Args:
+    ///     tokens: the bytes of every id, in order; None for a special token, which spells nothing.
+    ///     stop_ids: ids of special tokens that end a turn. They correspond to the other side's by this role.
+    ///     invalid: how the tokenizer's decoder spells bytes that are not UTF-8: "maximal", "each" or "run", as
+    ///         `byte_table` says.
+    ///     byte_pieces: ids of the pieces that "run" is about, of one byte each.
+    ///     markers: roles and ids of the markers of thoughts and tool calls.
+    ///
+    /// Raises:
+    ///     XTokMapError: a token that is not bytes or None, an id outside the table, a stop id that has bytes, an
+    ///         unknown `invalid` or role.
     #[staticmethod]
     #[pyo3(signature = (tokens, *, stop_ids = vec![], invalid = "maximal", byte_pieces = vec![], markers = vec![]))]
     fn from_bytes(
@@ -103,6 +120,10 @@ impl PyByteTable {
         })
     }
 
+    /// The table that `to_arrays` took apart, by copies of its arrays.
+    ///
+    /// Raises:
+    ///     XTokMapError: arrays that do not make a table.
     #[staticmethod]
     #[pyo3(signature = (arena, offsets, special, stop_ids, invalid, byte_pieces, markers = vec![]))]
     #[allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
@@ -130,6 +151,8 @@ impl PyByteTable {
         })
     }
 
+    /// The arrays that make the table: all bytes; where those of each id begin and end; which ids are special; then stop
+    /// ids, `invalid`, byte pieces and markers.
     fn to_arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         caught(|| {
             let table = &*self.table;
@@ -141,10 +164,12 @@ impl PyByteTable {
         })
     }
 
+    /// The same table with other markers, each a role and the ids that spell it.
     fn with_markers(&self, markers: Vec<Given>) -> PyResult<Self> {
         caught(|| Ok(Self::new(Arc::new((*self.table).clone().with_markers(markers_from(markers)?)?))))
     }
 
+    /// The markers of thoughts and tool calls: role and ids of each.
     #[getter]
     fn markers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         caught(|| {
@@ -179,26 +204,31 @@ impl PyByteTable {
         caught(|| Ok((slf.get_type().getattr("from_arrays")?, slf.get().to_arrays(slf.py())?)))
     }
 
+    /// int32 `[V]`; the bytes of every id, 0 for special tokens.
     #[getter]
     fn lengths(&self, py: Python<'_>) -> PyResult<Py<PyArray1<i32>>> {
         caught(|| kept(py, &self.lengths, || self.table.iter().map(|b| b.len() as i32).collect()))
     }
 
+    /// bool `[V]`; whether an id has no bytes.
     #[getter]
     fn is_special(&self, py: Python<'_>) -> PyResult<Py<PyArray1<bool>>> {
         caught(|| kept(py, &self.is_special, || self.table.special().to_vec()))
     }
 
+    /// Ids that end a turn.
     #[getter]
     fn stop_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         caught(|| PyTuple::new(py, self.table.stop_ids()))
     }
 
+    /// Ids of one byte that a run of bytes which are not UTF-8 is made of.
     #[getter]
     fn byte_pieces<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         caught(|| PyTuple::new(py, self.table.byte_pieces()))
     }
 
+    /// How the tokenizer's decoder spells bytes that are not UTF-8.
     #[getter]
     fn invalid(&self) -> &'static str {
         match self.table.invalid() {
@@ -208,6 +238,11 @@ impl PyByteTable {
         }
     }
 
+    /// The bytes of some ids, laid end to end.
+    ///
+    /// Raises:
+    ///     TokenIdError: an id outside the table.
+    ///     XTokMapError: ids that are no integers.
     fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         caught(|| {
             let mut text = Vec::new();
