@@ -16,7 +16,7 @@ from typing import Any
 import xtokmap
 from xtokmap import Aligner, Alignment, UnsupportedTokenizerError, XTokMapError
 from xtokmap.columns import SIDES, UNALIGNED, Column, columns
-from xtokmap.files import check_name, check_text, obstacle, read_text
+from xtokmap.files import check_name, check_text, obstacle, read_text, replacing
 from xtokmap.report import write
 from xtokmap.tokenizers import text_codec
 
@@ -74,6 +74,7 @@ def _add_align(commands: Any) -> None:
     p.add_argument("--teacher", required=True, help="likewise")
     p.add_argument("--text-file", type=Path, help="read the text from a file (UTF-8)")
     p.add_argument("--json", action="store_true", help="ids, tokens and chunks as JSON")
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows them, ids and bytes included")
     p.add_argument("--width", type=int, help="columns of the view (the terminal's)")
     p.add_argument("text", nargs="*", help="the text; `-` or nothing reads standard input")
     p.set_defaults(run=_align)
@@ -94,9 +95,14 @@ def _align(args: argparse.Namespace) -> int:
     aligner = Aligner(student, teacher)
     student_ids, teacher_ids = (text_codec(t).encode_batch([text])[0] for t in (student, teacher))
     alignment = aligner.align(student_ids, teacher_ids)
+    if args.html is not None:
+        title = f"{Path(args.student).name} → {Path(args.teacher).name}"
+        with replacing(args.html) as part:
+            part.write_text(alignment.html(title=title), encoding="utf-8")
+        print(args.html, file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(_as_json(alignment), ensure_ascii=False, indent=1))
-    else:
+    elif args.html is None:
         _show(alignment, args.width or shutil.get_terminal_size((100, 20)).columns)
     return 0
 
