@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,8 +15,9 @@ import pytest
 
 import tiny
 import xtokmap
-from xtokmap import demo
+from xtokmap import demo, inspection
 from xtokmap.cli import main
+from xtokmap.losses.table import LOSSES
 from xtokmap.train.config import Config
 
 
@@ -62,10 +64,80 @@ def test_inspect_counts_what_two_vocabularies_share(files, capsys):
     assert (found["teacher"], found["shared_bytes"]) == (len(teacher), shared)
     assert found["uncovered"] == len(teacher) - shared
     assert found["rule"] == "bpe"
+    assert "text" not in found
     assert main(["inspect", *pair]) == 0
     out = capsys.readouterr().out
     assert f"{shared}  teacher tokens whose bytes are a student token" in out
-    assert out.splitlines()[-1].endswith("cuts by bpe")
+    assert "cuts by bpe" in out
+    assert "give a text" in out
+
+
+def test_inspect_says_what_a_text_costs(files, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick fox é the quick fox 你\n" * 3, encoding="utf-8")
+    pair = ["--student", files[0], "--teacher", files[1]]
+    assert main(["inspect", *pair, "--text-file", str(text), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["text"]
+    assert align(files, "--text-file", str(text), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == len(text.read_bytes())
+    assert [found[side] for side in ("student", "teacher")] == [len(shown[side]) for side in ("student", "teacher")]
+    for kind, share in shown["coverage_by_kind"].items():
+        chunks = [chunk for chunk in shown["chunks"] if chunk["kind"] == kind]
+        assert found["kinds"].get(kind) == ({"chunks": len(chunks), "share": share} if chunks else None)
+    # Every chunk with more than a pair of tokens once, like ones together.
+    beyond = {}
+    for chunk in shown["chunks"]:
+        sides = {side: shown[side][slice(*chunk[side])] for side in ("student", "teacher")}
+        if (cost := sum(map(len, sides.values())) - 2) > 0:
+            key = chunk["kind"], *("|".join(t["bytes"] for t in side) for side in sides.values())
+            beyond.setdefault(key, []).append(cost)
+    assert sum(one["cost"] for one in found["costly"]) == sum(map(sum, beyond.values())) > 0
+    assert sorted(one["count"] for one in found["costly"]) == sorted(map(len, beyond.values()))
+    assert [one["cost"] for one in found["costly"]] == sorted((one["cost"] for one in found["costly"]), reverse=True)
+    assert main(["inspect", *pair, "the quick fox"]) == 0
+    assert "The text: 13 bytes" in capsys.readouterr().out
+
+
+def shares(**given):
+    return {kind: given.get(kind.name, 0.0) for kind in xtokmap.Kind}
+
+
+@pytest.mark.parametrize(
+    ("same", "found", "losses", "said"),
+    [
+        (True, None, ["transfer_kl", "prior", "prior", "prior"], "both cut alike"),
+        (False, None, ["transfer_kl", "cover", "cover", "prior (or shift)"], "give a text"),
+        (
+            False,
+            shares(ONE_TO_ONE=0.5, MANY_TO_ONE=0.3, ONE_TO_MANY=0.2),
+            ["transfer_kl", "cover", "cover", "prior (or shift)"],
+            "the student is finer (30.0% MANY_TO_ONE, 20.0% ONE_TO_MANY), where it costs most",
+        ),
+        (
+            False,
+            shares(ONE_TO_ONE=0.5, MANY_TO_MANY=0.3, ONE_TO_MANY=0.2),
+            ["transfer_kl; compare cover", "cover", "cover", "prior (or shift)"],
+            "the teacher is finer (20.0% ONE_TO_MANY, 0.0% MANY_TO_ONE), where it costs less",
+        ),
+        (False, shares(ONE_TO_ONE=1.0), ["transfer_kl", "cover", "cover", "prior (or shift)"], "does not say that"),
+    ],
+)
+def test_the_losses_that_inspect_names_can_be_had(same, found, losses, said):
+    named = list(inspection._losses(same=same, shares=found))
+    assert [loss for _, loss, _ in named] == losses
+    assert any(said in why for *_, why in named)
+    for has, loss, _ in named:
+        for name in re.findall(r"transfer_kl|cover|prior|shift", loss):
+            needs = LOSSES[name].teacher
+            assert has.startswith("whole rows") or needs != "rows"
+
+
+def test_inspect_knows_a_pair_that_cuts_alike(files, capsys):
+    assert main(["inspect", "--student", files[0], "--teacher", files[0], "the fox", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"]["costly"] == []
+    assert all("both cut alike" in one["why"] for one in found["losses"])
 
 
 def test_align_json(files, capsys, tmp_path):

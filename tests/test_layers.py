@@ -19,7 +19,7 @@ LAYERS = [
     ["alignment", "tokenizers"],
     ["boundary", "markers"],
     ["aligner"],
-    ["chat", "report", "integrations.arrow"],
+    ["chat", "report", "inspection", "integrations.arrow"],
     [""],  # xtokmap itself: what can be had without torch
     ["models", "torch"],
     ["losses"],

@@ -17,6 +17,7 @@ import xtokmap
 from xtokmap import Aligner, Alignment, UnsupportedTokenizerError, XTokMapError
 from xtokmap.columns import SIDES, UNALIGNED, Column, columns
 from xtokmap.files import check_name, check_text, obstacle, read_text, replacing
+from xtokmap.inspection import inspect, lines
 from xtokmap.report import write
 from xtokmap.tokenizers import text_codec
 
@@ -80,7 +81,8 @@ def _add_align(commands: Any) -> None:
     p.set_defaults(run=_align)
 
 
-def _align(args: argparse.Namespace) -> int:
+def _text(args: argparse.Namespace) -> str:
+    """The text of a command, of which arguments say where it is."""
     if args.text_file is not None:
         text = read_text(args.text_file)
     elif args.text and args.text != ["-"]:
@@ -91,6 +93,11 @@ def _align(args: argparse.Namespace) -> int:
         except UnicodeDecodeError as error:
             raise XTokMapError(f"standard input: not UTF-8 at byte {error.start}") from None
     check_text(text, "the text")  # what of an argument is not UTF-8, Python has as halves of surrogate pairs
+    return text
+
+
+def _align(args: argparse.Namespace) -> int:
+    text = _text(args)
     student, teacher = _tokenizer(args.student), _tokenizer(args.teacher)
     aligner = Aligner(student, teacher)
     student_ids, teacher_ids = (text_codec(t).encode_batch([text])[0] for t in (student, teacher))
@@ -111,35 +118,19 @@ def _align(args: argparse.Namespace) -> int:
 
 
 def _add_inspect(commands: Any) -> None:
-    p = commands.add_parser("inspect", help="what the tokens of two vocabularies are to each other, in numbers")
+    p = commands.add_parser("inspect", help="what two vocabularies share, what a text of yours costs, which loss fits")
     p.add_argument("--student", required=True, help="a tokenizer: file, directory or hub id")
     p.add_argument("--teacher", required=True, help="likewise")
+    p.add_argument("--text-file", type=Path, help="a text of yours, as for align: what it costs, and which loss fits")
     p.add_argument("--json", action="store_true", help="the numbers as JSON")
+    p.add_argument("text", nargs="*", help="the text itself; `-` reads standard input")
     p.set_defaults(run=_inspect)
 
 
-#: What the numbers of `VocabMap.summary` count.
-_COUNTED = {
-    "student": "student tokens that have bytes",
-    "teacher": "teacher tokens that have bytes",
-    "shared_bytes": "teacher tokens whose bytes are a student token",
-    "shared_strings": "tokens that a comparison of vocabulary strings would match",
-    "uncovered": "teacher tokens whose bytes are no student token",
-    "groups": "groups of these, connected by one beginning with another",
-    "unreachable": "teacher tokens that begin with no student token",
-}
-
-
 def _inspect(args: argparse.Namespace) -> int:
-    aligner = Aligner(_tokenizer(args.student), _tokenizer(args.teacher))
-    counts, rule = aligner.vocab_map.summary(), aligner.student_rule
-    if args.json:
-        print(json.dumps({"rule": rule, **counts}, indent=1))
-        return 0
-    width = max(len(f"{n:,}") for n in counts.values() if n is not None)
-    for name, n in counts.items():
-        print(f"{'-' if n is None else f'{n:,}':>{width}}  {_COUNTED[name]}")
-    print(f"{'':>{width}}  the student's tokenizer cuts by {rule}")
+    text = _text(args) if args.text or args.text_file is not None else None
+    found = inspect(Aligner(_tokenizer(args.student), _tokenizer(args.teacher)), text)
+    print(json.dumps(found, ensure_ascii=False, indent=1) if args.json else "\n".join(lines(found)))
     return 0
 
 
@@ -196,16 +187,16 @@ def _show(alignment: Alignment, width: int) -> None:
     """Student over teacher, a column for each chunk; `|` stands between the tokens of a chunk."""
     found = columns(alignment)
     out = _Painter()
-    lines: list[list[Column]] = [[]]
+    rows: list[list[Column]] = [[]]
     used = 9
     for column in found:
         need = max(map(_cells, column.texts)) + 3
-        if lines[-1] and used + need > width:
-            lines.append([])
+        if rows[-1] and used + need > width:
+            rows.append([])
             used = 9
-        lines[-1].append(column)
+        rows[-1].append(column)
         used += need
-    for k, line in enumerate(lines):
+    for k, line in enumerate(rows):
         if k:
             out.line([])
         for row, side in enumerate(SIDES):
