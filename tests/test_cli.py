@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from itertools import pairwise
 
@@ -16,7 +20,8 @@ import pytest
 import tiny
 import xtokmap
 from xtokmap import demo, inspection
-from xtokmap.cli import main
+from xtokmap import waiting as waits
+from xtokmap.cli import main, parser
 from xtokmap.losses.table import LOSSES
 from xtokmap.train.config import Config
 
@@ -181,7 +186,8 @@ def test_align_needs_no_torch(files):
 def test_mistakes_are_one_line_and_exit_code_2(files, capsys, tmp_path):
     assert main(["align", "--student", "/no/such.json", "--teacher", files[1], "x"]) == 2
     err = capsys.readouterr().err
-    assert err == "xtokmap: /no/such.json: no such file or directory\n"
+    assert err.startswith("xtokmap: /no/such.json: no such file or directory; pass a tokenizer file")
+    assert err.count("\n") == 1
     assert main(["train", "--student", "a", "--teacher", "b", "--prompts", str(tmp_path / "none.txt")]) == 2
     assert "no such prompt file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -274,6 +280,100 @@ def test_train_from_the_command_line(tmp_path, capsys):
     assert json.loads((tmp_path / "o" / "config.json").read_text())["score_stop"] is False
     assert (tmp_path / "o" / "student" / "model.safetensors").exists()
     assert f"are in {tmp_path / 'o'}" in capsys.readouterr().out
+
+
+VERBS = ["align", "inspect", "train", "serve-teacher", "demo", "report", "completion"]
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_ends_with_an_example_that_can_be_typed(capsys, verb):
+    with pytest.raises(SystemExit, match="0"):
+        main([*verb.split(), "--help"])
+    text, _, example = capsys.readouterr().out.partition("\nexample:\n")
+    for line in example.strip().splitlines():
+        name, *arguments = shlex.split(line.partition(" > ")[0].partition("  # ")[0].replace(" ...", ""))
+        assert name == "xtokmap"
+        if verb != "serve-teacher" or arguments[0] == verb:  # its second line is the other machine's, in part
+            parser(arguments[0]).parse_args(arguments)
+    assert example
+    if not verb:
+        assert re.findall(r"^    ([a-z-]+)(?:  |$)", text, re.MULTILINE) == VERBS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "xtokmap: the following arguments are required: COMMAND; see `xtokmap --help`"),
+        (
+            ["align"],
+            "xtokmap align: the following arguments are required: --student, --teacher; see `xtokmap align --help`",
+        ),
+        (["completion", "fish"], "see `xtokmap completion --help`"),
+    ],
+)
+def test_a_mistake_says_what_to_type_next(capsys, arguments, said):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xtokmap.teachers.server", None)
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["serve-teacher", "--model", "x"]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'xtokmap[serve]'\n")
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'xtokmap[train]'\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completions_know_the_flags_of_train(capsys, shell):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert "max-new-tokens" in text
+    assert "serve-teacher" in text
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes(capsys):
+    pytest.importorskip("shtab")
+    main(["completion", "bash"])
+    script = capsys.readouterr().out
+    ask = "COMP_WORDS=(xtokmap train --max-new); COMP_CWORD=2; _shtab_xtokmap; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["--max-new-tokens"], done.stderr
+
+
+def test_a_long_wait_is_named_and_a_short_one_is_not(capsys, monkeypatch):
+    third = threading.Event()
+
+    class Errors(io.StringIO):
+        def write(self, text):
+            done = super().write(text)
+            if self.getvalue().count("\n") == 3:
+                third.set()
+            return done
+
+    errors = Errors()
+    monkeypatch.setattr(sys, "stderr", errors)
+    monkeypatch.setattr(waits, "_FIRST", 0.001)
+    monkeypatch.setattr(waits, "_AGAIN", 0.001)
+    with waits.waiting("reading"):
+        third.wait()
+    assert re.fullmatch(r"(reading: \d+ s\n){3,}", errors.getvalue())
+    monkeypatch.undo()
+    with waits.waiting("reading"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_has_no_bars():
+    code = "from xtokmap.cli import main; main(['report', '/no']); import tqdm; list(tqdm.tqdm(range(9), desc='bar'))"
+    environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stderr.count("\n") == 1
+    assert "bar" not in done.stderr
 
 
 def test_version(capsys):

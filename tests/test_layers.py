@@ -15,7 +15,7 @@ ROOT = Path(xtokmap.__file__).parent
 #: as long as there is no circle.
 LAYERS = [
     ["_core"],
-    ["files", "ids", "columns", "view"],
+    ["files", "ids", "columns", "view", "waiting"],
     ["alignment", "tokenizers"],
     ["boundary", "markers"],
     ["aligner"],

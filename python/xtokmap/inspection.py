@@ -116,11 +116,12 @@ def _costly(alignment: Alignment) -> list[dict[str, Any]]:
     tables = alignment._bytes.student, alignment._bytes.teacher
     found = []
     for key, cost in costs.most_common(_LISTED):
-        own, theirs = (
+        student_texts, teacher_texts = (
             [(table[i] or b"").decode(errors="backslashreplace") for i in side]
             for table, side in zip(tables, key[1:], strict=True)
         )
-        found.append({"kind": key[0], "student": own, "teacher": theirs, "count": often[key], "cost": cost})
+        sides = {"student": student_texts, "teacher": teacher_texts}
+        found.append({"kind": key[0], **sides, "count": often[key], "cost": cost})
     return found
 
 
