@@ -8,6 +8,7 @@ run here; fails if something failed.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -66,7 +67,8 @@ def environment(name: str, *requirements: str | Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     run(sys.executable, "-m", "venv", folder)
     python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", *requirements)
+    if requirements:
+        run(python, "-m", "pip", "install", "--quiet", *requirements)
     return python
 
 
@@ -117,7 +119,8 @@ def sdist_builds() -> str:
 
 def twine() -> str:
     """The metadata are what an index takes."""
-    return run(tool("twine"), "check", "--strict", one("*.whl"), one("*.tar.gz")).count("PASSED") * "PASSED " or "?"
+    run(tool("twine"), "check", "--strict", one("*.whl"), one("*.tar.gz"))
+    return "wheel and source distribution"
 
 
 def auditwheel() -> str:
@@ -261,16 +264,22 @@ def workflows() -> str:
 
 
 def dependencies() -> str:
-    """What the extras bring, as installed here: version and size."""
-    code = (
-        "import sys; from importlib.metadata import distribution, requires; import re\n"
-        "for name in sorted({re.match(r'[\\w-]+', r)[0] for r in requires('xtokmap') if 'dev' not in r}):\n"
-        "    try: d = distribution(name)\n"
-        "    except Exception: continue\n"
-        "    size = sum(f.locate().stat().st_size for f in d.files or () if f.locate().is_file())\n"
-        "    print(f'{name} {d.version}, {size / 1e6:.1f} MB')"
-    )
-    return "\n" + textwrap.indent(run(sys.executable, "-c", code).strip(), "    ")
+    """What the wheel and its extras bring, as installed here: version, size, and the newest there is."""
+    shown = []
+    for requirement in sorted(importlib.metadata.requires("xtokmap") or ()):
+        name, wanted = re.match(r"[\w-]+", requirement)[0], re.search(r"extra == '(\w+)'", requirement)
+        extra = wanted[1] if wanted else "always"
+        if extra in ("dev", "bench", "reproduce") or name == "xtokmap":
+            continue
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            shown.append(f"{name:<14} {extra:<7} not installed here")
+            continue
+        size = sum(Path(file.locate()).stat().st_size for file in found.files or () if Path(file.locate()).is_file())
+        newest = re.search(r"\((.*?)\)", run(sys.executable, "-m", "pip", "index", "versions", name))[1]
+        shown.append(f"{name:<14} {extra:<7} {found.version}, {size / 1e6:,.1f} MB; newest {newest}")
+    return "\n" + textwrap.indent("\n".join(dict.fromkeys(shown)), "    ")
 
 
 STEPS: list[Callable[[], str]] = [
