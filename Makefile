@@ -22,7 +22,7 @@ VLLM_TORCH   := 2.13.0
 PYTHON312    ?= $(shell for p in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python; do \
 	$$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 
-.PHONY: help demo test test-trl test-ray test-verl test-servers fuzz bench reproduce lint docs clean
+.PHONY: help demo test test-trl test-ray test-verl test-lowest test-newest test-servers fuzz bench reproduce lint docs release-check clean
 
 help:
 	@echo "make demo   distill a real pair of model families, on this machine, with a report"
@@ -30,12 +30,14 @@ help:
 	@echo "make test-trl   the tests of the trainer inside TRL, with the newest TRL there is"
 	@echo "make test-ray   the tests of what plugs into Ray Data, in an environment with Ray"
 	@echo "make test-verl   the tests of what plugs into verl, in an environment with verl; VERL_PYTHON: 3.10 to 3.12"
+	@echo "make test-lowest, test-newest   with the oldest and the newest versions that pyproject.toml allows; BOUND_PYTHON"
 	@echo "make test-servers   the served teacher against a real vLLM, for which 6 GB are installed once"
 	@echo "make fuzz   fuzz the core, the readers, edits, threads and the client, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
 	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for a part of it"
 	@echo "make lint   formatting, clippy, ruff, mypy, stubtest"
 	@echo "make docs   the site of the documentation, in target/docs/site, and that of the crate, in target/doc"
+	@echo "make release-check   what a release must pass, as far as this machine can tell; HEAVY=1: torch installed freshly, too"
 	@echo "make clean  remove what these make"
 
 $(VENV)/packages: pyproject.toml Makefile
@@ -102,6 +104,21 @@ $(VENV)-verl/built: pyproject.toml $(RUST)
 test-verl: $(VENV)-verl/built
 	$(VENV)-verl/bin/python -m pytest -p no:asyncio tests/test_verl.py
 
+# What pyproject.toml promises: the oldest of everything it names, and the newest that there is.
+BOUND_PYTHON ?= $(PYTHON)
+BOUND_TESTS  := tests/test_alignment.py tests/test_spans.py tests/test_columns.py tests/test_view.py tests/test_torch.py \
+	tests/test_losses.py tests/test_transfer.py tests/test_pair.py tests/test_train.py tests/test_lora.py tests/test_serve.py
+$(VENV)-lowest/built: HOW := --resolution lowest-direct
+$(VENV)-lowest/built $(VENV)-newest/built: pyproject.toml $(RUST)
+	test -x $(@D)/bin/python || $(BOUND_PYTHON) -m venv $(@D)
+	$(@D)/bin/pip --disable-pip-version-check install --quiet uv
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --upgrade $(HOW) --editable '.[arrow,lora,serve]'
+	$(@D)/bin/pip --disable-pip-version-check install --quiet pytest hypothesis httpx2 sentencepiece tiktoken
+	touch $@
+
+test-lowest test-newest: test-%: $(VENV)-%/built
+	$(VENV)-$*/bin/python -m pytest $(BOUND_TESTS)
+
 target/tools/bin/cargo-fuzz:
 	cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2
 
@@ -159,6 +176,10 @@ docs: $(VENV)/docs
 	$(PY) docs/lay_out.py target/docs
 	PATH="$(abspath $(VENV)/bin):$$PATH" zensical build --strict
 	@echo "read it: $(PY) -m http.server --bind 127.0.0.1 --directory target/docs/site"
+
+HEAVY ?=
+release-check: $(VENV)/built
+	$(PY) .ci/release_check.py $(if $(HEAVY),--heavy)
 
 clean:
 	rm -rf $(VENV) $(VENV)-* target fuzz/target fuzz/corpus fuzz/artifacts runs .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis python/xtokmap/_core*.so

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import httpx  # noqa: E402
+import httpx2  # noqa: E402
 import torch  # noqa: E402
 
 import tiny  # noqa: E402
@@ -211,18 +211,18 @@ def main() -> None:
             with serving(broken if "NaN" in what else sound) as server:
                 honest = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 120.0}
                 url = f"http://127.0.0.1:{server.port}"
-                httpx.post(url + "/v1/completions", json={"prompt": [1, 2, 3]}, **honest)  # type: ignore[arg-type]
+                httpx2.post(url + "/v1/completions", json={"prompt": [1, 2, 3]}, **honest)  # type: ignore[arg-type]
                 before, start = server.peak(), time.monotonic()
                 found = attack(server)
                 took, start = time.monotonic() - start, time.monotonic()
                 try:
                     if "NaN" in what:
-                        status = httpx.get(url + "/v1/models", **honest).status_code  # type: ignore[arg-type]
+                        status = httpx2.get(url + "/v1/models", **honest).status_code  # type: ignore[arg-type]
                     else:
                         body = {"prompt": [1, 2, 3]}
-                        status = httpx.post(url + "/v1/completions", json=body, **honest).status_code  # type: ignore[arg-type]
+                        status = httpx2.post(url + "/v1/completions", json=body, **honest).status_code  # type: ignore[arg-type]
                     next_one = f"{time.monotonic() - start:.2f}" + ("" if status == 200 else f" ({status})")
-                except httpx.HTTPError as error:
+                except httpx2.HTTPError as error:
                     next_one = f"none in {time.monotonic() - start:.0f} ({type(error).__name__})"
                 out.append(f"| {what} | {found} | {took:.1f} | {server.peak() - before} | {next_one} |")
                 print(out[-1], flush=True)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from itertools import pairwise
 
@@ -14,8 +19,10 @@ import pytest
 
 import tiny
 import xtokmap
-from xtokmap import demo
-from xtokmap.cli import main
+from xtokmap import demo, inspection
+from xtokmap import waiting as waits
+from xtokmap.cli import main, parser
+from xtokmap.losses.table import LOSSES
 from xtokmap.train.config import Config
 
 
@@ -62,10 +69,80 @@ def test_inspect_counts_what_two_vocabularies_share(files, capsys):
     assert (found["teacher"], found["shared_bytes"]) == (len(teacher), shared)
     assert found["uncovered"] == len(teacher) - shared
     assert found["rule"] == "bpe"
+    assert "text" not in found
     assert main(["inspect", *pair]) == 0
     out = capsys.readouterr().out
     assert f"{shared}  teacher tokens whose bytes are a student token" in out
-    assert out.splitlines()[-1].endswith("cuts by bpe")
+    assert "cuts by bpe" in out
+    assert "give a text" in out
+
+
+def test_inspect_says_what_a_text_costs(files, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick fox é the quick fox 你\n" * 3, encoding="utf-8")
+    pair = ["--student", files[0], "--teacher", files[1]]
+    assert main(["inspect", *pair, "--text-file", str(text), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["text"]
+    assert align(files, "--text-file", str(text), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == len(text.read_bytes())
+    assert [found[side] for side in ("student", "teacher")] == [len(shown[side]) for side in ("student", "teacher")]
+    for kind, share in shown["coverage_by_kind"].items():
+        chunks = [chunk for chunk in shown["chunks"] if chunk["kind"] == kind]
+        assert found["kinds"].get(kind) == ({"chunks": len(chunks), "share": share} if chunks else None)
+    # Every chunk with more than a pair of tokens once, like ones together.
+    beyond = {}
+    for chunk in shown["chunks"]:
+        sides = {side: shown[side][slice(*chunk[side])] for side in ("student", "teacher")}
+        if (cost := sum(map(len, sides.values())) - 2) > 0:
+            key = chunk["kind"], *("|".join(t["bytes"] for t in side) for side in sides.values())
+            beyond.setdefault(key, []).append(cost)
+    assert sum(one["cost"] for one in found["costly"]) == sum(map(sum, beyond.values())) > 0
+    assert sorted(one["count"] for one in found["costly"]) == sorted(map(len, beyond.values()))
+    assert [one["cost"] for one in found["costly"]] == sorted((one["cost"] for one in found["costly"]), reverse=True)
+    assert main(["inspect", *pair, "the quick fox"]) == 0
+    assert "The text: 13 bytes" in capsys.readouterr().out
+
+
+def shares(**given):
+    return {kind: given.get(kind.name, 0.0) for kind in xtokmap.Kind}
+
+
+@pytest.mark.parametrize(
+    ("same", "found", "losses", "said"),
+    [
+        (True, None, ["transfer_kl", "prior", "prior", "prior"], "both cut alike"),
+        (False, None, ["transfer_kl", "cover", "cover", "prior (or shift)"], "give a text"),
+        (
+            False,
+            shares(ONE_TO_ONE=0.5, MANY_TO_ONE=0.3, ONE_TO_MANY=0.2),
+            ["transfer_kl", "cover", "cover", "prior (or shift)"],
+            "the student is finer (30.0% MANY_TO_ONE, 20.0% ONE_TO_MANY), where it costs most",
+        ),
+        (
+            False,
+            shares(ONE_TO_ONE=0.5, MANY_TO_MANY=0.3, ONE_TO_MANY=0.2),
+            ["transfer_kl; compare cover", "cover", "cover", "prior (or shift)"],
+            "the teacher is finer (20.0% ONE_TO_MANY, 0.0% MANY_TO_ONE), where it costs less",
+        ),
+        (False, shares(ONE_TO_ONE=1.0), ["transfer_kl", "cover", "cover", "prior (or shift)"], "does not say that"),
+    ],
+)
+def test_the_losses_that_inspect_names_can_be_had(same, found, losses, said):
+    named = list(inspection._losses(same=same, shares=found))
+    assert [loss for _, loss, _ in named] == losses
+    assert any(said in why for *_, why in named)
+    for has, loss, _ in named:
+        for name in re.findall(r"transfer_kl|cover|prior|shift", loss):
+            needs = LOSSES[name].teacher
+            assert has.startswith("whole rows") or needs != "rows"
+
+
+def test_inspect_knows_a_pair_that_cuts_alike(files, capsys):
+    assert main(["inspect", "--student", files[0], "--teacher", files[0], "the fox", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"]["costly"] == []
+    assert all("both cut alike" in one["why"] for one in found["losses"])
 
 
 def test_align_json(files, capsys, tmp_path):
@@ -109,7 +186,8 @@ def test_align_needs_no_torch(files):
 def test_mistakes_are_one_line_and_exit_code_2(files, capsys, tmp_path):
     assert main(["align", "--student", "/no/such.json", "--teacher", files[1], "x"]) == 2
     err = capsys.readouterr().err
-    assert err == "xtokmap: /no/such.json: no such file or directory\n"
+    assert err.startswith("xtokmap: /no/such.json: no such file or directory; pass a tokenizer file")
+    assert err.count("\n") == 1
     assert main(["train", "--student", "a", "--teacher", "b", "--prompts", str(tmp_path / "none.txt")]) == 2
     assert "no such prompt file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -202,6 +280,100 @@ def test_train_from_the_command_line(tmp_path, capsys):
     assert json.loads((tmp_path / "o" / "config.json").read_text())["score_stop"] is False
     assert (tmp_path / "o" / "student" / "model.safetensors").exists()
     assert f"are in {tmp_path / 'o'}" in capsys.readouterr().out
+
+
+VERBS = ["align", "inspect", "train", "serve-teacher", "demo", "report", "completion"]
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_ends_with_an_example_that_can_be_typed(capsys, verb):
+    with pytest.raises(SystemExit, match="0"):
+        main([*verb.split(), "--help"])
+    text, _, example = capsys.readouterr().out.partition("\nexample:\n")
+    for line in example.strip().splitlines():
+        name, *arguments = shlex.split(line.partition(" > ")[0].partition("  # ")[0].replace(" ...", ""))
+        assert name == "xtokmap"
+        if verb != "serve-teacher" or arguments[0] == verb:  # its second line is the other machine's, in part
+            parser(arguments[0]).parse_args(arguments)
+    assert example
+    if not verb:
+        assert re.findall(r"^    ([a-z-]+)(?:  |$)", text, re.MULTILINE) == VERBS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "xtokmap: the following arguments are required: COMMAND; see `xtokmap --help`"),
+        (
+            ["align"],
+            "xtokmap align: the following arguments are required: --student, --teacher; see `xtokmap align --help`",
+        ),
+        (["completion", "fish"], "see `xtokmap completion --help`"),
+    ],
+)
+def test_a_mistake_says_what_to_type_next(capsys, arguments, said):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xtokmap.teachers.server", None)
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["serve-teacher", "--model", "x"]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'xtokmap[serve]'\n")
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'xtokmap[train]'\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completions_know_the_flags_of_train(capsys, shell):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert "max-new-tokens" in text
+    assert "serve-teacher" in text
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes(capsys):
+    pytest.importorskip("shtab")
+    main(["completion", "bash"])
+    script = capsys.readouterr().out
+    ask = "COMP_WORDS=(xtokmap train --max-new); COMP_CWORD=2; _shtab_xtokmap; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["--max-new-tokens"], done.stderr
+
+
+def test_a_long_wait_is_named_and_a_short_one_is_not(capsys, monkeypatch):
+    third = threading.Event()
+
+    class Errors(io.StringIO):
+        def write(self, text):
+            done = super().write(text)
+            if self.getvalue().count("\n") == 3:
+                third.set()
+            return done
+
+    errors = Errors()
+    monkeypatch.setattr(sys, "stderr", errors)
+    monkeypatch.setattr(waits, "_FIRST", 0.001)
+    monkeypatch.setattr(waits, "_AGAIN", 0.001)
+    with waits.waiting("reading"):
+        third.wait()
+    assert re.fullmatch(r"(reading: \d+ s\n){3,}", errors.getvalue())
+    monkeypatch.undo()
+    with waits.waiting("reading"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_has_no_bars():
+    code = "from xtokmap.cli import main; main(['report', '/no']); import tqdm; list(tqdm.tqdm(range(9), desc='bar'))"
+    environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stderr.count("\n") == 1
+    assert "bar" not in done.stderr
 
 
 def test_version(capsys):

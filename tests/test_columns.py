@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given, settings
@@ -74,7 +73,6 @@ def test_a_record_is_the_column_without_what_json_does_not_keep() -> None:
     }
     again = [Column.of(record) for record in records]
     assert [column.record() for column in again] == records
-    assert [column.html() for column in again] == [column.html() for column in found]
 
 
 @pytest.mark.parametrize(
@@ -87,28 +85,22 @@ def test_what_is_no_record_is_refused(change: dict) -> None:
         Column.of({name: value for name, value in record.items() if value is not ...})
 
 
-def test_html_shows_texts_and_only_what_is_known() -> None:
-    alignment = align([b"<script>", b"&"], [b"<script>&"])
-    plain, scored = (
-        columns(alignment, logprobs=given)[0].html(marked=True) for given in (None, ([-1.0, -2.0], [-9.0]))
-    )
+def test_the_first_chunks_alone() -> None:
+    alignment = align([b"a", SPECIAL, b"b", b"c", SPECIAL], [b"ab", b"c", SPECIAL])
+    whole = columns(alignment)
+    assert columns(alignment, first=len(alignment)) == whole
+    assert columns(alignment, first=1) == whole[:1]
+    assert columns(alignment, first=0) == []
 
-    class Shown(HTMLParser):
-        def __init__(self, text: str) -> None:
-            super().__init__(convert_charrefs=True)
-            self.elements: list[str] = []
-            self.text = ""
-            self.feed(text)
 
-        def handle_starttag(self, tag: str, attrs: object) -> None:
-            self.elements.append(tag)
-
-        def handle_data(self, data: str) -> None:
-            self.text += data
-
-    assert Shown(plain).text == "<script>&<script>&"
-    assert set(Shown(plain).elements) == {"span"}
-    assert Shown(scored).text == "<script>-1.0&-2.0<script>&-9.0"
-    assert "gap +6.00 nats" in scored
-    assert "nats" not in plain
-    assert "class='chunk marked'" in plain
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"logprobs": ([-1.0], [-1.0])}, "student logprobs: 1 for 2 tokens; give one for each"),
+        ({"logprobs": ([-1.0] * 2, [])}, "teacher logprobs: 0 for 1 tokens"),
+        ({"advantages": [0.0] * 3}, "student advantages: 3 for 2 tokens"),
+    ],
+)
+def test_figures_are_one_for_each_token(given: dict, said: str) -> None:
+    with pytest.raises(XTokMapError, match=said):
+        columns(align([b"a", b"b"], [b"ab"]), **given)

@@ -15,11 +15,11 @@ ROOT = Path(xtokmap.__file__).parent
 #: as long as there is no circle.
 LAYERS = [
     ["_core"],
-    ["files", "ids", "columns"],
+    ["files", "ids", "columns", "view", "waiting"],
     ["alignment", "tokenizers"],
     ["boundary", "markers"],
     ["aligner"],
-    ["chat", "report", "integrations.arrow"],
+    ["chat", "report", "inspection", "integrations.arrow"],
     [""],  # xtokmap itself: what can be had without torch
     ["models", "torch"],
     ["losses"],

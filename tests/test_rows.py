@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -573,7 +573,7 @@ def test_requests_for_sums_are_checked(server, change, words, status, message):
     order = sums.digest(sums.byte_order(byte_table(tiny.teacher_tokenizer())))
     tensors = {name: x for name, x in {**TERMS, **change}.items() if x is not None}
     content = binary.pack(tensors, {"first": "2", "order": order, "model": "tiny", **words})
-    answer = httpx.post(server.url + "/v1/sums", content=content)
+    answer = httpx2.post(server.url + "/v1/sums", content=content)
     assert answer.status_code == status, answer.text
     if status == 200:
         found, _ = binary.unpack(answer.content)
@@ -584,7 +584,7 @@ def test_requests_for_sums_are_checked(server, change, words, status, message):
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 50, b"\x08" + b"\0" * 7 + b'{"a": 1}', b"\0" * 8])
 def test_a_body_that_is_no_safetensors_is_refused(server, content):
-    answer = httpx.post(server.url + "/v1/sums", content=content, headers={"Content-Length": str(len(content))})
+    answer = httpx2.post(server.url + "/v1/sums", content=content, headers={"Content-Length": str(len(content))})
     assert answer.status_code == 400
     assert "no safetensors" in answer.json()["error"]["message"]
 

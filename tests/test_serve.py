@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
-import httpx
+import httpx2
 import pytest
 import torch
 
@@ -58,7 +58,7 @@ def server(model):
 
 
 def post(server, path, **body):
-    return httpx.post(server.url + path, json=body)
+    return httpx2.post(server.url + path, json=body)
 
 
 @torch.no_grad()
@@ -94,8 +94,8 @@ def test_several_prompts_and_texts(model, server):
     for a, b in zip(one["prompt_logprobs"][1:], both[1]["prompt_logprobs"][1:], strict=True):
         assert next(iter(a.values()))["logprob"] == pytest.approx(next(iter(b.values()))["logprob"], abs=2e-5)
     assert one["text"] == ""
-    assert httpx.get(server.url + "/v1/models").json()["data"][0]["id"] == "tiny"
-    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    assert httpx2.get(server.url + "/v1/models").json()["data"][0]["id"] == "tiny"
+    assert httpx2.get(server.url + "/health").json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_what_cannot_be_done_is_refused_by_name(server, path, body, status, mess
 @pytest.mark.parametrize(("content", "message"), [(b"{", "the body is no JSON"), (b"[1]", "must be a JSON object")])
 def test_a_body_that_is_no_object_is_refused(server, content, message):
     for path in ("/v1/completions", "/v1/hidden_states"):
-        answer = httpx.post(server.url + path, content=content)
+        answer = httpx2.post(server.url + path, content=content)
         assert answer.status_code == 400
         assert message in answer.json()["error"]["message"]
 
 
 def test_bodies_that_say_no_length_or_too_much(server):
-    assert httpx.post(server.url + "/v1/completions", content=iter([b"{}"])).status_code == 411
+    assert httpx2.post(server.url + "/v1/completions", content=iter([b"{}"])).status_code == 411
     said = refused(server, head("POST /v1/completions", "Content-Length: 1099511627776"), 413)
     assert said == f"a body of 1099511627776 bytes; this server takes {server.max_body}"
     assert_answers(server)
@@ -152,11 +152,11 @@ def test_bodies_that_say_no_length_or_too_much(server):
 def test_the_key_opens_everything_but_health(model):
     with serving(model, key=KEY) as server:
         for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": KEY}):
-            answer = httpx.get(server.url + "/v1/models", headers=headers)
+            answer = httpx2.get(server.url + "/v1/models", headers=headers)
             assert answer.status_code == 401
             assert KEY not in answer.text
-        assert httpx.get(server.url + "/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
-        assert httpx.get(server.url + "/health").status_code == 200
+        assert httpx2.get(server.url + "/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        assert httpx2.get(server.url + "/health").status_code == 200
 
 
 def test_requests_that_wait_share_a_pass(model):
@@ -208,7 +208,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path, told):
         url = line.split()[3]
         headers = {"Authorization": f"Bearer {KEY}"}
         body = {"prompt": ROW, "prompt_logprobs": 0}
-        answer = httpx.post(url + "/v1/completions", json=body, headers=headers, timeout=60)
+        answer = httpx2.post(url + "/v1/completions", json=body, headers=headers, timeout=60)
         assert len(json.loads(answer.text)["choices"][0]["prompt_logprobs"]) == 5
         process.send_signal(told)
         assert process.stdout.read() == "stopped after 1 answers\n"
@@ -295,7 +295,7 @@ def refused(server, sent, status):
 
 def assert_answers(server, headers=None):
     """The server is there for an honest client."""
-    answer = httpx.post(server.url + "/v1/completions", json={"prompt": ROW}, headers=headers, timeout=WAIT)
+    answer = httpx2.post(server.url + "/v1/completions", json={"prompt": ROW}, headers=headers, timeout=WAIT)
     assert answer.status_code == 200
     assert answer.json()["usage"]["prompt_tokens"] == 5
 
@@ -481,7 +481,7 @@ def test_what_is_no_request_is_refused_in_words(server, sent, status, said):
 
 @pytest.mark.parametrize("path", ["/%ED%A0%80", "/%FF", "/v1/%ED%A0%80%ED%B0%80"])
 def test_a_path_that_is_no_unicode_is_refused(server, path):
-    answer = httpx.get(server.url + path)
+    answer = httpx2.get(server.url + path)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "the path is no UTF-8"
     assert_answers(server)
@@ -520,7 +520,7 @@ def test_a_path_that_is_no_unicode_is_refused(server, path):
     ],
 )
 def test_a_body_that_is_no_request_is_refused_in_words(server, content, said):
-    answer = httpx.post(server.url + "/v1/completions", content=content, headers={"Content-Length": str(len(content))})
+    answer = httpx2.post(server.url + "/v1/completions", content=content, headers={"Content-Length": str(len(content))})
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
     assert_answers(server)
@@ -535,7 +535,7 @@ def test_a_model_that_is_no_name_is_refused(server, model_name):
 
 def test_whole_characters_that_json_spells_in_halves_are_texts(server):
     content = b'{"prompt": "\\ud83d\\ude00", "return_token_ids": true}'
-    answer = httpx.post(server.url + "/v1/completions", content=content)
+    answer = httpx2.post(server.url + "/v1/completions", content=content)
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["prompt_token_ids"] == tiny.teacher_tokenizer()("\U0001f600").input_ids
 
@@ -615,8 +615,8 @@ def test_what_was_taken_is_answered_before_the_end(model):
             until(lambda: server._server.should_exit)
         first.result()
         end.result()
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(server.url + "/health")
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(server.url + "/health")
 
 
 def test_patience_has_an_end(model):

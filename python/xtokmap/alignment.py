@@ -142,6 +142,34 @@ class Alignment:
     def __repr__(self) -> str:
         return _repr(self, f"{len(self.student_chunk)} student and {len(self.teacher_chunk)} teacher tokens")
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: as `html`, the first chunks of a long row."""
+        return _notebook([("", self)], 1)
+
+    def html(
+        self,
+        *,
+        logprobs: tuple[Sequence[float], Sequence[float]] | None = None,
+        advantages: Sequence[float] | None = None,
+        names: tuple[Callable[[int], str], Callable[[int], str]] | None = None,
+        title: str = "Alignment",
+    ) -> str:
+        """A page that shows both tokenizations under each other, chunks colored by kind; it needs nothing but itself.
+
+        Args:
+            logprobs: of the m student and the n teacher tokens, in nats; shown under them, NaN as a dash.
+            advantages: of the m student tokens.
+            names: what both sides call an id without bytes, such as `tokenizer.convert_ids_to_tokens`.
+            title: of the page.
+
+        Raises:
+            XTokMapError: logprobs or advantages that are not one for each token.
+        """
+        from xtokmap.columns import columns
+        from xtokmap.view import page
+
+        return page([(_size(self), columns(self, names, logprobs, advantages))], title)
+
     def _as_batch(self) -> AlignmentBatch:
         counts = {"student_cu": len(self.student_chunk), "teacher_cu": len(self.teacher_chunk), "chunk_cu": len(self)}
         arrays: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_starts"}
@@ -292,6 +320,10 @@ class AlignmentBatch:
         tokens = f"{len(self.student_chunk)} student and {len(self.teacher_chunk)} teacher tokens"
         return _repr(self, f"{len(self)} rows, {tokens}")
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the first rows, and how many that are."""
+        return _notebook([(f"row {k}: ", self[k]) for k in range(min(len(self), _ROWS))], len(self))
+
     @property
     def num_chunks(self) -> int:
         """Number of chunks of all rows."""
@@ -331,6 +363,31 @@ class AlignmentBatch:
 
 #: The nine arrays of an Alignment or an AlignmentBatch, in the core's order.
 _arrays: Callable[[Alignment | AlignmentBatch], _Arrays] = attrgetter(*_core.ARRAYS)
+
+
+#: What a notebook shows at most: rows of a batch, and chunks in all.
+_ROWS, _CHUNKS = 8, 2000
+
+
+def _notebook(rows: list[tuple[str, Alignment]], of: int) -> str:
+    from xtokmap.columns import columns
+    from xtokmap.view import fragment
+
+    left, shown, cut = _CHUNKS, [], False
+    for about, row in rows:
+        if left <= 0:
+            break
+        more = f"; its first {left:,} chunks" if len(row) > left else ""
+        shown.append((f"{about}{_size(row)}{more}", columns(row, first=left)))
+        left, cut = left - len(row), bool(more)
+    notes = [f"{len(shown)} of {of:,} rows are shown; `batch[i]` is a row"] if of != len(shown) else []
+    notes += ["`html()` of a row makes a page of all its chunks"] if cut else []
+    return fragment(shown, "; ".join(notes))
+
+
+def _size(row: Alignment) -> str:
+    tokens = f"{len(row.student_chunk):,} student and {len(row.teacher_chunk):,} teacher tokens"
+    return f"{tokens}, {len(row):,} chunks; coverage {row.coverage:.1%}"
 
 
 def _row(ids: npt.NDArray[Any], mask: Bool | None, row: int, tokens: slice) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""The command line: `xtokmap align`, `inspect`, `train`, `report`, `serve-teacher` and `demo`."""
+"""The command line: `xtokmap align`, `inspect`, `train`, `report`, `serve-teacher`, `demo` and `completion`."""
 
 from __future__ import annotations
 
@@ -9,32 +9,66 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import xtokmap
 from xtokmap import Aligner, Alignment, UnsupportedTokenizerError, XTokMapError
 from xtokmap.columns import SIDES, UNALIGNED, Column, columns
-from xtokmap.files import check_name, check_text, obstacle, read_text
+from xtokmap.files import check_name, check_text, obstacle, read_text, replacing
+from xtokmap.inspection import inspect, lines
 from xtokmap.report import write
 from xtokmap.tokenizers import text_codec
+from xtokmap.waiting import waiting
+
+
+class _Parser(argparse.ArgumentParser):
+    """Help that ends with an example, and mistakes that end with what to type next."""
+
+    def __init__(self, *, prog: str, about: str, example: str) -> None:
+        end = f"example:\n{textwrap.indent(example, '  ')}"
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=about, epilog=end, formatter_class=kind)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.format_usage()}{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
+def parser(command: str = "") -> argparse.ArgumentParser:
+    """The parser of all commands; `train` has its flags where it is the command."""
+    made = _Parser(
+        prog="xtokmap",
+        about=(xtokmap.__doc__ or "").splitlines()[0],
+        example='xtokmap align --student student/tokenizer.json --teacher teacher/tokenizer.json "naïve café"\n'
+        "xtokmap demo    # a whole distillation, in ten minutes",
+    )
+    made.add_argument("--version", action="version", version=f"xtokmap {xtokmap.__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_align(commands)
+    _add_inspect(commands)
+    _add_train(commands, wanted=command == "train")
+    _add_serve(commands)
+    _add_demo(commands)
+    _add_report(commands)
+    _add_completion(commands)
+    return made
+
+
+def _verb(commands: Any, name: str, about: str, example: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(name, help=about, about=about, example=example)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; what is wrong with the input is one line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="xtokmap", description=(xtokmap.__doc__ or "").splitlines()[0])
-    parser.add_argument("--version", action="version", version=f"xtokmap {xtokmap.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    if not sys.stderr.isatty():  # a log has a line of a bar for every tensor of a GGUF file
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    command = next(iter(argv), "")
     try:
-        _add_align(commands)
-        _add_inspect(commands)
-        _add_train(commands, wanted="train" in argv[:1])
-        _add_serve(commands)
-        _add_demo(commands)
-        _add_report(commands)
-        args = parser.parse_args(argv)
+        args = parser(command).parse_args(argv)
         for name, value in vars(args).items():
             if isinstance(value, str | Path):
                 check_name(str(value), f"{name}={str(value)!r}")
@@ -45,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename is not None and error.strerror else ""
         _complain(f"{place}{error.strerror or error}")
     except ImportError as error:
-        _complain(f"{error}; this command needs pip install 'xtokmap[train]'")
+        extra = "serve" if command == "serve-teacher" else "train"
+        _complain(f"{error}; this command needs pip install 'xtokmap[{extra}]'")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
@@ -69,17 +104,25 @@ def _complain(text: str) -> None:
 
 
 def _add_align(commands: Any) -> None:
-    p = commands.add_parser("align", help="show two tokenizations of a text under each other, chunk by chunk")
+    p = _verb(
+        commands,
+        "align",
+        "show two tokenizations of a text under each other, chunk by chunk",
+        'xtokmap align --student student/tokenizer.json --teacher teacher.gguf "naïve café 12345"\n'
+        "xtokmap align --student A --teacher B --text-file README.md --html pair.html",
+    )
     p.add_argument("--student", required=True, help="a tokenizer: file, directory or hub id")
     p.add_argument("--teacher", required=True, help="likewise")
     p.add_argument("--text-file", type=Path, help="read the text from a file (UTF-8)")
     p.add_argument("--json", action="store_true", help="ids, tokens and chunks as JSON")
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows them, ids and bytes included")
     p.add_argument("--width", type=int, help="columns of the view (the terminal's)")
     p.add_argument("text", nargs="*", help="the text; `-` or nothing reads standard input")
     p.set_defaults(run=_align)
 
 
-def _align(args: argparse.Namespace) -> int:
+def _text(args: argparse.Namespace) -> str:
+    """The text of a command, of which arguments say where it is."""
     if args.text_file is not None:
         text = read_text(args.text_file)
     elif args.text and args.text != ["-"]:
@@ -90,13 +133,24 @@ def _align(args: argparse.Namespace) -> int:
         except UnicodeDecodeError as error:
             raise XTokMapError(f"standard input: not UTF-8 at byte {error.start}") from None
     check_text(text, "the text")  # what of an argument is not UTF-8, Python has as halves of surrogate pairs
-    student, teacher = _tokenizer(args.student), _tokenizer(args.teacher)
-    aligner = Aligner(student, teacher)
+    return text
+
+
+def _align(args: argparse.Namespace) -> int:
+    text = _text(args)
+    with waiting("reading the tokenizers"):
+        student, teacher = _tokenizer(args.student), _tokenizer(args.teacher)
+        aligner = Aligner(student, teacher)
     student_ids, teacher_ids = (text_codec(t).encode_batch([text])[0] for t in (student, teacher))
     alignment = aligner.align(student_ids, teacher_ids)
+    if args.html is not None:
+        title = f"{Path(args.student).name} → {Path(args.teacher).name}"
+        with replacing(args.html) as part:
+            part.write_text(alignment.html(title=title), encoding="utf-8")
+        print(args.html, file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(_as_json(alignment), ensure_ascii=False, indent=1))
-    else:
+    elif args.html is None:
         _show(alignment, args.width or shutil.get_terminal_size((100, 20)).columns)
     return 0
 
@@ -105,35 +159,27 @@ def _align(args: argparse.Namespace) -> int:
 
 
 def _add_inspect(commands: Any) -> None:
-    p = commands.add_parser("inspect", help="what the tokens of two vocabularies are to each other, in numbers")
+    p = _verb(
+        commands,
+        "inspect",
+        "what two vocabularies share, what a text of yours costs, which loss fits",
+        "xtokmap inspect --student student/tokenizer.json --teacher teacher/ --text-file README.md",
+    )
     p.add_argument("--student", required=True, help="a tokenizer: file, directory or hub id")
     p.add_argument("--teacher", required=True, help="likewise")
+    p.add_argument("--text-file", type=Path, help="a text of yours, as for align: what it costs, and which loss fits")
     p.add_argument("--json", action="store_true", help="the numbers as JSON")
+    p.add_argument("text", nargs="*", help="the text itself; `-` reads standard input")
     p.set_defaults(run=_inspect)
 
 
-#: What the numbers of `VocabMap.summary` count.
-_COUNTED = {
-    "student": "student tokens that have bytes",
-    "teacher": "teacher tokens that have bytes",
-    "shared_bytes": "teacher tokens whose bytes are a student token",
-    "shared_strings": "tokens that a comparison of vocabulary strings would match",
-    "uncovered": "teacher tokens whose bytes are no student token",
-    "groups": "groups of these, connected by one beginning with another",
-    "unreachable": "teacher tokens that begin with no student token",
-}
-
-
 def _inspect(args: argparse.Namespace) -> int:
-    aligner = Aligner(_tokenizer(args.student), _tokenizer(args.teacher))
-    counts, rule = aligner.vocab_map.summary(), aligner.student_rule
-    if args.json:
-        print(json.dumps({"rule": rule, **counts}, indent=1))
-        return 0
-    width = max(len(f"{n:,}") for n in counts.values() if n is not None)
-    for name, n in counts.items():
-        print(f"{'-' if n is None else f'{n:,}':>{width}}  {_COUNTED[name]}")
-    print(f"{'':>{width}}  the student's tokenizer cuts by {rule}")
+    text = _text(args) if args.text or args.text_file is not None else None
+    with waiting("reading the tokenizers"):
+        aligner = Aligner(_tokenizer(args.student), _tokenizer(args.teacher))
+    with waiting("comparing the vocabularies"):
+        found = inspect(aligner, text)
+    print(json.dumps(found, ensure_ascii=False, indent=1) if args.json else "\n".join(lines(found)))
     return 0
 
 
@@ -145,7 +191,9 @@ def _tokenizer(source: str) -> Any:
     if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "tekken.json")):
         return path
     if not path.exists() and (source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise XTokMapError(f"{source}: no such file or directory")
+        raise XTokMapError(
+            f"{source}: no such file or directory; pass a tokenizer file, a model's directory or a hub id"
+        )
     if (problem := obstacle(path, inside=True)) is not None:
         raise UnsupportedTokenizerError(problem)
     try:
@@ -190,16 +238,16 @@ def _show(alignment: Alignment, width: int) -> None:
     """Student over teacher, a column for each chunk; `|` stands between the tokens of a chunk."""
     found = columns(alignment)
     out = _Painter()
-    lines: list[list[Column]] = [[]]
+    rows: list[list[Column]] = [[]]
     used = 9
     for column in found:
         need = max(map(_cells, column.texts)) + 3
-        if lines[-1] and used + need > width:
-            lines.append([])
+        if rows[-1] and used + need > width:
+            rows.append([])
             used = 9
-        lines[-1].append(column)
+        rows[-1].append(column)
         used += need
-    for k, line in enumerate(lines):
+    for k, line in enumerate(rows):
         if k:
             out.line([])
         for row, side in enumerate(SIDES):
@@ -263,7 +311,13 @@ class _Painter:
 
 
 def _add_train(commands: Any, *, wanted: bool) -> None:
-    p = commands.add_parser("train", help="on-policy distillation of a teacher into a student of another family")
+    p = _verb(
+        commands,
+        "train",
+        "on-policy distillation of a teacher into a student of another family",
+        "xtokmap train --student SmolLM2 --teacher gemma.gguf --prompts prompts.jsonl --output runs/mine\n"
+        "xtokmap train --student SmolLM2 --teacher gemma.gguf --prompts prompts.jsonl --output runs/mine --resume",
+    )
     p.set_defaults(run=_train)
     if not wanted:  # its flags are the fields of Config, and those need torch
         return
@@ -281,7 +335,13 @@ def _add_train(commands: Any, *, wanted: bool) -> None:
 
 
 def _add_serve(commands: Any) -> None:
-    p = commands.add_parser("serve-teacher", help="serve any transformers model as a teacher over HTTP")
+    p = _verb(
+        commands,
+        "serve-teacher",
+        "serve any transformers model as a teacher over HTTP",
+        "xtokmap serve-teacher --model models/large --port 8000\n"
+        "xtokmap train --teacher models/large --teacher-url http://127.0.0.1:8000 ...    # on another machine",
+    )
     p.add_argument("--model", required=True, help="a directory, a .gguf file, or a hub id")
     p.add_argument("--name", default="", help="the name under which it is served [as --model]")
     p.add_argument("--host", default="127.0.0.1", help="to listen on; 0.0.0.0: every address of this machine")
@@ -314,7 +374,12 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _add_demo(commands: Any) -> None:
-    p = commands.add_parser("demo", help="distill Gemma 3 270M into SmolLM2 135M Instruct, from PyPI packages")
+    p = _verb(
+        commands,
+        "demo",
+        "distill Gemma 3 270M into SmolLM2 135M Instruct, from PyPI packages",
+        "xtokmap demo --steps 2 --output runs/short",
+    )
     p.add_argument("--student", help="another student: a directory, a .gguf file or a hub id")
     p.add_argument("--teacher", help="another teacher, likewise")
     p.add_argument("--output", default="runs/demo", help="folder for everything that the demo makes")
@@ -323,7 +388,12 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    p = commands.add_parser("report", help="write the report.html of a run folder, also while it runs")
+    p = _verb(
+        commands,
+        "report",
+        "write the report.html of a run folder, also while it runs",
+        "xtokmap report runs/mine --output mine.html",
+    )
     p.add_argument("folder", type=Path, help="what `xtokmap train` had as --output")
     p.add_argument("--output", type=Path, help="the page (report.html in the folder)")
     p.set_defaults(run=_report)
@@ -331,6 +401,35 @@ def _add_report(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     print(write(args.folder, args.output))
+    return 0
+
+
+def _add_completion(commands: Any) -> None:
+    p = _verb(
+        commands,
+        "completion",
+        "print the completions of a shell, the flags of train included",
+        "xtokmap completion bash > ~/.local/share/bash-completion/completions/xtokmap\n"
+        'xtokmap completion zsh > "${fpath[1]}/_xtokmap"',
+    )
+    p.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="of which shell")
+    p.set_defaults(run=_completion)
+
+
+#: Arguments that are files or folders, or may be.
+_FILES = {"student", "teacher", "model", "prompts", "output", "folder", "text_file", "html"}
+
+
+def _completion(args: argparse.Namespace) -> int:
+    import shtab
+
+    whole = parser("train")
+    verbs: Any = next(action for action in whole._actions if action.dest == "command")
+    for verb in verbs.choices.values():
+        for action in verb._actions:
+            if action.dest in _FILES:
+                action.complete = shtab.FILE
+    print(shtab.complete(whole, args.shell))
     return 0
 
 

@@ -1,11 +1,14 @@
-"""An alignment as columns: the one form in which chunks are shown, on a terminal, in a run's samples and on a page."""
+"""An alignment as columns: the one form in which chunks are shown, on a terminal, in a run's samples and on a page.
+
+`view` makes HTML of them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from xtokmap._core import XTokMapError
@@ -16,8 +19,6 @@ if TYPE_CHECKING:
 #: The kind of a column of tokens that are in no chunk.
 UNALIGNED = "UNALIGNED"
 SIDES = ("student", "teacher")
-#: Nats between the two sides at which a column has its full color.
-_FULL = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Token:
         spelled: its bytes; None where it has none, or where they are not known.
         aligned: whether it belongs to a chunk. A token without bytes may lie between the tokens of one.
         logprob: nats; NaN where the model gave none, None where nobody asked.
+        advantage: of a student's token, likewise.
     """
 
     text: str
@@ -38,11 +40,7 @@ class Token:
     spelled: bytes | None = None
     aligned: bool = True
     logprob: float | None = None
-
-    def html(self) -> str:
-        """A span with its text and, where it was asked for, its logprob."""
-        under = "" if self.logprob is None else f"<small>{_figure(self.logprob, '.1f')}</small>"
-        return f"<span class=token>{escape(visible(self.text))}{under}</span>"
+    advantage: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,21 +94,6 @@ class Column:
         student, teacher = ("|".join(visible(token.text) for token in side) for side in self.sides)
         return student, teacher
 
-    def html(self, *, marked: bool = False) -> str:
-        """Both sides under each other; the color says who finds the chunk likelier, and by how much."""
-        style, about = "", self.kind
-        if self.gap is not None:
-            color = "red" if self.gap > 0 else "blue"
-            style = f" style='--g:{min(1.0, abs(self.gap) / _FULL):.2f};--h:var(--{color})'"
-            about += f", gap {_figure(self.gap, '+.2f')} nats"
-        names = ["chunk"]
-        names += [self.kind.lower()] if self.kind in ("REWRITTEN", UNALIGNED, "STOP", "MARKER") else []
-        names += ["marked"] if marked else []
-        sides = "".join(
-            f"<span class=side>{''.join(token.html() for token in side) or '<i>∅</i>'}</span>" for side in self.sides
-        )
-        return f"<span class='{' '.join(names)}'{style} title='{escape(about)}'>{sides}</span>"
-
 
 #: What a tokenizer calls an id.
 Name = Callable[[int], str]
@@ -120,6 +103,9 @@ def columns(
     alignment: Alignment,
     names: tuple[Name, Name] | None = None,
     logprobs: tuple[Sequence[float], Sequence[float]] | None = None,
+    advantages: Sequence[float] | None = None,
+    *,
+    first: int | None = None,
 ) -> list[Column]:
     """All tokens of both sides, in order: a column for each chunk, and one for what lies unaligned between two.
 
@@ -127,8 +113,19 @@ def columns(
         alignment: of one row.
         names: of the student's and of the teacher's tokens without bytes.
         logprobs: of the student's and of the teacher's tokens.
+        advantages: of the student's tokens.
+        first: how many chunks are looked at; None: all.
+
+    Raises:
+        XTokMapError: logprobs or advantages that are not one for each token.
     """
-    sides = [_tokens(alignment, k, names and names[k], logprobs and logprobs[k]) for k in (0, 1)]
+    own, theirs = logprobs or (None, None)
+    cut = first is not None and first < len(alignment)
+    ends = [int(ptr[first]) if cut else None for ptr in (alignment.student_ptr, alignment.teacher_ptr)]
+    sides = [
+        _tokens(alignment, k, ends[k], names and names[k], logprob, advantage)
+        for k, (logprob, advantage) in enumerate(((own, advantages), (theirs, None)))
+    ]
     found: list[Column] = []
     done = [0, 0]
 
@@ -138,7 +135,7 @@ def columns(
             gap = None if chunk is None else _gap(student, teacher)
             found.append(Column(kind, student, teacher, chunk, gap))
 
-    for g, chunk in enumerate(alignment):
+    for g, chunk in enumerate(islice(alignment, first)):
         # An empty side of a chunk stands where the one before it ended.
         spans = [span or range(at, at) for span, at in zip((chunk.student, chunk.teacher), done, strict=True)]
         starts, stops = [span.start for span in spans], [span.stop for span in spans]
@@ -155,22 +152,39 @@ def visible(text: str) -> str:
     return "".join(shown.get(c, c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
 
 
-def _tokens(alignment: Alignment, side: int, name: Name | None, logprobs: Sequence[float] | None) -> list[Token]:
-    chunks = (alignment.student_chunk, alignment.teacher_chunk)[side].tolist()
-    given: Sequence[float | None] = [None] * len(chunks) if logprobs is None else logprobs
+def _tokens(
+    alignment: Alignment,
+    side: int,
+    end: int | None,
+    name: Name | None,
+    logprobs: Sequence[float] | None,
+    advantages: Sequence[float] | None,
+) -> list[Token]:
+    chunks = (alignment.student_chunk, alignment.teacher_chunk)[side]
+    given = [
+        [None] * len(chunks) if figures is None else _figures(figures, len(chunks), f"{SIDES[side]} {what}")
+        for what, figures in (("logprobs", logprobs), ("advantages", advantages))
+    ]
     known = alignment._bytes
+    rows = list(zip((chunks[:end] >= 0).tolist(), *given, strict=False))  # as many as are looked at
     if known is None:
-        rows = zip(chunks, given, strict=True)
-        return [Token(f"#{at}", aligned=chunk >= 0, logprob=x) for at, (chunk, x) in enumerate(rows)]
+        return [Token(f"#{at}", None, None, *row) for at, row in enumerate(rows)]
     table, ids = ((known.student, known.student_ids), (known.teacher, known.teacher_ids))[side]
     found = []
-    for i, chunk, x in zip(ids.tolist(), chunks, given, strict=True):
+    for i, row in zip(ids[:end].tolist(), rows, strict=True):
         spelled = table[i]
         if spelled is not None:
             text = spelled.decode(errors="backslashreplace")
         else:
             text = f"[{i}]" if name is None else str(name(i))
-        found.append(Token(text, i, spelled, chunk >= 0, x))
+        found.append(Token(text, i, spelled, *row))
+    return found
+
+
+def _figures(figures: Sequence[float], tokens: int, what: str) -> list[float]:
+    found = [float(x) for x in figures]
+    if len(found) != tokens:
+        raise XTokMapError(f"{what}: {len(found)} for {tokens} tokens; give one for each")
     return found
 
 
@@ -180,10 +194,6 @@ def _gap(student: list[Token], teacher: list[Token]) -> float | None:
     )
     gap = sum(own) - sum(theirs) if own and theirs else math.nan
     return gap if math.isfinite(gap) else None
-
-
-def _figure(x: float, form: str) -> str:
-    return format(x, form) if math.isfinite(x) else "–"
 
 
 def _rounded(x: float | None) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import time
 import warnings
@@ -172,6 +171,8 @@ def _take(path: Path, folder: Path) -> int:
             if os.name == "posix" and not _is_still(handle, path):
                 os.close(handle)
                 continue
+            import socket  # which nothing but a run needs
+
             here = socket.gethostname()
             if locked is None:
                 warnings.warn(f"{folder}: nothing keeps a second run out: its file system has no locks", stacklevel=5)

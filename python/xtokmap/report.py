@@ -17,6 +17,7 @@ from typing import Any
 from xtokmap._core import XTokMapError
 from xtokmap.columns import Column
 from xtokmap.files import replacing
+from xtokmap.view import chunk
 
 #: Points of a curve; longer runs are shown by means of neighboring steps.
 _POINTS = 300
@@ -227,14 +228,14 @@ def _sample(row: dict[str, Any], *, opened: bool) -> str:
     marked = row["why"] != "sample"
     what = ""
     if marked and columns:
-        chunk = columns[row["at"]]
-        texts = " / ".join(text or "∅" for text in chunk.texts)
-        gap = f" · L<sub>S</sub> − L<sub>T</sub> = {_figure(chunk.gap, '+.1f')} nats" if chunk.gap is not None else ""
-        what = f" · <code>{escape(texts)}</code> {escape(chunk.kind)}{gap}"
+        column = columns[row["at"]]
+        texts = " / ".join(text or "∅" for text in column.texts)
+        gap = f" · L<sub>S</sub> − L<sub>T</sub> = {_figure(column.gap, '+.1f')} nats" if column.gap is not None else ""
+        what = f" · <code>{escape(texts)}</code> {escape(column.kind)}{gap}"
     ends = "completed" if row["completed"] else "cut off"
     cut = row.get("cut") or [False, False]
     dots = "<span class=dots>…</span>"
-    view = "".join(column.html(marked=marked and k == row["at"]) for k, column in enumerate(columns))
+    view = "".join(chunk(column, marked=marked and k == row["at"], by_gap=True) for k, column in enumerate(columns))
     return (
         f"<details{' open' if opened else ''}><summary>step {int(row['step'])}{what} "
         f"<span class=dim>{escape(_short(row['prompt']))} · {ends}</span></summary>"

@@ -31,6 +31,7 @@ from xtokmap.models import one_line
 from xtokmap.teachers.answers import Answers, Asked, Route
 from xtokmap.teachers.client import KEY_VARIABLE
 from xtokmap.teachers.scorer import Limits, RefusedError, Scored, Scorer
+from xtokmap.waiting import waiting
 
 try:
     import h11
@@ -446,7 +447,8 @@ def serve(
     """
     from xtokmap.models import load, pick_device
 
-    model, tokenizer = load(source, pick_device(device), dtype)
+    with waiting(f"loading {source}"):
+        model, tokenizer = load(source, pick_device(device), dtype)
     key = os.environ.get(KEY_VARIABLE, "")
     server = TeacherServer(model, tokenizer, name=name or source, host=host, port=port, limits=limits, key=key)
     stop = threading.Event()

@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +55,7 @@ from xtokmap.train.support.checkpoint import CheckpointError, found, restore, sa
 from xtokmap.train.support.distributed import Processes, gathered, launched, shard, whole_weights
 from xtokmap.train.support.progress import Progress, evaluation_line
 from xtokmap.train.support.track import tracker
+from xtokmap.waiting import waiting
 
 
 @dataclass
@@ -91,7 +92,8 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
         prompts, heldout = read_prompts(config.prompts)
         device = pick_device(where)
         torch.manual_seed(config.seed)
-        student, tokenizer, teacher_model, teacher_tokenizer = models or _models(config, device)
+        with waiting("loading the models") if processes.first else nullcontext():
+            student, tokenizer, teacher_model, teacher_tokenizer = models or _models(config, device)
         check_finite(student, f"student {config.student}")
         if teacher_model is not None and not config.teacher_url:
             check_finite(teacher_model, f"teacher {config.teacher}")
@@ -138,6 +140,7 @@ def train(config: Config, *, models: tuple[Any, Any, Any, Any] | None = None) ->
                 interrupted = run.done < config.steps
                 if heldout and config.eval_samples and not interrupted:
                     run.hand_over()
+                    say(f"evaluating on {len(heldout)} held-out prompts again")
                     after = _evaluated("after", roller, heldout, say)
         except KeyboardInterrupt:
             interrupted = True
