@@ -36,9 +36,7 @@ TEXTS = ["The sky is blue because air scatters short waves more than long ones."
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("vllm") / "log"
     # Rows are not cut in parts here.
-    with VLLM(
-        folder(demo.GEMMA), log, "--max-model-len", "512", "--max-num-batched-tokens", "512", *POOLING
-    ) as found:
+    with VLLM(folder(demo.GEMMA), log, "--max-model-len", "512", "--max-num-batched-tokens", "512", *POOLING) as found:
         yield found
 
 

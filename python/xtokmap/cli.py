@@ -377,7 +377,7 @@ def _add_demo(commands: Any) -> None:
     p = _verb(
         commands,
         "demo",
-        "distill Gemma 3 270M into SmolLM2 135M Instruct, from PyPI packages",
+        "teach Gemma 3 270M, a base model, to answer from SmolLM2 135M Instruct; both come from PyPI",
         "xtokmap demo --steps 2 --output runs/short",
     )
     p.add_argument("--student", help="another student: a directory, a .gguf file or a hub id")
