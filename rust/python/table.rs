@@ -1,4 +1,5 @@
-//! `ByteTable`.
+//! `ByteTable`. Its documentation is Python's, in the style of the package.
+#![allow(clippy::doc_markdown)]
 
 use std::sync::{Arc, OnceLock};
 
