@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from reproduce import families, runs
 from reproduce.runs import METHODS, TEACHERLESS, Bench, Pool, Setting
+from reproduce.tables import write_tables
 from reproduce.tasks import TASKS, problem_of
 from xtokmap._core import XTokMapError
 from xtokmap.files import replacing
@@ -35,7 +36,7 @@ from xtokmap.files import replacing
 TEACHER_STEPS = {"addition": 3000, "chain_sum": 6000}
 
 #: Learning rates that are tried, by how a method samples.
-RATES = {"opd": (1e-4, 3e-4, 1e-3), "kd": (1e-4, 3e-4), "sft": (1e-3, 3e-3)}
+RATES = {"opd": (3e-5, 1e-4, 3e-4, 1e-3), "kd": (1e-4, 3e-4), "sft": (1e-3, 3e-3)}
 
 #: Whose rate it is that a method is run at, where not its own. What is held beside another method shares its rate.
 SAME_RATE = {
@@ -310,13 +311,20 @@ def choose_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int, str], f
 
 
 def _settings(plan: Plan, rates: Mapping[tuple[str, int, str], float]) -> Iterator[Setting]:
-    """The plan's runs, seed by seed, so that a run which is cut off has whole seeds."""
-    for k, seed in enumerate(plan.seeds):
-        for cell in plan.cells:
+    """The plan's runs, cell by cell, so that what is cut off has whole comparisons."""
+    for cell in plan.cells:
+        for seed in plan.seeds[: cell.seeds]:
             for method, budgets in cell.budgets.items():
                 rate = rates[cell.task, cell.ways, SAME_RATE.get(method, method)]
-                for steps in budgets if cell.seeds is None or k < cell.seeds else ():
+                for steps in budgets:
                     yield Setting(cell.task, cell.arrangement, cell.ways, method, rate, seed, steps)
+
+
+def _whole(settings: Iterable[Setting], have: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of the comparisons that are finished."""
+    settings = list(dict.fromkeys(settings))
+    missing = {(s.task, s.arrangement, s.ways) for s in settings if s.key not in have}
+    return [have[s.key] for s in settings if (s.task, s.arrangement, s.ways) not in missing]
 
 
 def reproduce(
@@ -328,7 +336,8 @@ def reproduce(
 ) -> Path:
     """Runs the comparison and writes its tables and plots.
 
-    What is finished is kept in `output` and not done again, so that an interrupted run resumes where it was.
+    What is finished is kept in `output` and not done again, so that an interrupted run resumes where it was, and leaves
+    the tables of the comparisons that are whole.
 
     Args:
         output: folder for models, runs and tables.
@@ -392,7 +401,11 @@ def reproduce(
 
         swept = _run_all(pool, "sweep of learning rates", folder / "sweep.jsonl", _sweep(plan), folders)
         rates = QUICK_RATES if quick else choose_rates(swept)
-        rows = _run_all(pool, "runs", folder / "runs.jsonl", _settings(plan, rates), folders)
-    from reproduce.tables import write_tables
-
-    return write_tables(folder, rows, swept, judged)
+        settings = list(_settings(plan, rates))
+        try:
+            _run_all(pool, "runs", folder / "runs.jsonl", settings, folders)
+        finally:  # also if it is interrupted: the comparisons that are whole
+            rows = _whole(settings, runs.read(folder / "runs.jsonl"))
+            if rows:
+                write_tables(folder, rows, swept, judged)
+    return folder

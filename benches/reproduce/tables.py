@@ -304,6 +304,8 @@ def write_tables(folder: Path, runs: Sequence[Run], sweep: Iterable[Run], teache
     ]
     for row in teachers:
         name = (row["task"], row["arrangement"], row["ways"])
+        if name not in groups:
+            continue
         start, loose = (start_of(groups[name], measure) for measure in ("greedy", "sampled"))
         right = f"{row['greedy']:.3f} | {row['sampled']:.3f}"
         lines.append(f"| {name[0]} | {name[1]} | {name[2]} | {right} | {start:.3f} | {loose:.3f} |")
