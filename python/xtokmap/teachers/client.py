@@ -153,10 +153,17 @@ class Question:
 
 
 class Dialect(Protocol):
-    """How a kind of server is asked and answers; `name` is what `--teacher-protocol` calls it."""
+    """How a kind of server is asked and answers.
+
+    Attributes:
+        name: what `--teacher-protocol` calls it.
+        path: behind the URL.
+        spare: tokens that a row must be shorter than the server's longest: what it generates, and what it keeps free.
+    """
 
     name: str
     path: str
+    spare: int
 
     def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
         """The request for the logprobs of a row of ids."""
@@ -171,7 +178,7 @@ class VLLM:
     The token that is there is always among a row's, whatever its rank: a row without it is another row's.
     """
 
-    name, path = "vllm", "/v1/completions"
+    name, path, spare = "vllm", "/v1/completions", 1
 
     def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
         """The request for the logprobs of a row of ids."""
@@ -207,7 +214,7 @@ class VLLM:
 class SGLang:
     """`POST /generate` with `return_logprob`: triples of logprob, id and text."""
 
-    name, path = "sglang", "/generate"
+    name, path, spare = "sglang", "/generate", 6
 
     def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
         """The request for the logprobs of a row of ids."""
@@ -257,7 +264,7 @@ class OpenAI:
     both are whole characters. Which token an alternative is, its text does not say, so that there is no top k of those.
     """
 
-    name, path = "openai", "/v1/completions"
+    name, path, spare = "openai", "/v1/completions", 1
 
     def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
         """The request for the logprobs of a row of ids."""
@@ -315,7 +322,9 @@ class OpenAI:
         return answer
 
 
-PROTOCOLS: dict[str, Dialect] = {dialect.name: dialect for dialect in (VLLM(), SGLang(), OpenAI())}
+SGLANG = SGLang()
+
+PROTOCOLS: dict[str, Dialect] = {dialect.name: dialect for dialect in (VLLM(), SGLANG, OpenAI())}
 
 
 def spells(text: str, spelled: bytes | None) -> bool | None:
@@ -566,6 +575,11 @@ class Client:
     def protocol(self) -> str:
         """What the server speaks; `auto` where nobody has asked yet."""
         return self._dialect.name if self._dialect else "auto"
+
+    @property
+    def spare(self) -> int:
+        """Tokens that a row must be shorter than `max_length`."""
+        return self._dialect.spare if self._dialect else 1
 
     def name_model(self, *, optional: bool = False) -> None:
         """Finds the model's name, where it is open, and how long its rows may be.
