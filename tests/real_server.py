@@ -118,7 +118,7 @@ class Server:
                 start_new_session=True,  # its own processes go with it
             )
 
-    def wait(self, seconds: float = 600) -> float:
+    def wait(self, seconds: float = 1800) -> float:
         """Until it answers; returns how long that took."""
         start = time.monotonic()
         while time.monotonic() < start + seconds:

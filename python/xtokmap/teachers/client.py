@@ -46,7 +46,8 @@ _LONGEST_LOOK, _SAID_EVERY = 5.0, 60.0
 _GONE, _UNFIT = (502, 503, 504), (400, 413, 422)
 
 #: Seconds without an answer after which there may be another model behind the URL, and how far from before the known
-#: text's logprobs may be then, in nats, in the mean: bfloat16 against float32 is 0.03.
+#: text's logprobs may be then, in nats, in the mean. From float32, bfloat16 is .03 to .04, 8 bits a weight .05, 4 bits
+#: 2; 16 steps of AdamW at 1e-6 are .1, and the first of these steps no further than rounding.
 _UNHEARD, _SAME = 10.0, 0.1
 
 #: Bytes that may come back: for each of a row's k likeliest tokens, a few times what any protocol writes of one; and
