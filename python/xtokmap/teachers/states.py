@@ -161,7 +161,7 @@ class SGLangStates:
 
     def size(self, states: Tensor) -> int:
         """Bytes of the states of one token, over the wire."""
-        return len(json.dumps(states[-1].tolist()))
+        return len(json.dumps(states[-1].tolist(), separators=(",", ":")))
 
 
 SOURCES: tuple[Source, ...] = (XtokmapStates(), VLLMPooling(), SGLangStates())
