@@ -19,10 +19,14 @@ FUZZ_TARGETS := align resync spans
 VLLM         := .venv-vllm
 VLLM_VERSION := 0.32.0
 VLLM_TORCH   := 2.13.0
+# SGLang's wheel is for GPUs and runs on CPUs, too: 11 GB.
+SGLANG         := .venv-sglang
+SGLANG_VERSION := 0.5.23
 PYTHON312    ?= $(shell for p in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python; do \
 	$$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 
-.PHONY: help demo test test-trl test-ray test-verl test-lowest test-newest test-servers fuzz bench reproduce lint docs release-check clean
+.PHONY: help demo test test-trl test-ray test-verl test-lowest test-newest test-servers test-sglang fuzz bench reproduce \
+	lint docs release-check clean
 
 help:
 	@echo "make demo   distill a real pair of model families, on this machine, with a report"
@@ -32,6 +36,7 @@ help:
 	@echo "make test-verl   the tests of what plugs into verl, in an environment with verl; VERL_PYTHON: 3.10 to 3.12"
 	@echo "make test-lowest, test-newest   with the oldest and the newest versions that pyproject.toml allows; BOUND_PYTHON"
 	@echo "make test-servers   the served teacher against a real vLLM, for which 6 GB are installed once"
+	@echo "make test-sglang   the same against a real SGLang, for which 11 GB are installed once"
 	@echo "make fuzz   fuzz the core, the readers, edits, threads and the client, FUZZ_SECONDS=60 each"
 	@echo "make bench  benchmarks, side by side with what else there is"
 	@echo "make reproduce   fine-tuning against distillation on models made here; REPRODUCE=--quick for a part of it"
@@ -82,6 +87,19 @@ $(VLLM)/built:
 
 test-servers: $(VENV)/built $(VLLM)/built
 	XTOKMAP_VLLM=$(abspath $(VLLM)) $(PY) -m pytest -m servers tests/test_real_servers.py tests/test_real_states.py
+
+# What its kernels want of a driver, see there.
+$(SGLANG)/built: tests/no_cuda.c
+	@test -n "$(PYTHON312)" || { echo "SGLang needs Python 3.12: none is in PATH; set PYTHON312 to one" >&2; exit 1; }
+	$(PYTHON312) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --quiet --upgrade pip
+	$(SGLANG)/bin/python -m pip install --quiet sglang==$(SGLANG_VERSION)
+	mkdir -p $(SGLANG)/stand-in
+	cc -shared -fPIC -o $(SGLANG)/stand-in/libcuda.so.1 tests/no_cuda.c
+	touch $@
+
+test-sglang: $(VENV)/built $(SGLANG)/built
+	XTOKMAP_SGLANG=$(abspath $(SGLANG)) $(PY) -m pytest -m servers tests/test_real_sglang.py
 
 # Engines that are large, or want other versions than the rest here, have environments of their own.
 $(VENV)-ray/built: pyproject.toml $(RUST)

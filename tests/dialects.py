@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from xtokmap.teachers.answers import Answers, Asked, Route, _nested, _whole
 from xtokmap.teachers.scorer import RefusedError, Scored, score_row
+from xtokmap.torch.logits import Logits
+
+#: Tokens that SGLang keeps free behind a row.
+_FREE = 6
+
+
+@dataclass(frozen=True, eq=False)
+class _Stated:
+    """What is said of a row, and the states behind it."""
+
+    scored: Scored
+    states: list[list[float]]
 
 
 class EveryDialect(Answers):
-    """Three protocols around the real scorer: vLLM's own words, `echo` with `logprobs`, and `/generate`."""
+    """Three protocols around the real scorer: vLLM's own words, `echo` with `logprobs`, and `/generate`.
+
+    Attributes:
+        gives_states: whether `/generate` gives hidden states.
+        piece: tokens of a piece of a prompt; 0: it is whole. The states of the last one are kept.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._routes["/generate"] = Route("POST", self._generate)
+        self.gives_states, self.piece = False, 0
+        self._cached: set[tuple[int, ...]] = set()
 
     def _completions(self, body: Any) -> Asked:
         """OpenAI's, where it has `echo` or `logprobs`."""
@@ -62,7 +82,7 @@ class EveryDialect(Answers):
         }
 
     def _generate(self, body: Any) -> Asked:
-        """SGLang's `/generate` with `return_logprob`."""
+        """SGLang's `/generate` with `return_logprob`, and `return_hidden_states` of what is not in its cache."""
         if not isinstance(body, dict):
             raise RefusedError(400, "the body must be a JSON object")
         sampling = body.get("sampling_params") or {}
@@ -72,13 +92,17 @@ class EveryDialect(Answers):
         topk = self._topk(body, "top_logprobs_num") or 0
         texts = bool(body.get("return_text_in_logprobs", False))
         prompt = body.get("input_ids") if body.get("input_ids") is not None else body.get("text")
-        rows = self._prompts(prompt, new, name="input_ids")
+        rows = self._prompts(prompt, _FREE, name="input_ids")
+        wants = bool(body.get("return_hidden_states", False))
+        if wants and not self.gives_states:
+            raise RefusedError(400, "The server is not configured to return hidden states.")
         first = _whole(body, "logprob_start_len", -1, -1, 2**31)
 
         def triple(value: float | None, token: int) -> list[Any]:
             return [value if value is None else max(value, -9999.0), token, self._text([token]) if texts else None]
 
-        def meta(row: list[int], scored: Scored) -> dict[str, Any]:
+        def meta(row: list[int], stated: _Stated) -> dict[str, Any]:
+            scored = stated.scored
             places = range(len(row) if first < 0 else min(first, len(row)), len(row))
 
             def top(i: int) -> list[Any]:
@@ -91,13 +115,25 @@ class EveryDialect(Answers):
                 if topk:
                     found["input_top_logprobs"] = [top(i - 1) if i else None for i in places]
                     found["output_top_logprobs"] = [top(len(row) - 1)] * new
+            # Of what logprobs are asked of nothing is cached, nor of the last token.
+            most = min(first if body.get("return_logprob") and first >= 0 else len(row), len(row) - 1)
+            cached = max((n for n in range(most + 1) if tuple(row[:n]) in self._cached), default=0)
+            self._cached.update(tuple(row[: n + 1]) for n in range(len(row)))
+            found["cached_tokens"] = cached
+            if wants:
+                pieces = len(row) - cached
+                kept = (pieces - 1) % self.piece + 1 if self.piece else pieces
+                found["hidden_states"] = [stated.states[-kept:]]
             return found
 
-        def answer(found: Sequence[Scored]) -> Any:
+        def answer(found: Sequence[_Stated]) -> Any:
             answers = [
-                {"text": self._text([scored.new]) if new else "", "meta_info": meta(row, scored)}
-                for row, scored in zip(rows, found, strict=True)
+                {"text": self._text([stated.scored.new]) if new else "", "meta_info": meta(row, stated)}
+                for row, stated in zip(rows, found, strict=True)
             ]
             return answers if _nested(prompt) else answers[0]
 
-        return Asked(rows, partial(score_row, topk=topk), answer)
+        def read(logits: Logits, ids: list[int]) -> _Stated:
+            return _Stated(score_row(logits, ids, topk=topk), logits.rows.tolist() if wants else [])
+
+        return Asked(rows, read, answer)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_server import VENV, VLLM, folder, untied
+from real_server import VENV, VLLM, folder, untied
 from xtokmap import Aligner, demo
 from xtokmap.chat import render
 from xtokmap.models import load, load_tokenizer

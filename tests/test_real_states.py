@@ -17,7 +17,7 @@ from xtokmap.train.config import Config
 from xtokmap.train.loop import train
 
 try:
-    from vllm_server import VENV, VLLM, folder
+    from real_server import VENV, VLLM, folder
 except ImportError:
     VENV = None
 

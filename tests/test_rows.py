@@ -26,7 +26,7 @@ from xtokmap.teachers.http1 import Answer
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.teachers.scorer import Limits
-from xtokmap.teachers.states import VLLMPooling, XtokmapStates, verified
+from xtokmap.teachers.states import SGLangStates, VLLMPooling, XtokmapStates, verified
 from xtokmap.torch.completions import completion_rows
 from xtokmap.torch.logits import Logits
 from xtokmap.train import loop
@@ -116,6 +116,94 @@ def test_hidden_states_give_everything_that_a_local_teacher_gives(model, server,
     plain = teacher.score(prompts, rows)
     torch.testing.assert_close(plain.logprobs, want.logprobs, atol=2e-5, rtol=0)
     assert plain.rows is None
+
+
+@pytest.fixture
+def sglang(model):
+    """A server of SGLang's words, with hidden states in JSON."""
+    with faults.serving(model, tiny.teacher_tokenizer(), limits=Limits(max_length=256)) as server:
+        server.answers.gives_states = True
+        yield server
+
+
+def test_sglangs_hidden_states_give_what_others_do(model, sglang, folder, batch):
+    prompts, rows, queries = batch
+    want = LocalTeacher(model, tiny.teacher_tokenizer()).score(prompts, rows, queries=queries, keep=True)
+    teacher = teacher_of(sglang, "hidden", folder, protocol="sglang")
+    del sglang.answers._routes[XtokmapStates.path]
+    assert teacher.self_test() is None
+    for _ in range(2):  # the second time all of it is in the server's cache
+        got = teacher.score(prompts, rows, queries=queries, keep=True)
+        torch.testing.assert_close(got.logprobs, want.logprobs, atol=2e-5, rtol=0)
+        torch.testing.assert_close(got.transferred, want.transferred, atol=1e-4, rtol=0, equal_nan=True)
+    assert 32 * 8 < teacher.bytes_per_token < 32 * 24  # digits
+    teacher.client._doubted = True  # the known text is asked for again, whatever is cached
+    teacher.score(prompts, rows)
+    longer, _ = teacher.too_long([[1] * 6] * 2, [[2] * 244, [2] * 245])
+    assert longer == [1]
+    assert teacher.score([[1] * 6], [[2] * 244]).mask.sum() == 244
+
+
+def test_sglang_without_hidden_states_gives_its_top(sglang, folder):
+    sglang.answers.gives_states = False
+    del sglang.answers._routes[XtokmapStates.path]
+    teacher = teacher_of(sglang, ("hidden", "top"), folder, protocol="sglang")
+    assert teacher.self_test() is None
+    assert teacher.rows == "top"
+    assert "not configured to return hidden states" in teacher.refused["hidden"]
+
+
+def test_sglangs_states_of_a_prompt_in_pieces_are_refused_with_what_to_set(sglang, folder):
+    del sglang.answers._routes[XtokmapStates.path]
+    sglang.answers.piece = 16
+    with pytest.raises(TeacherError, match=r"keeps those of the last piece .* --chunked-prefill-size -1"):
+        teacher_of(sglang, "hidden", folder, protocol="sglang").self_test()
+
+
+def sglang_body(**changes):
+    meta = {"input_token_logprobs": [[None, 6, None], [-1.0, 7, None], [-1.0, 8, None]], "cached_tokens": 1}
+    meta["hidden_states"] = [[[0.5] * 32, [1.5] * 32, [2] * 32]]
+    return {"meta_info": {name: x for name, x in {**meta, **changes}.items() if x is not None}}
+
+
+def test_sglangs_states_are_read_from_the_place_that_is_asked_for():
+    question = SGLangStates().question([5, 6, 7, 8], 2, "", HEAD)
+    asked = json.loads(question.payload)
+    assert asked["input_ids"] == [5, 6, 7, 8]
+    assert asked["logprob_start_len"] == 1
+    assert asked["return_hidden_states"] is True
+    assert question.read(sglang_body())[:, 0].tolist() == [0.5, 1.5, 2]
+    more = [[[9] * 32, [0.5] * 32, [1.5] * 32, [2] * 32]]
+    assert question.read(sglang_body(hidden_states=more, cached_tokens=0))[:, 0].tolist() == [0.5, 1.5, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_states": None}, "no meta_info with hidden_states"),
+        ({"hidden_states": []}, "no meta_info with hidden_states"),
+        ({"hidden_states": [None]}, "hidden states behind 1 tokens"),
+        ({"cached_tokens": None}, "no meta_info with hidden_states"),
+        ({"cached_tokens": 2}, "hidden states behind 2 tokens; those from 1 on are asked"),
+        ({"cached_tokens": True}, "hidden states behind True"),
+        ({"cached_tokens": 0}, "3 hidden states for 4 places"),
+        ({"input_token_logprobs": [[None, 6], [-1, 9], [-1, 8]]}, "are not of the ids that were sent"),
+        ({"input_token_logprobs": 1}, "no meta_info with hidden_states"),
+        ({"hidden_states": [[[0.5] * 32, [1.5] * 31, [2] * 32]]}, "no rows of one length"),
+        ({"hidden_states": [[[], [], []]]}, "no rows of one length"),
+        ({"hidden_states": [[1, 2, 3]]}, "no rows of one length"),
+        ({"hidden_states": [[["1"] * 32] * 3]}, "no numbers"),
+        ({"hidden_states": [[[True] * 32] * 3]}, "no numbers"),
+        ({"hidden_states": [[[[1]] * 32] * 3]}, "no numbers"),
+        ({"hidden_states": [[[1e300] * 32] * 3]}, "not finite"),
+        ({"hidden_states": [[[1.0] * 31] * 3]}, "hidden states of 31 numbers"),
+    ],
+)
+def test_sglangs_states_that_are_none_are_bad_answers(changes, message):
+    question = SGLangStates().question([5, 6, 7, 8], 2, "", HEAD)
+    with pytest.raises(Exception, match=message) as caught:
+        question.read(sglang_body(**changes))
+    assert type(caught.value).__name__ == "BadAnswerError"
 
 
 def test_sums_give_the_cover_of_whole_rows(model, server, batch):
@@ -716,7 +804,7 @@ def test_faults_of_hidden_states_are_asked_again(model, folder, batch):
     plan = faults.Plan()
     want = LocalTeacher(model, tiny.teacher_tokenizer()).score(prompts, rows, queries=queries).transferred
     with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
-        teacher = teacher_of(server, "hidden", folder)
+        teacher = teacher_of(server, "hidden", folder, retries=4)  # all of them may be one row's
         teacher.self_test()
         plan.faults = ["429", "no answer", "a list", None, "nested"]
         got = teacher.score(prompts, rows, queries=queries).transferred

@@ -612,6 +612,28 @@ def test_a_server_that_does_not_repeat_itself_is_refused(model):
             teacher_of(server, protocol="vllm").self_test()
 
 
+@pytest.mark.parametrize("back", [1, 2])
+def test_a_row_that_is_rounded_otherwise_is_not_the_change_that_is_due(model, back):
+    """bfloat16 in batches of other sizes: all rows before are the same to the bit, but one of the last before it."""
+    known, others = [], []
+
+    def change(found, body):
+        ids = body["prompt"]
+        if len(ids) > 8:  # not the question that finds the protocol
+            known[:] = known or ids
+            if ids != known:
+                others.append(ids)
+                for entry in found["choices"][0]["prompt_logprobs"][len(ids) // 2 - back].values():
+                    entry["logprob"] -= 0.0005
+        return found
+
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, change)
+        assert teacher_of(server, protocol="vllm", concurrency=1).self_test() is None
+    assert len(others) == 4
+    assert all(ids[: len(ids) // 2] == known[: len(ids) // 2] for ids in others)
+
+
 def test_another_vocabulary_is_refused(model):
     with faults.serving(model, tiny.student_tokenizer()) as server:  # spells the model's ids as another would
         teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), protocol="vllm", **FAST)

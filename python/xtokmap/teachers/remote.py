@@ -140,7 +140,7 @@ class ServerTeacher(Prompted):
             self._settle(("hidden",), ids, lambda: None, silent=str(error))
             return "it gives hidden states alone, and all that was seen is that they make a known text likely"
         if self.client.max_length:
-            ids = ids[: max(2, self.client.max_length - 1)]
+            ids = ids[: max(2, self.client.max_length - self.client.spare)]
         others = [token for token in dict.fromkeys(text) if token != ids[len(ids) // 2]][:4]
         unknown = self_test(self.client, ids, others, topk=topk, spell=self._spell)
         if self.ways not in (("top",), ("none",)):
@@ -176,8 +176,9 @@ class ServerTeacher(Prompted):
     def _try_hidden(self, ids: list[int], own: Callable[[], Tensor | None]) -> None:
         client, refusals = self.states_client, []
         client.name_model(optional=True)
-        ids = ids[: client.max_length or None]
+        whole = ids
         for source in SOURCES:
+            ids = whole[: max(2, client.max_length - source.spare) if client.max_length else None]
             asked = source.question(ids, 1, client.model, None)
             try:
                 [states] = client.ask([asked])
@@ -196,7 +197,7 @@ class ServerTeacher(Prompted):
         head = verified(head, states, ids, None if logprobs is None else logprobs[: len(ids)])
         client.remember(asked, lambda now: nats_apart(head, ids, states, now))
         self.head, self._source = head, source
-        self.bytes_per_token = states.shape[1] * states.element_size()
+        self.bytes_per_token = source.size(states)
 
     def _try_sums(self, ids: list[int], own: Callable[[], Tensor | None]) -> None:
         order = sums.byte_order(self._table)
@@ -232,10 +233,10 @@ class ServerTeacher(Prompted):
     ) -> tuple[list[int], str]:
         """Which rows are longer than the server takes, as far as it has said how long they may be; and what to do."""
         client = self.states_client if self.rows == "hidden" else self.client
-        longest = client.max_length
-        # Of logprobs, behind the completion: the token that is generated, and the one that makes a row of what follows.
-        more = {"top": 2 if self.topk else 1, "none": 1}
-        room = longest - more.get(self.rows, 0)
+        longest, spare = client.max_length, client.spare
+        # Of the likeliest tokens one more, which makes a row of what follows.
+        more = {"hidden": self._source.spare, "sums": 0, "top": spare + (self.topk > 0)}
+        room = longest - more.get(self.rows, spare)
         rows = [
             b for b, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)) if c and len(p) + len(c) > room
         ]

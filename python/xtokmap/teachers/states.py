@@ -6,17 +6,20 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from xtokmap.teachers import binary, http1
-from xtokmap.teachers.client import BadAnswerError, Question, TeacherError
+from xtokmap.teachers.client import SGLANG, BadAnswerError, Question, TeacherError
 from xtokmap.teachers.head import NORMS, Head
 
 #: Bytes for everything in an answer but the states.
 _ROOM = 2**17
+
+#: Bytes of a number in JSON, at most, with what is between two.
+_DIGITS = 32
 
 #: Nats that logprobs from hidden states may be from the server's own, in the mean, by the precision of the states:
 #: float32 servers are 3e-5 from each other, bfloat16 ones 0.03.
@@ -26,9 +29,15 @@ _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 
 
 class Source(Protocol):
-    """A way to ask for hidden states; `name` is what messages call it."""
+    """A way to ask for hidden states.
+
+    Attributes:
+        name: what messages call it.
+        spare: tokens that a row must be shorter than the server's longest.
+    """
 
     name: str
+    spare: int
 
     def question(self, ids: Sequence[int], first: int, model: str, head: Head | None) -> Question:
         """The request for the states that score the places from `first` on, and the one behind: `[n - first + 1, H]`.
@@ -36,11 +45,14 @@ class Source(Protocol):
         Without a head any width will do.
         """
 
+    def size(self, states: Tensor) -> int:
+        """Bytes of the states of one token, over the wire."""
+
 
 class XtokmapStates:
     """`POST /v1/hidden_states` of `xtokmap serve-teacher`: safetensors."""
 
-    name, path = "serve-teacher's hidden states", "/v1/hidden_states"
+    name, path, spare = "serve-teacher's hidden states", "/v1/hidden_states", 0
 
     def question(self, ids: Sequence[int], first: int, model: str, head: Head | None) -> Question:
         """The request for the states that score the places from `first` on, and the one behind."""
@@ -61,6 +73,10 @@ class XtokmapStates:
 
         return Question(self.path, payload, _ROOM + 4 * n * width, read, binary=True)
 
+    def size(self, states: Tensor) -> int:
+        """Bytes of the states of one token, over the wire."""
+        return states[0].nbytes
+
 
 class VLLMPooling:
     """`POST /pooling` of vLLM's pooling runner (`--runner pooling --convert embed`): bare numbers, and a header.
@@ -68,7 +84,7 @@ class VLLMPooling:
     The states are those after the final norm, of the whole row: there is no asking for its end.
     """
 
-    name, path = "vLLM's pooling runner", "/pooling"
+    name, path, spare = "vLLM's pooling runner", "/pooling", 0
 
     def question(self, ids: Sequence[int], first: int, model: str, head: Head | None) -> Question:
         """The request for the states that score the places from `first` on, and the one behind."""
@@ -97,8 +113,58 @@ class VLLMPooling:
 
         return Question(self.path, payload, _ROOM + kind.itemsize * len(ids) * width, read, binary=True)
 
+    def size(self, states: Tensor) -> int:
+        """Bytes of the states of one token, over the wire."""
+        return states[0].nbytes
 
-SOURCES: tuple[Source, ...] = (XtokmapStates(), VLLMPooling())
+
+class SGLangStates:
+    """`POST /generate` of SGLang with `return_hidden_states` (`--enable-return-hidden-states`): JSON, all digits.
+
+    The states are those after the final norm, of what is not in the server's cache of prefixes. Logprobs are asked for
+    as well, from where states are wanted: what is behind that place is never taken from the cache then, and their ids
+    say whose states these are.
+    """
+
+    name, path, spare = "SGLang's return_hidden_states", SGLANG.path, SGLANG.spare
+
+    def question(self, ids: Sequence[int], first: int, model: str, head: Head | None) -> Question:
+        """The request for the states that score the places from `first` on, and the one behind."""
+        width = 2**14 if head is None else head.width
+        asked = SGLANG.payload(ids, 0, model) | {"return_hidden_states": True, "logprob_start_len": first - 1}
+        payload = json.dumps({**asked, "return_text_in_logprobs": False}).encode()
+
+        def read(body: Any) -> Tensor:
+            try:
+                meta = body["meta_info"]
+                named = [token for _, token, *_ in meta["input_token_logprobs"]]
+                found, cached = meta["hidden_states"][0], meta["cached_tokens"]
+            except (KeyError, TypeError, ValueError, IndexError):
+                raise BadAnswerError("no meta_info with hidden_states and input_token_logprobs in it") from None
+            if named != list(ids[first - 1 :]):
+                raise BadAnswerError("its input_token_logprobs are not of the ids that were sent")
+            if type(cached) is not int or not 0 <= cached < first or not isinstance(found, list):
+                raise BadAnswerError(f"hidden states behind {cached!r:.20} tokens; those from {first - 1} on are asked")
+            if len(found) != len(ids) - cached:
+                raise BadAnswerError(
+                    f"{len(found)} hidden states for {len(ids) - cached} places: SGLang keeps those of the last piece "
+                    "of a prompt alone; start it with --chunked-prefill-size -1"
+                )
+            rows = found[first - 1 - cached :]
+            if not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows) or not rows[0]:
+                raise BadAnswerError("hidden states that are no rows of one length")
+            if not all(type(x) is float or type(x) is int for row in rows for x in row):
+                raise BadAnswerError("hidden states that are no numbers")
+            return _checked(torch.tensor(rows, dtype=torch.float32), len(rows), head)
+
+        return Question(self.path, payload, _ROOM + _DIGITS * len(ids) * (width + 8), read)
+
+    def size(self, states: Tensor) -> int:
+        """Bytes of the states of one token, over the wire."""
+        return len(json.dumps(states[-1].tolist(), separators=(",", ":")))
+
+
+SOURCES: tuple[Source, ...] = (XtokmapStates(), VLLMPooling(), SGLangStates())
 
 
 def _checked(found: Tensor, n: int, head: Head | None) -> Tensor:

@@ -466,7 +466,8 @@ def _missing(m: Monitor) -> str | None:
         f"the {m.config.teacher_topk} likeliest tokens of a row leave out {fmean(values):.1%} of the teacher's mass: "
         "`cover` is then far from what whole rows give (measured: a cosine of .91 between the advantages at 13 %, and "
         "hardly more of ten times as many tokens). Hidden states and sums are exact: `xtokmap serve-teacher` has both, "
-        "vLLM's pooling runner the first (teacher_states_url); else raise teacher_topk and the server's limit"
+        "vLLM's pooling runner (teacher_states_url) and SGLang (--enable-return-hidden-states) the first; else raise "
+        "teacher_topk and the server's limit"
     )
 
 

@@ -1,0 +1,142 @@
+"""The served teacher against a real SGLang on a CPU: `make test-sglang`. Figures are printed, as in `test-servers`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from real_server import SGLANG_VENV, SGLang, folder
+from xtokmap import Aligner, demo
+from xtokmap.chat import render
+from xtokmap.models import load, load_tokenizer
+from xtokmap.teachers.client import RowRefusedError, TeacherError
+from xtokmap.teachers.head import read_head
+from xtokmap.teachers.local import LocalTeacher
+from xtokmap.teachers.remote import ServerTeacher
+
+pytestmark = [
+    pytest.mark.servers,
+    pytest.mark.skipif(SGLANG_VENV is None, reason="make test-sglang says where SGLang is (XTOKMAP_SGLANG)"),
+    pytest.mark.filterwarnings("ignore"),  # of transformers and torch, about models of this size
+]
+
+LONGEST = 512
+CPU = torch.device("cpu")
+TEXTS = [
+    "The sky is blue because air scatters short waves more than long ones.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
+    "Grüße aus Köln: heute 17 °C, morgen Regen. 你好, 世界!",
+    "1 + 2 = 3, 12 * 12 = 144, and 2 ** 10 = 1,024.",
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    log = tmp_path_factory.mktemp("sglang") / "log"
+    with SGLang(folder(demo.GEMMA), log, SGLang.length, str(LONGEST)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def local():
+    model, tokenizer = load(str(folder(demo.GEMMA)), CPU, "float32")
+    return LocalTeacher(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def batch(local):
+    """Prompts, the teacher's ids of some texts of the student's, and their queries."""
+    student = load_tokenizer(str(folder(demo.SMOLLM2)))
+    aligner = Aligner(student, local.tokenizer)
+    ids = [student(text, add_special_tokens=False).input_ids for text in TEXTS]
+    teacher_ids, aligned = aligner.retokenize(ids)
+    prompts = render(local.tokenizer, ["Go on."] * len(TEXTS))
+    return prompts, [row.tolist() for row in teacher_ids], aligner.cover_queries(aligned)
+
+
+def teacher_of(server, tokenizer, **options):
+    return ServerTeacher(server.url, tokenizer, timeout=300.0, **options)
+
+
+def test_self_test_and_what_it_refuses(server, local):
+    teacher = teacher_of(server, local.tokenizer)
+    assert teacher.self_test() is None
+    assert (teacher.client.protocol, teacher.client.max_length) == ("sglang", LONGEST)
+    with pytest.raises(TeacherError, match=r"two vocabularies|the vocabulary has 5"):
+        teacher_of(server, load_tokenizer(str(folder(demo.SMOLLM2)))).self_test()
+
+
+def test_logprobs_are_the_local_teachers(server, local, batch, capsys):
+    prompts, rows, _ = batch
+    want = local.score(prompts, rows)
+    got = teacher_of(server, local.tokenizer).score(prompts, rows, keep=True)
+    gap = (got.logprobs - want.logprobs)[want.mask].abs()
+    same = total = 0
+    for b, row in enumerate(rows):
+        best = local.rows([prompts[b]], [row]).slice(0, len(row)).topk(20).indices
+        for i in range(len(row)):
+            same += len({*best[i].tolist()} & {int(token) for token in got.top.ids[b, i] if token >= 0})
+            total += 20
+    with capsys.disabled():
+        print(
+            f"\n  float32, {len(gap)} tokens: largest {gap.max():.2g}, mean {gap.mean():.2g}; {same / total:.2%} of 20"
+        )
+    assert gap.max() < 2e-3
+    assert same / total > 0.999
+
+
+def test_rows_at_the_limit(server, local):
+    teacher = teacher_of(server, local.tokenizer, topk=20)
+    teacher.self_test()
+    lengths = [LONGEST - 9, LONGEST - 8, LONGEST - 7, LONGEST - 6]
+    token = local.tokenizer("a", add_special_tokens=False).input_ids[0]
+    rows = [[token] * n for n in lengths]
+    longer, _ = teacher.too_long([[2]] * 4, rows)
+    assert longer == [2, 3]
+    scores = teacher.score([[2]] * 2, rows[:2], keep=True)
+    assert scores.mask.sum(1).tolist() == lengths[:2]
+    for n in (LONGEST - 5, LONGEST + 50):
+        with pytest.raises(RowRefusedError, match="1 of 3 rows are not taken") as caught:
+            teacher.client.score([[2, 5], [token] * n, [2, 6]])
+        assert caught.value.rows == [1]
+
+
+def test_hidden_states_are_those_of_the_model_here(server, local, batch, capsys):
+    prompts, rows, queries = batch
+    want = local.score(prompts, rows, queries=queries, keep=True)
+    teacher = teacher_of(server, local.tokenizer, rows="hidden", head=read_head(str(folder(demo.GEMMA)), CPU))
+    assert teacher.self_test() is None
+    for _ in range(2):  # then all of it is in the server's cache
+        got = teacher.score(prompts, rows, queries=queries, keep=True)
+        gap = (got.logprobs - want.logprobs).abs()[want.mask]
+        assert gap.max() < 1e-3
+        torch.testing.assert_close(got.transferred, want.transferred, atol=1e-2, rtol=1e-3, equal_nan=True)
+    with capsys.disabled():
+        print(f"\n  hidden states: {teacher.bytes_per_token} bytes a token; largest {gap.max():.2g}, {gap.mean():.2g}")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("more", [(), ("--loss", "cover", "--teacher-rows", "top")], ids=["default", "cover"])
+def test_the_command_line_trains_with_it(server, overlap, more, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(["Why is the sky blue?", "Name three colors.", "What is 2 + 2?", "Say hello."]))
+    command = [sys.executable, "-m", "xtokmap", "train", "--student", str(folder(demo.SMOLLM2))]
+    command += ["--teacher", str(folder(demo.GEMMA)), "--teacher-url", server.url, "--prompts", str(prompts)]
+    command += ["--output", str(tmp_path / "out"), "--steps", "3", "--batch-size", "4", "--max-new-tokens", "24"]
+    command += ["--teacher-timeout", "300", "--device", "cpu", "--save-every", "0", *more]
+    command += ["--overlap"] if overlap else []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"loss={'cover' if more else 'transfer_kl'}" in done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert [line["skipped_batches"] + line["skipped_rows"] for line in lines] == [0] * 3
+    assert all(np.isfinite([line["loss"], line["kl_per_byte"]]).all() for line in lines)
+    assert (Path(tmp_path) / "out" / "student" / "model.safetensors").exists()
