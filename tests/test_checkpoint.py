@@ -124,7 +124,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "out")
     values = killable.settings(tmp_path)
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    with pytest.raises(CheckpointError, match="step-00000008 is of an earlier run: pass resume"):
+    with pytest.raises(CheckpointError, match="step-00000008 is of an earlier run: --resume"):
         train(Config(**values), models=tiny.pair())
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 

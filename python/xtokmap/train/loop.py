@@ -210,7 +210,8 @@ def _alone(output: Path, processes: Processes, *, new: bool) -> Iterator[None]:
     def check() -> None:
         if new and (there := found(checkpoints)):
             raise CheckpointError(
-                f"{there[-1]} is of an earlier run: pass resume to continue it, another output, or delete {checkpoints}"
+                f"{there[-1]} is of an earlier run: --resume (in Python: resume=True) goes on with it; or "
+                f"give another output, or delete {checkpoints}"
             )
 
     with ExitStack() as stack:
