@@ -25,8 +25,8 @@ SGLANG_VERSION := 0.5.23
 PYTHON312    ?= $(shell for p in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python; do \
 	$$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 
-.PHONY: help demo test test-trl test-ray test-verl test-lowest test-newest test-servers test-sglang fuzz bench reproduce \
-	lint docs release-check clean
+.PHONY: help demo test fuzz bench reproduce lint docs release-check clean
+.PHONY: test-trl test-ray test-verl test-lowest test-newest test-servers test-sglang
 
 help:
 	@echo "make demo   distill a real pair of model families, on this machine, with a report"
