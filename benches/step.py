@@ -566,7 +566,7 @@ def main() -> None:
         "",
         f"{versions}, Python {platform.python_version()}, {platform.machine()}; float32, {args.threads} thread(s).",
         f"{args.rows} completions of {args.tokens} tokens. {clock}, in seconds; medians of {args.rounds} steps, made",
-        "in turns. Memory is the peak of a step's process above what is resident before: weights and optimizer's state.",
+        "in turns. Memory: the peak of a step's process above what is resident before, weights and optimizer's state.",
     ]
     RESULTS.mkdir(exist_ok=True)
     for pair in args.pairs:

@@ -157,10 +157,10 @@ def _row_loss(
     chosen = of_own - total.log()
     a = (sampled - q.gather(1, bin_of)[:, 0].log()) - (chosen - p.gather(1, bin_of)[:, 0].clamp(min=tiny).log())
     a = torch.where(several & torch.isfinite(sampled) & torch.isfinite(a), a, 0).clamp(-clamp, clamp)
-    value = value - a * chosen
     # The gradient, in the place of the probabilities.
-    mean = (p * slope).sum(-1, keepdim=True)
-    slope = torch.where(there, slope, slope[:, -1:]).sub_(mean).add_(a[:, None]).div_(total[:, None])
+    mean = value if beta == 1 else (p * slope).sum(-1)
+    value = value - a * chosen
+    slope = torch.where(there, slope, slope[:, -1:]).sub_((mean - a)[:, None]).div_(total[:, None])
     known.mul_(slope.index_select(1, every))
     x[:, len(every) :] = 0
     x.scatter_add_(1, own, -a[:, None])
@@ -170,18 +170,18 @@ def _row_loss(
 def _divergence(p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The generalized Jensen-Shannon divergence of bins, and its derivative by each p, up to a constant.
 
-    A bin with p = 0 has no gradient, one with neither is none.
+    The derivative is finite also where p = 0; it counts for nothing there, as it is multiplied by p.
     """
     tiny = torch.finfo(p.dtype).tiny
     log_p, log_q = p.clamp(min=tiny).log(), q.clamp(min=tiny).log()
     if beta == 1:
-        slope = log_p.sub_(log_q).mul_(p > 0)
+        slope = log_p.sub_(log_q)
         return (p * slope).sum(-1), slope
     if beta == 0:
         value = (q * (log_q - log_p)).sum(-1)
-        return value, torch.where(p > 0, -q / p.clamp(min=tiny), 0)
+        return value, torch.where(p > 0, -q / p.clamp(min=tiny), 0)  # which could be infinite
     m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=tiny).log_()
-    slope = (1 - beta) * (log_p - m).mul_(p > 0)
+    slope = (log_p - m).mul_(1 - beta)
     return (p * slope).sum(-1) + beta * (q * (log_q - m)).sum(-1), slope
 
 
