@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -53,6 +54,13 @@ NAMES = {
     "gold": "TRL GOLD, ULD",
     "gold-hybrid": "TRL GOLD, hybrid",
 }
+LEGEND = """\
+Sampling is in a row of its own. Memory is the peak of a step's process above what is resident before it, the weights
+and the optimizer's state; the gradient of all weights, that every method has, is taken off in the row below. The loss
+is all that is left of a step without sampling, optimizer and the bodies' passes (of their backward pass, what it takes
+by itself): retokenizing, heads, what is compared, the gradient in the heads, health. `health` is what the trainers log
+beside: the loop's page, the entropy of every row in TRL. xtokmap forms the gradient in the heads together with the
+loss; the others do it in `backward`."""
 #: Parts that are looked at as a whole, whatever runs inside them.
 WHOLE = ("sample", "health")
 #: What is neither sampling nor the optimizer, in the order of the table.
@@ -105,15 +113,17 @@ class Turns:
     def tell(self, **found: Any) -> None:
         print(json.dumps(found), file=self.answer, flush=True)
 
-    def begin(self) -> None:
-        """Waits for the turn. What was resident then is not the step's memory."""
-        if not sys.stdin.readline():
+    def begin(self) -> str:
+        """Waits for the turn, and says what it was asked for. What is resident then is not the step's memory."""
+        asked = sys.stdin.readline()
+        if not asked:
             sys.exit(0)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
         self._resident = resident("VmRSS")
         self.clock.parts.clear()
         self._start = self.clock.now()
+        return asked.strip()
 
     def end(self, **more: float) -> None:
         seconds = self.clock.now() - self._start
@@ -267,19 +277,13 @@ def loop(args: argparse.Namespace, turns: Turns, pair: tuple[Any, ...], answers:
         (run.optimizer, "step", "optimizer"),
     ):
         turns.clock.on(owner, name, part)
-    if args.profile:
-        turns.begin()
+    while turns.begin() != "profile":
         run.step()
         turns.end()
-        turns.begin()
-        rollouts = run.rollouts()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-            step.update(run.roller, rollouts, run.optimizer)
-        turns.tell(ops={op.key: op.self_cpu_time_total for op in seen.key_averages()})
-    while True:
-        turns.begin()
-        run.step()
-        turns.end()
+    rollouts = run.rollouts()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        step.update(run.roller, rollouts, run.optimizer)
+    turns.tell(ops={op.key: op.self_cpu_time_total for op in seen.key_averages()})
 
 
 def _xtokmap_parts(clock: Clock) -> None:
@@ -414,7 +418,7 @@ def work(args: argparse.Namespace) -> None:
 class Worker:
     """A process of one of them."""
 
-    def __init__(self, name: str, pair: str, args: argparse.Namespace, *more: str) -> None:
+    def __init__(self, name: str, pair: str, args: argparse.Namespace) -> None:
         options = [f"--{key}={getattr(args, key)}" for key in ("rows", "tokens", "hidden", "layers", "threads")]
         command = [
             sys.executable,
@@ -423,7 +427,6 @@ class Worker:
             f"--only={name}",
             f"--pair={pair}",
             *["--wall"] * args.wall,
-            *more,
         ]
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
@@ -442,9 +445,9 @@ class Worker:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def turn(self) -> dict[str, Any]:
+    def turn(self, asked: str = "step") -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{asked}\n")
         self._process.stdin.flush()
         return self._line()
 
@@ -454,8 +457,8 @@ class Worker:
         self._process.wait()
 
 
-def measured(pair: str, names: list[str], args: argparse.Namespace) -> tuple[int, dict[str, dict[str, float]]]:
-    """Bytes of the student's gradient, and the medians of what everyone takes."""
+def measured(pair: str, names: list[str], args: argparse.Namespace) -> list[str]:
+    """Has everyone make steps in turns; the table, and the profile of the loop's update."""
     workers = [Worker(name, pair, args) for name in names]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(1 + args.rounds):
@@ -464,13 +467,13 @@ def measured(pair: str, names: list[str], args: argparse.Namespace) -> tuple[int
             print(pair, worker.name, turn, json.dumps(taken), file=sys.stderr, flush=True)
             if turn:
                 found[worker.name].append(taken)
+    ops = workers[names.index("loop")].turn("profile")["ops"]
     for worker in workers:
         worker.close()
     medians = {}
     for name, turns in found.items():
-        parts = {
-            part: statistics.median(t["parts"].get(part, 0.0) for t in turns) for t in turns for part in t["parts"]
-        }
+        known = dict.fromkeys(part for t in turns for part in t["parts"])
+        parts = {part: statistics.median(t["parts"].get(part, 0.0) for t in turns) for part in known}
         medians[name] = {
             **parts,
             "sample": parts.get("sample", 0.0),
@@ -478,7 +481,7 @@ def measured(pair: str, names: list[str], args: argparse.Namespace) -> tuple[int
             "peak": statistics.median(t["peak"] for t in turns),
             "body": statistics.median(t.get("body", 0.0) for t in turns),
         }
-    return workers[0].weights, medians
+    return [*table(workers[0].weights, medians, args.rows * args.tokens), "", by_operator(ops)]
 
 
 def table(weights: int, found: dict[str, dict[str, float]], tokens: int) -> list[str]:
@@ -490,46 +493,35 @@ def table(weights: int, found: dict[str, dict[str, float]], tokens: int) -> list
         bodies = x.get("student's body", 0.0) + x.get("teacher's body", 0.0) + back
         return x["step"] - x.get("optimizer", 0.0) - bodies
 
-    def row(title: str, value: Callable[[dict[str, float]], Any], form: str, *, but_base: bool = False) -> str:
-        cells = ["" if but_base and name == "base" else format(value(found[name]), form) for name in names]
+    def row(title: str, value: Callable[[dict[str, float]], float], form: str = ".2f", but: str = "") -> str:
+        cells = ["" if name == but else format(value(found[name]), form) for name in names]
         return f"| {title} | " + " | ".join(cells) + " |"
 
     least, first = found["base"], found["loop"]
-    lines = ["| | " + " | ".join(NAMES[name] for name in names) + " |", "|---|" + "--:|" * len(names)]
-    lines += [row(part, lambda x, part=part: x.get(part, 0.0), ".2f") for part in PARTS]
-    lines += [
-        row("optimizer", lambda x: x.get("optimizer", 0.0), ".2f", but_base=True),
-        row("**step without sampling**", lambda x: x["step"], ".2f"),
-        row("sample", lambda x: x["sample"], ".2f", but_base=True),
-        row("tokens/s, without and with sampling", lambda x: tokens / x["step"], ".0f", but_base=True),
-        row("**loss: all but bodies and optimizer**", loss, ".2f"),
+    return [
+        "| | " + " | ".join(NAMES[name] for name in names) + " |",
+        "|---|" + "--:|" * len(names),
+        *(row(part, lambda x, part=part: x.get(part, 0.0)) for part in PARTS),
+        row("optimizer", lambda x: x.get("optimizer", 0.0), but="base"),
+        row("**step without sampling**", lambda x: x["step"]),
+        row("sample", lambda x: x["sample"], but="base"),
+        row("tokens/s without sampling", lambda x: tokens / x["step"], ".0f", "base"),
+        row("tokens/s with it", lambda x: tokens / (x["step"] + x["sample"]), ".0f", "base"),
+        row("**loss: all but bodies and optimizer**", loss),
         row("peak, MiB", lambda x: x["peak"] / 2**20, ",.0f"),
         row("**peak less the gradient, MiB**", lambda x: (x["peak"] - weights) / 2**20, ",.0f"),
-        row("step less optimizer, of the base", lambda x: (x["step"] - x.get("optimizer", 0)) / least["step"], ".2f"),
-        row("loss, of the loop's: time", lambda x: loss(x) / loss(first), ".2f"),
-        row("loss, of the loop's: memory", lambda x: (x["peak"] - weights) / (first["peak"] - weights), ".2f"),
+        row("step less optimizer, against the base", lambda x: (x["step"] - x.get("optimizer", 0)) / least["step"]),
+        row("time of the loss, against the loop's", lambda x: loss(x) / loss(first)),
+        row("its memory, against the loop's", lambda x: (x["peak"] - weights) / (first["peak"] - weights)),
     ]
-    with_sampling = [
-        ""
-        if name == "base"
-        else f"{tokens / found[name]['step']:.0f}, {tokens / (found[name]['step'] + found[name]['sample']):.0f}"
-        for name in names
-    ]
-    at = next(k for k, line in enumerate(lines) if line.startswith("| tokens/s"))
-    lines[at] = "| tokens/s, without and with sampling | " + " | ".join(with_sampling) + " |"
-    return lines
 
 
-def profiled(pair: str, args: argparse.Namespace) -> list[str]:
-    """The loop's update by operator: shares of its time, the largest first."""
-    worker = Worker("loop", pair, args, "--profile")
-    worker.turn()  # the first step
-    ops = worker.turn()["ops"]
-    worker.close()
+def by_operator(ops: dict[str, float]) -> str:
+    """Shares of an update's time, the largest first."""
     total = sum(ops.values())
     most = sorted(ops, key=ops.__getitem__, reverse=True)[:16]
     shares = [f"`{name.removeprefix('aten::')}` {ops[name] / total:.0%}" for name in most if ops[name] > 0.005 * total]
-    return ["The loop's update by operator (`torch.profiler`, their own time): " + ", ".join(shares) + "."]
+    return "The loop's update by operator (`torch.profiler`, their own time): " + ", ".join(shares) + "."
 
 
 def main() -> None:
@@ -542,10 +534,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wall", action="store_true", help="wall time instead of the processes' own")
     parser.add_argument("--pairs", nargs="+", choices=("made", "demo", "swapped"), default=["made", "demo", "swapped"])
-    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--only", choices=SUBJECTS, help=argparse.SUPPRESS)
     parser.add_argument("--pair", help=argparse.SUPPRESS)
-    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         work(args)
@@ -558,23 +548,26 @@ def main() -> None:
     }
     packages = ("xtokmap", "torch", "transformers", "trl")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    clock = "Wall time" if args.wall else "Processor time, as others were at work on the machine"
-    lines = [
-        "# One training step",
-        "",
-        f"`{shlex.join(['python', 'benches/step.py', *sys.argv[1:]])}`",
-        "",
-        f"{versions}, Python {platform.python_version()}, {platform.machine()}; float32, {args.threads} thread(s).",
-        f"{args.rows} completions of {args.tokens} tokens. {clock}, in seconds; medians of {args.rounds} steps, made",
-        "in turns. Memory: the peak of a step's process above what is resident before, weights and optimizer's state.",
-    ]
-    RESULTS.mkdir(exist_ok=True)
+    clock = "wall time" if args.wall else "processor time, as others were at work on the machine"
+    setup = (
+        f"`{shlex.join(['python', 'benches/step.py', *sys.argv[1:]])}`; {versions}, Python "
+        f"{platform.python_version()}, {platform.machine()}; float32, {args.threads} thread(s); {args.rows} "
+        f"completions of {args.tokens} tokens; {clock}, in seconds, medians of {args.rounds} steps, made in turns."
+    )
     for pair in args.pairs:
-        names = [name for name in args.subjects if pair == "made" or name in ("base", "loop")]
-        lines += ["", f"## {titles[pair]}", "", *table(*measured(pair, names, args), args.rows * args.tokens)]
-        lines += ["", *profiled(pair, args)]
-        (RESULTS / "step.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+        names = list(SUBJECTS) if pair == "made" else ["base", "loop"]  # GOLD takes no pair with Gemma's tokenizer
+        write(titles[pair], [setup, "", *measured(pair, names, args)])
+
+
+def write(title: str, lines: list[str]) -> None:
+    """A section of the results, in place of the one that there is of this title; the others stay."""
+    path = RESULTS / "step.md"
+    _, *others = path.read_text(encoding="utf-8").split("\n## ") if path.exists() else [""]
+    section = "\n".join([title, "", *lines, ""])
+    print(section)
+    sections = [other for other in others if other.partition("\n")[0] != title] + [section]
+    head = "\n".join(["# One training step", "", *textwrap.wrap(LEGEND, 118), ""])
+    path.write_text("\n## ".join([head, *sections]), encoding="utf-8")
 
 
 if __name__ == "__main__":
