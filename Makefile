@@ -163,6 +163,7 @@ $(VENV)/benches: $(VENV)/built
 bench: $(VENV)/benches
 	$(PY) benches/compare.py
 	$(PY) benches/memory.py
+	$(PY) benches/step.py
 	$(PY) benches/queries.py
 	$(PY) benches/edits.py
 	$(PY) benches/kernel_data.py

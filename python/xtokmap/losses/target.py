@@ -147,11 +147,12 @@ class TransferTarget:
         dense = np.flatnonzero(row >= 0)
         if len(dense):
             rows, at = on(row[dense]), on(dense)
-            mass = _softmax(self.teacher.at(rows).slice(0, len(dense)))
+            mass = self.teacher.at(rows).slice(0, len(dense))  # a copy, as of all rows that `at` picks
+            total = mass.sub_(mass.amax(-1, keepdim=True)).exp_().sum(-1)
             with_holes = np.flatnonzero(term[dense] >= 0)
             owner, ids = p.holes(term[dense][with_holes])
             mass[on(with_holes[owner]), on(ids)] = 0
-            scale = torch.exp(values.before[rows] - before[at]).to(dtype)
+            scale = torch.exp(values.before[rows] - before[at]).to(dtype) / total
             undetermined[at] = (mass @ self.maps.open.to(dtype)) * scale
             into = target if len(dense) == b - a else target.new_zeros(len(dense), width + 1)
             into.scatter_add_(1, bins.expand(len(dense), -1), mass).mul_(scale[:, None])
@@ -172,12 +173,6 @@ class TransferTarget:
         )
         undetermined.index_add_(0, at, mass * on(opened))
         return target, undetermined
-
-
-def _softmax(x: Tensor) -> Tensor:
-    """In the place of logits that are nobody else's, as those that `Logits.at` picks are."""
-    x.sub_(x.amax(-1, keepdim=True)).exp_()
-    return x.div_(x.sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True, eq=False)

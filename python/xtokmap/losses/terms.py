@@ -140,18 +140,18 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 def divergence_and_slope(p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The same of probabilities `[..., K]`, with its derivative by each p, up to a constant.
 
-    A bin with p = 0 has no gradient, one with neither is none.
+    The derivative is finite also where p = 0; it counts for nothing there, as it is multiplied by p.
     """
     tiny = torch.finfo(p.dtype).tiny
     log_p, log_q = p.clamp(min=tiny).log(), q.clamp(min=tiny).log()
     if beta == 1:
-        slope = log_p.sub_(log_q).mul_(p > 0)
+        slope = log_p.sub_(log_q)
         return (p * slope).sum(-1), slope
     if beta == 0:
         value = (q * (log_q - log_p)).sum(-1)
-        return value, torch.where(p > 0, -q / p.clamp(min=tiny), 0)
+        return value, torch.where(p > 0, -q / p.clamp(min=tiny), 0)  # which could be infinite
     m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=tiny).log_()
-    slope = (1 - beta) * (log_p - m).mul_(p > 0)
+    slope = (log_p - m).mul_(1 - beta)
     return (p * slope).sum(-1) + beta * (q * (log_q - m)).sum(-1), slope
 
 

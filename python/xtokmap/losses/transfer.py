@@ -168,10 +168,10 @@ def _row_loss(
     chosen = of_own - total.log()
     a = (sampled - q.gather(1, bin_of)[:, 0].log()) - (chosen - p.gather(1, bin_of)[:, 0].clamp(min=tiny).log())
     a = torch.where(several & torch.isfinite(sampled) & torch.isfinite(a), a, 0).clamp(-clamp, clamp)
-    value = value - a * chosen
     # The gradient, in the place of the probabilities.
-    mean = (p * slope).sum(-1, keepdim=True)
-    slope = torch.where(there, slope, slope[:, -1:]).sub_(mean).add_(a[:, None]).div_(total[:, None])
+    mean = value if beta == 1 and not bridge else (p * slope).sum(-1)
+    value = value - a * chosen
+    slope = torch.where(there, slope, slope[:, -1:]).sub_((mean - a)[:, None]).div_(total[:, None])
     known.mul_(slope.index_select(1, every))
     x[:, len(every) :] = 0
     x.scatter_add_(1, own, -a[:, None])
