@@ -331,6 +331,21 @@ def test_all_of_it_once_and_going_on_where_it_was(small, monkeypatch, tmp_path, 
     assert torch.get_num_threads() == threads
 
 
+def test_right_answers_are_whole_turns_in_the_students_way(monkeypatch):
+    monkeypatch.setattr(runs, "POOL", 24)
+    made = {cut: tokenizer(cut, "addition") for cut in ("digits", "numbers")}
+    teacher = families.teacher_model(len(made["numbers"]))
+    bench = runs.Bench("addition", "student_finer", teacher, lambda seed: families.student_model(len(made["digits"])))
+    roller = bench._roller(bench.student(0), runs.Setting("addition", "student_finer", 8, "right answers", 1e-3, 0, 1))
+    rollouts = roller.roll(bench.prompts[:4])
+    for prompt, ids in zip(bench.prompts, rollouts.batch.student_ids, strict=False):
+        assert ids[-1] == made["digits"].eos_token_id
+        text = made["digits"].decode(ids[:-1])
+        problem = tuple(map(int, prompt.split("+")))
+        assert is_plain(text, problem)
+        assert ADDITION.is_right(problem, text)
+
+
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     with pytest.raises(xtokmap.XTokMapError, match=r"chain_sum needs pip install 'xtokmap\[reproduce\]'"):

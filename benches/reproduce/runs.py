@@ -16,7 +16,7 @@ import torch
 from reproduce import families
 from reproduce.families import ARRANGEMENTS, STUDENT_TEMPLATE, teacher_template, tokenizer
 from reproduce.tasks import TASKS, Problem, Task, is_plain, problem_of, solve
-from xtokmap.chat import render
+from xtokmap.chat import PromptLike, prompts_of, render
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.train.config import Config
 from xtokmap.train.generation import sample
@@ -154,13 +154,14 @@ class PooledRoller(Roller):
     seen: set[str]
 
     def answers(
-        self, prompts: Sequence[str], teacher_prompts: Sequence[Sequence[int]]
+        self, prompts: Sequence[PromptLike], teacher_prompts: Sequence[Sequence[int]]
     ) -> tuple[list[list[int]], list[bool]]:
         """From the pool; `fresh` are the prompts that this run had not used before, and that somebody sampled."""
-        self.pool.ask(self, prompts)
-        self.fresh = [] if self.pool.given else [p for p in dict.fromkeys(prompts) if p not in self.seen]
+        asked = [prompt.title for prompt in prompts_of(prompts)]
+        self.pool.ask(self, asked)
+        self.fresh = [] if self.pool.given else [p for p in dict.fromkeys(asked) if p not in self.seen]
         self.seen.update(self.fresh)
-        rows, completed = zip(*(self.pool.answers[prompt] for prompt in prompts), strict=True)
+        rows, completed = zip(*(self.pool.answers[prompt] for prompt in asked), strict=True)
         return list(rows), list(completed)
 
 
@@ -201,7 +202,8 @@ class Bench:
         """Right answers to the training problems, as the student writes, in the tokens of the teacher."""
         rng = random.Random("own way")
         texts = [solve(self.task, problem, 0, rng).text for problem in self._drawn.values()]
-        rows = self.teacher_tokenizer(texts).input_ids
+        end = self.teacher_tokenizer.eos_token_id
+        rows = [[*row, end] for row in self.teacher_tokenizer(texts).input_ids]
         return Pool({prompt: (row, True) for prompt, row in zip(self.prompts, rows, strict=True)}, given=True)
 
     def judge_student(self, student: Any) -> tuple[Judgement, Judgement]:
