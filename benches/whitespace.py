@@ -31,6 +31,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import real_tokenizers
 import xtokmap
 from enumeration import Model, Pair, cosine
 from oracle import Floats, Side
@@ -42,6 +43,7 @@ from xtokmap.losses.credit import chunk_credit
 from xtokmap.losses.rule import Computed, LossInput
 from xtokmap.losses.table import LOSSES
 from xtokmap.teachers.local import LocalTeacher
+from xtokmap.tokenizers import text_codec
 from xtokmap.torch.logits import Logits
 from xtokmap.train.config import Config
 from xtokmap.train.generation import sample
@@ -79,6 +81,39 @@ WORLDS = (
     ("joined", "doubling"),
 )
 
+#: The same of real tokenizers.
+REAL = (("cl100k", "anthropic"), ("anthropic", "cl100k"), ("deepseek", "anthropic"))
+
+
+class Real:
+    """A real tokenizer as a side; pytest's Skipped where its package is not installed.
+
+    Attributes:
+        tokens: their bytes by id, none for special ones.
+        end: the first of its stop ids.
+    """
+
+    def __init__(self, name: str) -> None:
+        in_ranks = name in real_tokenizers.ENCODINGS
+        self._loaded: Any = (
+            real_tokenizers.encoding(name)
+            if in_ranks
+            else tokenizers.Tokenizer.from_file(str(real_tokenizers.path(name)))
+        )
+        table = xtokmap.byte_table(self._loaded)
+        self._codec = text_codec(self._loaded)
+        self.tokens = tuple(table[i] or b"" for i in range(len(table)))
+        self.end = table.stop_ids[0]
+
+    def encode(self, text: bytes) -> tuple[int, ...]:
+        """Ids of a text."""
+        return tuple(self._codec.encode_batch([text.decode()])[0].tolist())
+
+    def tokenizer(self) -> Any:
+        """What `Aligner` takes."""
+        return self._loaded
+
+
 Step = Callable[[Model, torch.Tensor], Floats]
 
 
@@ -114,14 +149,15 @@ class World:
         space: bool `[texts, Ts]`; which of the student's tokens are white space.
     """
 
-    def __init__(self, student: Side, teacher: Side) -> None:
+    def __init__(self, student: Side | Real, teacher: Side | Real) -> None:
         self.pair = Pair(student, teacher, texts=TEXTS)
         lines = np.full(len(TEXTS), 0.005)
         lines[[2, 4, 8]] += 0.2, 0.4, 0.3
         self.lines = lines / lines.sum()
         self.start = self.pair.student.conditionals(0.86 ** np.arange(len(TEXTS)))
         #: A model's softmax leaves something to everything.
-        self.model = Model(self.pair, self.start, self.pair.teacher.conditionals(self.lines), leak=1e-4)
+        leak = min(1e-4, 1e-3 / len(teacher.tokens))
+        self.model = Model(self.pair, self.start, self.pair.teacher.conditionals(self.lines), leak)
         blank = np.array([token.isspace() for token in student.tokens] + [False])
         self.space = torch.from_numpy(blank)[self.pair.student_ids] & self.pair.is_token
 
@@ -163,14 +199,11 @@ def enumerated() -> Iterator[str]:
     yield "| " + " | ".join(["student ← teacher", "exact, space", *credits_, "exact, rest", *credits_]) + " |"
     yield "|---|" + "--:|" * 8
     for name, world in worlds.items():
-        cells = []
-        for where in (world.space, world.pair.is_token & ~world.space):
-            for credit in ("prior", "full", "cover"):
-                given, exact = world.advantages(credit)
-                if credit == "prior":
-                    cells.append(f"{world.mean(exact, where):+.3f}")
-                cells.append(f"{world.mean(given, where):+.3f} ({world.mean(abs(given - exact), where):.3f})")
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        yield _advantages(name, world)
+    for student, teacher in REAL:
+        world = _real_world(student, teacher)
+        if world is not None:
+            yield _advantages(f"{student} ← {teacher}", world)
     yield ""
     yield "## Which way a loss's expected gradient points"
     yield ""
@@ -201,6 +234,27 @@ def enumerated() -> Iterator[str]:
     yield "|---|" + "--:|" * len(worlds)
     for loss, step in EXPECTED.items():
         yield f"| {loss.strip()} | " + " | ".join(_end(world.follow(step)) for world in worlds.values()) + " |"
+
+
+def _real_world(student: str, teacher: str) -> World | None:
+    try:
+        return World(Real(student), Real(teacher))
+    except BaseException as error:  # pytest's Skipped, which is no Exception
+        if type(error).__name__ != "Skipped":
+            raise
+        print(f"{student} ← {teacher}: {error}", file=sys.stderr)
+        return None
+
+
+def _advantages(name: str, world: World) -> str:
+    cells = [name]
+    for where in (world.space, world.pair.is_token & ~world.space):
+        for credit in ("prior", "full", "cover"):
+            given, exact = world.advantages(credit)
+            if credit == "prior":
+                cells.append(f"{world.mean(exact, where):+.3f}")
+            cells.append(f"{world.mean(given, where):+.3f} ({world.mean(abs(given - exact), where):.3f})")
+    return "| " + " | ".join(cells) + " |"
 
 
 def _end(found: tuple[float, float]) -> str:
@@ -528,7 +582,9 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=HERE / ".data" / "whitespace", help="folder of models and finished runs"
     )
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates")
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=list(RATES), help="learning rates; none: tell of finished runs"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     start = time.process_time()
@@ -563,7 +619,9 @@ probability .21, .41 and .31, every other number with .005; with the student eve
 Tokenizers: `single` spaces; `pairs`; `doubling`, BPE with runs of 2, 4 and 8; `every run`, a token for each number of
 spaces, longest match, as most large vocabularies have them; `joined`, pairs and the last space with the word; `new
 line`, runs of 2 and 4, and a new line with 4 spaces. `exact`: KL(p || q*), q* what the teacher thinks of the student's
-own tokens. White space masked: the rows whose sampled token is white space are left out, as arXiv 2607.22334 does."""
+own tokens. Three rows of the first table are real tokenizers: Anthropic's makes one token of a new line and the spaces
+behind it, cl100k and DeepSeek make two. White space masked: the rows whose sampled token is white space are left out,
+as arXiv 2607.22334 does."""
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ class Model:
     @cached_property
     def log_q_star(self) -> Tensor:
         """What `transferred` should be."""
-        found = torch.from_numpy(np.log(self.q_star[self.pair.student_nodes, self.pair.student_ids]))
+        with np.errstate(divide="ignore"):  # on padding
+            found = torch.from_numpy(np.log(self.q_star[self.pair.student_nodes, self.pair.student_ids]))
         return torch.where(self.pair.is_token, found, torch.nan)
 
     @cached_property

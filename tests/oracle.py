@@ -539,7 +539,7 @@ class Paths:
         self.prefixes = sorted({ids[:k] for ids in self.ids for k in range(len(ids))}, key=lambda h: (len(h), h))
         self.node = {prefix: k for k, prefix in enumerate(self.prefixes)}
         self.nodes = [[self.node[ids[:k]] for k in range(len(ids))] for ids in self.ids]
-        self.allowed = np.zeros((len(self.prefixes), side.end + 1), np.bool_)
+        self.allowed = np.zeros((len(self.prefixes), max(side.end + 1, len(side.tokens))), np.bool_)
         for nodes, ids in zip(self.nodes, self.ids, strict=True):
             self.allowed[nodes, ids] = True
 

@@ -31,6 +31,15 @@ def test_cover_says_of_white_space_what_the_teacher_thinks_and_prior_does_not(wo
         assert world.mean(abs(given - exact), where) > 0.2
 
 
+def test_the_same_of_real_tokenizers():
+    world = World(*map(whitespace.Real, ("cl100k", "anthropic")))
+    for where in (world.space, world.pair.is_token & ~world.space):
+        given, exact = world.advantages("cover")
+        assert world.mean(abs(given - exact), where) < 0.01
+        given, exact = world.advantages("prior")
+        assert world.mean(abs(given - exact), where) > 0.5
+
+
 def test_a_student_that_follows_cover_or_transfer_kl_learns_to_indent(world):
     before, _ = world.follow(EXPECTED["exact"], steps=0)
     spaces = world.lines @ np.arange(len(TEXTS))
