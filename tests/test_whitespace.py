@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import whitespace
-from enumeration import cosine
-from whitespace import EXPECTED, SIDES, TASK, TEXTS, World
+from enumeration import Model, Pair, cosine
+from whitespace import EXPECTED, SIDES, TASK, TEXTS, Real, World
 
 #: Where each token of the student's says of one space more whether it goes on.
 DECIDED = [("single", "doubling"), ("pairs", "doubling"), ("pairs", "every run"), ("every run", "single")]
@@ -32,12 +32,25 @@ def test_cover_says_of_white_space_what_the_teacher_thinks_and_prior_does_not(wo
 
 
 def test_the_same_of_real_tokenizers():
-    world = World(*map(whitespace.Real, ("cl100k", "anthropic")))
+    world = World(Real.named("cl100k"), Real.named("anthropic"), leak=1e-9)
     for where in (world.space, world.pair.is_token & ~world.space):
         given, exact = world.advantages("cover")
         assert world.mean(abs(given - exact), where) < 0.01
         given, exact = world.advantages("prior")
         assert world.mean(abs(given - exact), where) > 0.5
+
+
+@pytest.mark.xfail(strict=True, reason="what follows a run decides how the student cuts it; its encoder is not told")
+def test_a_run_whose_cut_depends_on_what_comes_behind_it():
+    """The last space of a run joins a word, and stays where a new line follows; the teacher merges all of it."""
+    student, teacher = (Real(whitespace.tokenizer(cut)) for cut in ("joined", "runs"))
+    texts = [b"\n" + b" " * n + end for n in range(1, 9) for end in (b"c", b"\n")]
+    pair = Pair(student, teacher, texts=texts)
+    lines = np.array([0.12375 if text.endswith(b"c") else 0.00125 for text in texts])
+    start = pair.student.conditionals(np.full(len(texts), 1 / len(texts)))
+    model = Model(pair, start, pair.teacher.conditionals(lines), leak=1e-6)
+    off = (model.transferred - model.log_q_star).abs()[pair.is_token]
+    assert off.max() < 0.05, off
 
 
 def test_a_student_that_follows_cover_or_transfer_kl_learns_to_indent(world):
