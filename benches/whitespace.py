@@ -380,7 +380,7 @@ def teacher_of(cut: str, say: Callable[[str], None] | None = None) -> Any:
 
 
 def student_of(cut: str, seed: int, target: float = 0.35, say: Callable[[str], None] | None = None) -> Any:
-    """A student that gets about a third right; annealed, so that no training at a small rate makes it better."""
+    """A student whose training ends early, with a decay, so that no training at a small rate makes it better."""
     made = tokenizer(cut)
     torch.manual_seed(seed)
     model = families.student_model(len(made))
