@@ -5,6 +5,7 @@ Shared by the tests of `transfer` and by `benches/bias.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -31,10 +32,17 @@ def padded(rows: list, fill: int = 0) -> Tensor:
 
 
 class Pair:
-    """A student's and a teacher's tokenizer, and every text in the tokens of both, aligned."""
+    """A student's and a teacher's tokenizer, and every text (of a list, if given) in the tokens of both, aligned."""
 
-    def __init__(self, student: Side, teacher: Side, length: int = 5, alphabet: bytes = b"ab") -> None:
-        self.student, self.teacher = Paths(student, length, alphabet), Paths(teacher, length, alphabet)
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side,
+        length: int = 5,
+        alphabet: bytes = b"ab",
+        texts: Sequence[bytes] | None = None,
+    ) -> None:
+        self.student, self.teacher = (Paths(side, length, alphabet, texts) for side in (student, teacher))
         self.aligner = xtokmap.Aligner(student.tokenizer(), teacher.tokenizer())
         self.batch = self.aligner.align_batch(
             [list(ids) for ids in self.student.ids], [list(ids) for ids in self.teacher.ids], threads=1
@@ -75,14 +83,19 @@ class Model:
     """
 
     def __init__(self, pair: Pair, p: Floats, q: Floats, leak: float = 0.0) -> None:
-        self.pair, self.p = pair, p
+        self.pair = pair
         shown = np.where(pair.teacher.allowed, q, leak)
         self.q = shown / shown.sum(1, keepdims=True)
         #: Of every text, under a teacher that keeps to its own encoding.
         self.text_probabilities = pair.teacher.probabilities(q)
         self.q_star = pair.student.conditionals(self.text_probabilities)
-        self.drawn = pair.student.probabilities(p)
-        self.reach = pair.student.visited(self.drawn)
+        self.become(p)
+
+    def become(self, p: Floats) -> None:
+        """Another student, with the same teacher."""
+        self.p = p
+        self.drawn = self.pair.student.probabilities(p)
+        self.reach = self.pair.student.visited(self.drawn)
 
     @cached_property
     def teacher_table(self) -> Tensor:
@@ -117,7 +130,8 @@ class Model:
     @cached_property
     def log_q_star(self) -> Tensor:
         """What `transferred` should be."""
-        found = torch.from_numpy(np.log(self.q_star[self.pair.student_nodes, self.pair.student_ids]))
+        with np.errstate(divide="ignore"):  # on padding
+            found = torch.from_numpy(np.log(self.q_star[self.pair.student_nodes, self.pair.student_ids]))
         return torch.where(self.pair.is_token, found, torch.nan)
 
     @cached_property
@@ -127,7 +141,7 @@ class Model:
         found = rows.gather(2, self.pair.teacher_ids[..., None])[..., 0]
         return torch.where(padded([[1] * len(ids) for ids in self.pair.teacher.ids]).bool(), found, 0)
 
-    @cached_property
+    @property
     def exact(self) -> Floats:
         """Gradient of sum over nodes of reach KL(p || q*), reach held, by the logits of every node: `[nodes, V]`."""
         with np.errstate(divide="ignore", invalid="ignore"):

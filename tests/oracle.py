@@ -457,6 +457,12 @@ def interior_queries(vm: VocabMap, index: Any, teacher_ids: Any) -> xtokmap.alig
 
 # ---- every text up to a length -----------------------------------------------------------------------------------
 
+_FROM_BYTE_LEVEL = {ord("Ġ"): " ", ord("Ċ"): "\n"}
+
+
+def _byte_level(token: bytes) -> str:
+    return token.decode().replace(" ", "Ġ").replace("\n", "Ċ")
+
 
 @dataclass(frozen=True)
 class Side:
@@ -472,8 +478,11 @@ class Side:
 
     @classmethod
     def bpe(cls, *merges: str, alphabet: str = "ab") -> Side:
-        """The tokenizer of merges such as "a b"; without any, one token for each byte of the alphabet."""
-        pairs = [tuple(part.encode() for part in merge.split()) for merge in merges]
+        """The tokenizer of merges such as "a b"; without any, one token for each byte of the alphabet.
+
+        A space is written Ġ and a new line Ċ, as byte-level tokenizers do.
+        """
+        pairs = [tuple(part.translate(_FROM_BYTE_LEVEL).encode() for part in merge.split()) for merge in merges]
         single = [bytes([byte]) for byte in alphabet.encode()]
         return cls(tuple(dict.fromkeys([*single, *map(b"".join, pairs)])), tuple(pairs))
 
@@ -503,8 +512,8 @@ class Side:
         """What `Aligner` takes, so that it follows the same rule."""
         if self.merges is None:  # of a bare table longest match is assumed
             return xtokmap.ByteTable.from_bytes([*self.tokens, None], stop_ids=[self.end])
-        vocabulary = {token.decode(): i for i, token in enumerate(self.tokens)}
-        merges = [(left.decode(), right.decode()) for left, right in self.merges]
+        vocabulary = {_byte_level(token): i for i, token in enumerate(self.tokens)}
+        merges = [(_byte_level(left), _byte_level(right)) for left, right in self.merges]
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         tokenizer.add_special_tokens(["</s>"])
@@ -512,7 +521,7 @@ class Side:
 
 
 class Paths:
-    """Every text up to a length as one side's tokens, closed by the end of a text.
+    """Every text up to a length (or those of a list) as one side's tokens, closed by the end of a text.
 
     Attributes:
         texts: shortest first; the empty one is one of them.
@@ -522,14 +531,15 @@ class Paths:
         allowed: bool `[nodes, V]`; whether a token goes on from a node to another start of a text, or ends one.
     """
 
-    def __init__(self, side: Side, length: int, alphabet: bytes = b"ab") -> None:
+    def __init__(self, side: Side, length: int, alphabet: bytes = b"ab", texts: Iterable[bytes] | None = None) -> None:
         self.side = side
-        self.texts = [bytes(text) for n in range(length + 1) for text in product(alphabet, repeat=n)]
+        every = (bytes(text) for n in range(length + 1) for text in product(alphabet, repeat=n))
+        self.texts = list(every if texts is None else texts)
         self.ids = [(*side.encode(text), side.end) for text in self.texts]
         self.prefixes = sorted({ids[:k] for ids in self.ids for k in range(len(ids))}, key=lambda h: (len(h), h))
         self.node = {prefix: k for k, prefix in enumerate(self.prefixes)}
         self.nodes = [[self.node[ids[:k]] for k in range(len(ids))] for ids in self.ids]
-        self.allowed = np.zeros((len(self.prefixes), side.end + 1), np.bool_)
+        self.allowed = np.zeros((len(self.prefixes), max(side.end + 1, len(side.tokens))), np.bool_)
         for nodes, ids in zip(self.nodes, self.ids, strict=True):
             self.allowed[nodes, ids] = True
 
