@@ -247,17 +247,21 @@ def _carry_out(pool: ProcessPoolExecutor, title: str, jobs: Sequence[Job]) -> It
     began, done = time.perf_counter(), 0
     print(f"{title}: {len(jobs)} to do", flush=True)
     waiting: dict[Future[dict[str, Any]], Job] = {pool.submit(job.make, *job.arguments): job for job in jobs}
-    while waiting:
-        finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-        for future in finished:
-            job = waiting.pop(future)
-            done += 1
-            took = time.perf_counter() - began
-            print(
-                f"  {done}/{len(jobs)} {job.name}  [{took:.0f} s, {took / done * (len(jobs) - done):.0f} s to go]",
-                flush=True,
-            )
-            yield future.result()
+    try:
+        while waiting:
+            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = waiting.pop(future)
+                done += 1
+                took = time.perf_counter() - began
+                print(
+                    f"  {done}/{len(jobs)} {job.name}  [{took:.0f} s, {took / done * (len(jobs) - done):.0f} s to go]",
+                    flush=True,
+                )
+                yield future.result()
+    finally:  # interrupted: what has not begun is left for the next time
+        for future in waiting:
+            future.cancel()
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
