@@ -42,7 +42,7 @@ def parser(command: str = "") -> argparse.ArgumentParser:
         prog="xtokmap",
         about=(xtokmap.__doc__ or "").splitlines()[0],
         example='xtokmap align --student student/tokenizer.json --teacher teacher/tokenizer.json "naïve café"\n'
-        "xtokmap demo    # a whole distillation, in ten minutes",
+        "xtokmap demo    # a whole distillation, in five minutes",
     )
     made.add_argument("--version", action="version", version=f"xtokmap {xtokmap.__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
