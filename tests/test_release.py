@@ -57,7 +57,7 @@ def test_the_list_says_what_passed_what_failed_and_what_could_not_be_run(
 def test_every_crate_of_the_wheel_may_be_given_away(checks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"\d+ crates", checks.licenses())
     monkeypatch.setattr(checks, "LICENSES", {"Apache-2.0"})
-    with pytest.raises(checks.FailedError, match=r"\d: (MIT|\S+ OR|BSD|Zlib|Unlicense|Unicode)"):
+    with pytest.raises(checks.FailedError, match=r"\d: \S"):
         checks.licenses()
 
 

@@ -43,9 +43,9 @@ def coverage_shares(counts: Sequence[int], tokens: int) -> dict[str, float]:
 class Evaluation:
     """What the student is like on held-out prompts; one entry a prompt, its samples summed.
 
-    `responses` are sampled; `likeliest` has greedy answers to a few of the prompts, by their place, as samples of a
-    small model are no fair picture of it (none where a server samples). `skipped` is how many answers a served teacher
-    does not take; only length and completed are of these, too.
+    `responses` are sampled; `likeliest` has greedy answers to those prompts that are `picked`, as samples of a small
+    model are no fair picture of it (none where a server samples). `skipped` is how many answers a served teacher does
+    not take; only length and completed are of these, too.
     """
 
     prompts: list[str]
@@ -56,11 +56,11 @@ class Evaluation:
     length: float
     coverage: dict[str, float]
     skipped: int = 0
-    likeliest: dict[int, str] = field(default_factory=dict)
+    likeliest: list[str] = field(default_factory=list)
 
     def shown(self, i: int) -> str:
         """The answer to a prompt that a reader is shown."""
-        return self.likeliest.get(i, self.responses[i])
+        return dict(zip(picked(len(self.prompts)), self.likeliest, strict=False)).get(i, self.responses[i])
 
     @property
     def kl_per_byte(self) -> tuple[float, float]:
@@ -90,15 +90,15 @@ def picked(n: int, most: int = SHOWN) -> range:
     return range(0, n, max(1, -(-n // most)))
 
 
-def _likeliest(roller: Roller, prompts: Sequence[PromptLike]) -> dict[int, str]:
-    """Greedy answers, by the place of their prompts; every process makes them, as a sharded student needs them all."""
-    if roller.sampler is not None:
-        return {}
-    at, config = picked(len(prompts)), roller.config
-    ids = render(roller.tokenizer, prompts_of([prompts[i] for i in at]), config.plain_template)
+def _likeliest(roller: Roller, prompts: Sequence[PromptLike]) -> list[str]:
+    """Greedy answers to a few prompts; every process makes them, as a sharded student needs them all."""
+    if roller.sampler is not None or not prompts:
+        return []
+    config, some = roller.config, [prompts[i] for i in picked(len(prompts))]
+    ids = render(roller.tokenizer, prompts_of(some), config.plain_template)
     with gathered(roller.student):
         answers, _ = sample(roller.student, ids, roller.aligner.student.stop_ids, config, greedy=True)
-    return dict(zip(at, roller.tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True))
+    return list(roller.tokenizer.batch_decode(answers, skip_special_tokens=True))
 
 
 @torch.no_grad()
@@ -169,5 +169,5 @@ def evaluate(roller: Roller, prompts: Sequence[PromptLike], samples: int = 1, *,
         sampled / total,
         coverage,
         skipped,
-        _likeliest(roller, prompts) if prompts else {},
+        _likeliest(roller, prompts),
     )
