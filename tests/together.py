@@ -288,6 +288,7 @@ def interrupted() -> int:
     """An interrupt in the middle of a batch, and the next batch."""
     al = aligner()
     answers()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started this in the background
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
         while True:
