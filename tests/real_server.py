@@ -24,6 +24,15 @@ from xtokmap.models import load
 #: Read before the tests get a cache of their own: the models are large.
 CACHE = demo.cache_folder()
 
+#: How long a row is served, in tokens, and what is asked about.
+LONGEST = 512
+TEXTS = [
+    "The sky is blue because air scatters short waves more than long ones.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
+    "Grüße aus Köln: heute 17 °C, morgen Regen. 你好, 世界!",
+    "1 + 2 = 3, 12 * 12 = 144, and 2 ** 10 = 1,024.",
+]
+
 #: The virtual environments; None: these tests cannot run.
 VENV = Path(os.environ["XTOKMAP_VLLM"]) if os.environ.get("XTOKMAP_VLLM") else None
 SGLANG_VENV = Path(os.environ["XTOKMAP_SGLANG"]) if os.environ.get("XTOKMAP_SGLANG") else None

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from real_server import VENV, VLLM, folder, untied
+from real_server import LONGEST, TEXTS, VENV, VLLM, folder, untied
 from xtokmap import Aligner, demo
 from xtokmap.chat import render
 from xtokmap.models import load, load_tokenizer
@@ -35,14 +35,6 @@ pytestmark = [
     pytest.mark.servers,
     pytest.mark.skipif(VENV is None, reason="make test-servers says where vLLM is (XTOKMAP_VLLM)"),
     pytest.mark.filterwarnings("ignore"),  # of transformers and torch, about models of this size
-]
-
-LONGEST = 512
-TEXTS = [
-    "The sky is blue because air scatters short waves more than long ones.",
-    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
-    "Grüße aus Köln: heute 17 °C, morgen Regen. 你好, 世界!",
-    "1 + 2 = 3, 12 * 12 = 144, and 2 ** 10 = 1,024.",
 ]
 
 

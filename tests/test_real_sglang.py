@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from real_server import SGLANG_VENV, SGLang, folder
+from real_server import LONGEST, SGLANG_VENV, TEXTS, SGLang, folder
 from xtokmap import Aligner, demo
 from xtokmap.chat import render
 from xtokmap.models import load, load_tokenizer
@@ -27,14 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of transformers and torch, about models of this size
 ]
 
-LONGEST = 512
 CPU = torch.device("cpu")
-TEXTS = [
-    "The sky is blue because air scatters short waves more than long ones.",
-    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
-    "Grüße aus Köln: heute 17 °C, morgen Regen. 你好, 世界!",
-    "1 + 2 = 3, 12 * 12 = 144, and 2 ** 10 = 1,024.",
-]
 
 
 @pytest.fixture(scope="module")

@@ -85,8 +85,10 @@ class Plan:
 
 
 _STEPS = (20, 80, 240)
-_FURTHER = {"right answers, sft's rate": (400,)}
-_EIGHT_WAYS = {"sft": (300, 1200), "opd prior": (240,), "opd transfer_kl": _STEPS, "right answers": _STEPS}
+_EIGHT_WAYS = {
+    "sft": (300, 1200), "opd prior": (240,), "opd transfer_kl": _STEPS, "right answers": _STEPS,
+    "right answers, sft's rate": (400,),
+}  # fmt: skip
 _FEW_WAYS = {
     "sft": (25, 100, 400), "opd prior": (240,), "opd transfer_kl": (20, 80, 400), "right answers": (20, 80, 400),
 }  # fmt: skip
@@ -103,13 +105,13 @@ _AGAINST_DRIFT: dict[str, tuple[int, ...]] = {
 #: The first cell of a task and number of ways is the one whose learning rates are swept.
 FULL = Plan(
     cells=(
-        Cell("addition", "student_finer", 8, {**_EIGHT_WAYS, **_FURTHER, **_ALL_LOSSES}),
+        Cell("addition", "student_finer", 8, {**_EIGHT_WAYS, **_ALL_LOSSES}),
         Cell("addition", "student_finer", 8, _AGAINST_DRIFT, seeds=3),
         Cell("addition", "student_finer", 1, _FEW_WAYS),
         Cell("addition", "student_finer", 2, _FEW_WAYS),
-        Cell("addition", "crossing", 8, {**_EIGHT_WAYS, **_FURTHER}),
-        Cell("addition", "teacher_finer", 8, {**_EIGHT_WAYS, **_FURTHER}),
-        Cell("chain_sum", "student_finer", 8, {**_EIGHT_WAYS, **_FURTHER}),
+        Cell("addition", "crossing", 8, _EIGHT_WAYS),
+        Cell("addition", "teacher_finer", 8, _EIGHT_WAYS),
+        Cell("chain_sum", "student_finer", 8, _EIGHT_WAYS),
     ),
     seeds=(0, 1, 2, 3, 4),
     sweep_seeds=(100,),
