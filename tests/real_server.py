@@ -20,6 +20,7 @@ import torch
 
 from xtokmap import demo
 from xtokmap.models import load
+from xtokmap.teachers.local import LocalTeacher
 
 #: Read before the tests get a cache of their own: the models are large.
 CACHE = demo.cache_folder()
@@ -54,6 +55,11 @@ def folder(package: demo.Package) -> Path:
         tokenizer.save_pretrained(target)
         (target / "whole").touch()
     return target
+
+
+def local_teacher() -> LocalTeacher:
+    """The teacher that is served, in this process."""
+    return LocalTeacher(*load(str(folder(demo.GEMMA)), torch.device("cpu"), "float32"))
 
 
 def untied(package: demo.Package) -> Path:

@@ -18,13 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from real_server import LONGEST, TEXTS, VENV, VLLM, folder, untied
+from real_server import LONGEST, TEXTS, VENV, VLLM, folder, local_teacher, untied
 from xtokmap import Aligner, demo
 from xtokmap.chat import render
 from xtokmap.models import load, load_tokenizer
 from xtokmap.teachers import http1
 from xtokmap.teachers.client import OtherTeacherError, RowRefusedError, TeacherError
-from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.train.config import Config
 from xtokmap.train.loop import train
@@ -60,8 +59,7 @@ def server(tmp_path_factory, figure):
 
 @pytest.fixture(scope="module")
 def local():
-    model, tokenizer = load(str(folder(demo.GEMMA)), torch.device("cpu"), "float32")
-    return LocalTeacher(model, tokenizer)
+    return local_teacher()
 
 
 def teacher_of(server, tokenizer, **options):

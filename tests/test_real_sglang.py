@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from real_server import LONGEST, SGLANG_VENV, TEXTS, SGLang, folder
+from real_server import LONGEST, SGLANG_VENV, TEXTS, SGLang, folder, local_teacher
 from xtokmap import Aligner, demo
 from xtokmap.chat import render
-from xtokmap.models import load, load_tokenizer
+from xtokmap.models import load_tokenizer
 from xtokmap.teachers.client import RowRefusedError, TeacherError
 from xtokmap.teachers.head import read_head
-from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 
 pytestmark = [
@@ -39,8 +38,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local():
-    model, tokenizer = load(str(folder(demo.GEMMA)), CPU, "float32")
-    return LocalTeacher(model, tokenizer)
+    return local_teacher()
 
 
 @pytest.fixture(scope="module")

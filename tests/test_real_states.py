@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from xtokmap import Aligner, demo
-from xtokmap.models import load, load_tokenizer
+from xtokmap.models import load_tokenizer
 from xtokmap.teachers.client import TeacherError
 from xtokmap.teachers.head import read_head
-from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.train.config import Config
 from xtokmap.train.loop import train
 
 try:
-    from real_server import VENV, VLLM, folder
+    from real_server import VENV, VLLM, folder, local_teacher
 except ImportError:
     VENV = None
 
@@ -42,8 +41,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local():
-    model, tokenizer = load(str(folder(demo.GEMMA)), CPU, "float32")
-    return LocalTeacher(model, tokenizer)
+    return local_teacher()
 
 
 def test_states_are_those_of_the_model_here(server, local):

@@ -36,10 +36,7 @@ def cost(point: dict[str, Any], parts: Sequence[str]) -> float:
 
 
 def curves(rows: Iterable[Run]) -> list[Run]:
-    """The runs of a method and seed as one, with a point at the end of each: nothing is read in the middle of a run.
-
-    Runs of another learning rate are another method's.
-    """
+    """The runs of a method and seed as one, with a point at the end of each: nothing is read in the middle of a run."""
     found: dict[tuple[Any, ...], Run] = {}
     for row in sorted(rows, key=lambda row: row["steps"]):
         name = tuple(row[key] for key in ("task", "arrangement", "ways", "method", "seed"))
