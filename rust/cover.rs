@@ -9,7 +9,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use rustc_hash::FxHashMap;
 
 use crate::chunks::{Arrays, Batch, Kind, View};
-use crate::encoding::{Bits, Encoding};
+use crate::encoding::{is_white, Behind, Bits, Encoding};
 use crate::error::Error;
 use crate::pool::{self, Shared};
 use crate::vocab_map::VocabMap;
@@ -25,6 +25,9 @@ pub struct Set {
     pub whole: Vec<bool>,
     /// The set is every token of the row but these.
     pub complement: bool,
+    /// Of a complement the student token that would come next, whichever token stood there; -1 where that is not known.
+    /// `None`: the one with which the encoding of that token begins.
+    pub fixed: Option<i32>,
 }
 
 /// The queries of a batch: `terms indptr[i]..indptr[i + 1]` belong to student token `i` of the flat batch.
@@ -85,6 +88,8 @@ struct Rest {
     next: i32,
     whole: bool,
     nothing: bool,
+    /// It is white space, and what it does depends on what stands behind it: the token to ask about, or -1.
+    white: Option<i32>,
 }
 
 const ROOT: u32 = u32::MAX - 1;
@@ -93,6 +98,10 @@ const DEAD: u32 = u32::MAX;
 const NEVER: u32 = u32::MAX;
 /// In the place of a student token: nothing merges, and the longest student token that fits comes next.
 const LONGEST: u32 = u32::MAX - 1;
+/// In the place of a student token: the row after white space, where a word begins there.
+const BEFORE_WORD: u32 = u32::MAX - 2;
+/// The same where more white space does.
+const BEFORE_SPACE: u32 = u32::MAX - 3;
 /// In the place of consumed bytes: the row after them.
 const AFTER: u32 = u32::MAX;
 const FULL: u32 = u32::MAX;
@@ -100,8 +109,29 @@ const FULL: u32 = u32::MAX;
 const NOTHING: u32 = u32::MAX;
 const UNKNOWN: u32 = u32::MAX - 1;
 
-/// (student token or NEVER, node or AFTER, whether the consumed bytes as a token count too)
-type SetKey = (u32, u32, bool);
+/// What a set is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct SetKey {
+    /// A student token or what stands in its place.
+    s: u32,
+    /// A node or `AFTER`; of `BEFORE_WORD` and `BEFORE_SPACE` the student token that comes next.
+    node: u32,
+    /// The consumed bytes as a token count too.
+    with_self: bool,
+    /// A teacher token that does not.
+    without: Option<u32>,
+}
+
+impl SetKey {
+    fn of(s: u32, node: u32) -> Self {
+        Self { s, node, with_self: false, without: None }
+    }
+
+    /// Whether it is about what may stand behind a student token.
+    fn is_of_token(&self) -> bool {
+        self.s < BEFORE_SPACE
+    }
+}
 
 /// What a teacher token in which a student token ends adds to its terms.
 #[derive(Clone, Copy, Debug)]
@@ -110,6 +140,26 @@ struct Own {
     set: u32,
     /// The token itself is not in the set, and has to be.
     forced: bool,
+}
+
+/// What decides how the student cuts a teacher token.
+#[derive(Clone, Copy, Debug)]
+enum Decides {
+    /// Its own bytes.
+    Token,
+    /// The row behind it.
+    RowBehind(Ahead),
+}
+
+/// A teacher token that ends in white space, which the student cuts as what comes behind it says: instead of the token
+/// its row has the others, and the row behind it decides.
+#[derive(Clone, Copy, Debug)]
+struct Ahead {
+    /// The set of its row without it.
+    others: u32,
+    /// The sets of the row behind it: with what the student's token stays if a word comes, and if white space does.
+    word: u32,
+    space: u32,
 }
 
 #[derive(Debug, Default)]
@@ -126,7 +176,8 @@ struct Store {
     /// The same of the row after every student token, and of the one after `NEVER`; or `UNKNOWN`.
     after: Vec<u32>,
     own: FxHashMap<(u32, u32, u32), Own>,
-    joined: FxHashMap<(u32, u32), bool>,
+    decides: FxHashMap<(u32, u32, u32), Decides>,
+    joined: FxHashMap<(u32, u32, Behind), bool>,
     elements: usize,
     /// How often the store was emptied: what was numbered before means nothing after.
     resets: u64,
@@ -141,8 +192,14 @@ pub struct Cover {
     student: Arc<Encoding>,
     teacher: Arc<Encoding>,
     map: Arc<VocabMap>,
-    /// Teacher ids by the student token with which their encoding begins.
+    /// Teacher ids by the student token with which their encoding begins; without those of `white`.
     by_first: (Vec<u32>, Vec<u32>),
+    /// Behind the teacher's white space stands a word, of which the student may take the last space: some letter.
+    letter: Option<u8>,
+    /// Where that is so: teacher tokens that are white space, with the student token to ask about for each, or -1.
+    white: Vec<(i32, i32)>,
+    /// Teacher tokens that end in white space.
+    ends_white: Bits,
     /// One tokenizer on both sides: nothing has to be transferred.
     same: bool,
     limit: usize,
@@ -157,7 +214,9 @@ trait Known {
     fn set(&mut self, s: u32, node: u32) -> Option<u32>;
     fn after(&mut self, s: u32) -> Option<u32>;
     fn own(&mut self, s: u32, token: u32, offset: u32) -> Option<Own>;
-    fn joined(&mut self, s: u32, next: u32) -> Option<bool>;
+    /// Of a teacher token behind this many of its bytes.
+    fn decides(&mut self, s: u32, token: u32, offset: u32) -> Option<Decides>;
+    fn joined(&mut self, s: u32, next: u32, behind: Behind) -> Option<bool>;
     fn has(&self, set: u32, id: u32) -> bool;
 }
 
@@ -173,7 +232,7 @@ impl Known for Stored<'_> {
     }
 
     fn set(&mut self, s: u32, node: u32) -> Option<u32> {
-        self.0.set_of.get(&(s, node, false)).copied()
+        self.0.set_of.get(&SetKey::of(s, node)).copied()
     }
 
     fn after(&mut self, s: u32) -> Option<u32> {
@@ -185,8 +244,12 @@ impl Known for Stored<'_> {
         self.0.own.get(&(s, token, offset)).copied()
     }
 
-    fn joined(&mut self, s: u32, next: u32) -> Option<bool> {
-        self.0.joined.get(&(s, next)).copied()
+    fn decides(&mut self, s: u32, token: u32, offset: u32) -> Option<Decides> {
+        self.0.decides.get(&(s, token, offset)).copied()
+    }
+
+    fn joined(&mut self, s: u32, next: u32, behind: Behind) -> Option<bool> {
+        self.0.joined.get(&(s, next, behind)).copied()
     }
 
     fn has(&self, set: u32, id: u32) -> bool {
@@ -246,11 +309,11 @@ impl Known for Discovery<'_> {
     }
 
     fn set(&mut self, s: u32, node: u32) -> Option<u32> {
-        self.set_of((s, node, false))
+        self.set_of(SetKey::of(s, node))
     }
 
     fn after(&mut self, s: u32) -> Option<u32> {
-        let set = self.set_of((s, AFTER, false))?;
+        let set = self.set_of(SetKey::of(s, AFTER))?;
         let last = self.store.after.len() - 1;
         self.store.after[last.min(s as usize)] = set;
         Some(set)
@@ -265,15 +328,37 @@ impl Known for Discovery<'_> {
         let own = if node == DEAD {
             Own { set: NOTHING, forced: false }
         } else {
-            let set = self.set_of((s, node, offset != FULL))?;
+            let set = self.set_of(SetKey { with_self: offset != FULL, ..SetKey::of(s, node) })?;
             Own { set, forced: offset != FULL && !self.has(set, token) }
         };
         self.store.own.insert(key, own);
         Some(own)
     }
 
-    fn joined(&mut self, s: u32, next: u32) -> Option<bool> {
-        Some(*self.store.joined.entry((s, next)).or_insert_with(|| self.cover.student.joined(s, next)))
+    fn decides(&mut self, s: u32, token: u32, offset: u32) -> Option<Decides> {
+        let key = (s, token, offset);
+        if let Some(&known) = self.store.decides.get(&key) {
+            return Some(known);
+        }
+        let rest = &self.cover.teacher.table().bytes(token)[offset as usize..];
+        let decides = match self.cover.undecided(s, rest) {
+            None => Decides::Token,
+            Some([word, space]) => {
+                let (node, with_self) =
+                    if offset == 0 { (AFTER, false) } else { (self.step(ROOT, token, offset)?, true) };
+                let others = self.set_of(SetKey { s, node, with_self, without: Some(token) });
+                let [word, space] = [(BEFORE_WORD, word), (BEFORE_SPACE, space)]
+                    .map(|(s, next)| next.map_or(Some(NOTHING), |next| self.set_of(SetKey::of(s, next as u32))));
+                Decides::RowBehind(Ahead { others: others?, word: word?, space: space? })
+            }
+        };
+        self.store.decides.insert(key, decides);
+        Some(decides)
+    }
+
+    fn joined(&mut self, s: u32, next: u32, behind: Behind) -> Option<bool> {
+        let joined = || self.cover.student.joined(s, next, behind);
+        Some(*self.store.joined.entry((s, next, behind)).or_insert_with(joined))
     }
 
     fn has(&self, set: u32, id: u32) -> bool {
@@ -350,9 +435,17 @@ impl<K: Known> Walk<'_, K> {
         self.or(to, DEAD)
     }
 
-    fn joined(&mut self, s: u32, next: u32) -> bool {
-        let joined = self.known.joined(s, next);
+    fn joined(&mut self, s: u32, next: u32, behind: Behind) -> bool {
+        let joined = self.known.joined(s, next, behind);
         self.or(joined, false)
+    }
+
+    fn ahead(&mut self, s: u32, token: u32, offset: u32) -> Option<Ahead> {
+        let decides = self.known.decides(s, token, offset);
+        match self.or(decides, Decides::Token) {
+            Decides::Token => None,
+            Decides::RowBehind(ahead) => Some(ahead),
+        }
     }
 
     fn after(&mut self, s: u32) -> u32 {
@@ -422,9 +515,26 @@ impl Stretch {
 
 impl Cover {
     /// Queries between a student's and a teacher's encoding; `map` is the map between the two.
-    pub fn new(student: Arc<Encoding>, teacher: Arc<Encoding>, map: Arc<VocabMap>) -> Self {
+    ///
+    /// `letter`, the one that the map was made with: behind white space the teacher puts words whole, and the student
+    /// takes the last space into them.
+    pub fn new(student: Arc<Encoding>, teacher: Arc<Encoding>, map: Arc<VocabMap>, letter: Option<u8>) -> Self {
+        let mut white = vec![];
+        let mut ends_white = Bits::new(teacher.table().len());
+        for (v, bytes) in teacher.table().iter().enumerate().filter(|_| letter.is_some()) {
+            if is_white(bytes) {
+                white.push((v as i32, asked(&student, bytes, map.canonical[v])));
+            }
+            if bytes.last().is_some_and(u8::is_ascii_whitespace) || is_white(bytes) {
+                ends_white.insert(v as u32);
+            }
+        }
+        let mut first = map.canonical.clone();
+        for &(v, _) in &white {
+            first[v as usize] = -1;
+        }
         let mut ptr = vec![0u32; student.table().len() + 1];
-        for &u in map.canonical.iter().filter(|&&u| u >= 0) {
+        for &u in first.iter().filter(|&&u| u >= 0) {
             ptr[u as usize + 1] += 1;
         }
         for k in 1..ptr.len() {
@@ -432,12 +542,13 @@ impl Cover {
         }
         let mut at = ptr.clone();
         let mut ids = vec![0; ptr[ptr.len() - 1] as usize];
-        for (v, &u) in map.canonical.iter().enumerate().filter(|(_, &u)| u >= 0) {
+        for (v, &u) in first.iter().enumerate().filter(|(_, &u)| u >= 0) {
             ids[at[u as usize] as usize] = v as u32;
             at[u as usize] += 1;
         }
         let same = student.same_as(&teacher);
-        Self { student, teacher, map, by_first: (ptr, ids), same, limit: STORE_LIMIT, store: Shared::default() }
+        let (by_first, limit, store) = ((ptr, ids), STORE_LIMIT, Shared::default());
+        Self { student, teacher, map, by_first, letter, white, ends_white, same, limit, store }
     }
 
     /// The same, keeping no more than about this many elements of sets between batches.
@@ -578,7 +689,7 @@ impl Cover {
                 found.student.push(batch.student_cu[b] + i as i64);
                 found.teacher.push(batch.teacher_cu[b] + j as i64);
                 found.range.push([range[0] as i64, range[1] as i64]);
-                keys.push((LONGEST, node, false));
+                keys.push(SetKey::of(LONGEST, node));
             }
         }
         let mut missing: Vec<SetKey> = keys.iter().filter(|key| !store.set_of.contains_key(key)).copied().collect();
@@ -593,7 +704,8 @@ impl Cover {
     fn fill(&self, missing: &mut Vec<SetKey>, store: &mut Store) {
         missing.sort_unstable();
         missing.dedup();
-        let mut nodes: Vec<u32> = missing.iter().filter(|key| key.0 != LONGEST).map(|key| key.1).collect();
+        let of_nodes = missing.iter().filter(|key| key.is_of_token() || key.s == NEVER);
+        let mut nodes: Vec<u32> = of_nodes.map(|key| key.node).collect();
         nodes.sort_unstable();
         nodes.dedup();
         nodes.retain(|&node| store.nodes.get(node as usize).is_some_and(|node| node.rests.is_none()));
@@ -603,7 +715,7 @@ impl Cover {
             store.nodes[node as usize].rests = Some(rests);
         }
         // The sets of one student token share what merges with it.
-        let by_token: Vec<&[SetKey]> = missing.chunk_by(|a, b| a.0 == b.0).collect();
+        let by_token: Vec<&[SetKey]> = missing.chunk_by(|a, b| a.s == b.s).collect();
         let sets: Vec<Vec<Set>> = pool::map(by_token.len(), |k| self.sets(by_token[k], &store.nodes));
         for (&key, set) in missing.iter().zip(sets.into_iter().flatten()) {
             let mut id = NOTHING;
@@ -708,7 +820,7 @@ impl Cover {
         let offset = if exact { FULL } else { (end - row.teacher_start(j)) as u32 };
         let (mut s, mut flags) = (row.students[i], 0);
         let goes_on = row.spelled(i + 1);
-        if goes_on && walk.joined(s, row.students[i + 1]) {
+        if goes_on && walk.joined(s, row.students[i + 1], self.behind(row, i + 1)) {
             s = NEVER;
             flags |= Queries::NOT_CANONICAL;
         }
@@ -728,46 +840,115 @@ impl Cover {
                 }
             }
         }
-        let own = walk.known.own(s, token, offset);
-        let own = walk.or(own, Own { set: NOTHING, forced: false });
-        walk.term(j, own.set);
-        if own.forced {
-            walk.one(j, token);
-            flags |= Queries::FORCED;
-        }
-        if exact {
-            let set = walk.after(s);
-            walk.term(j + 1, set);
-            let next = row.teachers.get(j + 1).filter(|_| goes_on && row.of.teacher_pos[i + 1] == j as i32 + 1);
-            if let Some(&next) = next.filter(|&&next| {
-                // A rule that looks at the next token alone has just been asked about it.
-                let known = self.student.is_bpe() && self.map.canonical[next as usize] == row.students[i + 1] as i32;
-                !known && walk.known.has(set, next)
-            }) {
-                walk.one(j + 1, next);
+        let undecided = !exact && self.ends_white.contains(token);
+        if let Some(ahead) = undecided.then(|| walk.ahead(s, token, offset)).flatten() {
+            walk.term(j, ahead.others);
+            flags |= self.row_behind(row, j + 1, ahead, walk);
+        } else {
+            let own = walk.known.own(s, token, offset);
+            let own = walk.or(own, Own { set: NOTHING, forced: false });
+            walk.term(j, own.set);
+            if own.forced {
+                walk.one(j, token);
                 flags |= Queries::FORCED;
             }
+        }
+        if exact {
+            flags |= self.row_after(row, i, s, j + 1, walk);
             stretch.next(token, walk);
         }
         Some(flags)
     }
 
+    /// The terms of the row of teacher token `k`, that starts where student token `i` ends.
+    fn row_after<K: Known>(&self, row: Row<'_>, i: usize, s: u32, k: usize, walk: &mut Walk<'_, K>) -> u8 {
+        let goes_on = row.spelled(i + 1);
+        let next = row.teachers.get(k).copied().filter(|_| goes_on && row.of.teacher_pos[i + 1] == k as i32);
+        let white = next.filter(|&next| self.ends_white.contains(next));
+        if let Some(ahead) = white.and_then(|next| walk.ahead(s, next, 0)) {
+            walk.term(k, ahead.others);
+            return self.row_behind(row, k + 1, ahead, walk);
+        }
+        let set = walk.after(s);
+        walk.term(k, set);
+        // A rule that looks at the next token alone has just been asked about it.
+        let known = |next| self.student.is_bpe() && self.map.canonical[next as usize] == row.students[i + 1] as i32;
+        if let Some(next) = next.filter(|&next| (white.is_some() || !known(next)) && walk.known.has(set, next)) {
+            walk.one(k, next);
+            return Queries::FORCED;
+        }
+        0
+    }
+
+    /// The terms of row `k`, behind a teacher token of which it decides how the student cuts it.
+    fn row_behind<K: Known>(&self, row: Row<'_>, k: usize, ahead: Ahead, walk: &mut Walk<'_, K>) -> u8 {
+        walk.term(k, ahead.word);
+        walk.term(k, ahead.space);
+        let next = row.teachers.get(k).copied();
+        let white = next.is_some_and(|next| self.is_white(next));
+        if let Some(next) = next.filter(|_| (if white { ahead.space } else { ahead.word }) == NOTHING) {
+            walk.one(k, next);
+            return Queries::FORCED;
+        }
+        0
+    }
+
+    fn is_white(&self, token: u32) -> bool {
+        self.white.binary_search_by_key(&(token as i32), |&(v, _)| v).is_ok()
+    }
+
+    /// What stands behind student token `i`.
+    fn behind(&self, row: Row<'_>, i: usize) -> Behind {
+        let word = self.letter.is_some() && row.spelled(i + 1) && {
+            let bytes = self.student.table().bytes(row.students[i + 1]);
+            !bytes.first().is_some_and(u8::is_ascii_whitespace)
+        };
+        if word {
+            Behind::Word
+        } else {
+            Behind::Nothing
+        }
+    }
+
+    /// Of white space behind `s` the student token that comes next, with a word behind it and with more white space:
+    /// `None` where `s` would not stay, -1 where the token is not known. `None` where it makes no difference.
+    fn undecided(&self, s: u32, z: &[u8]) -> Option<[Option<i32>; 2]> {
+        let letter = self.letter.filter(|_| is_white(z))?;
+        let rest = self.rest(z, false);
+        let word = (!self.merges(s, z, rest.white.unwrap_or(-1), Some(letter))).then_some(rest.next);
+        let next = self.student.first(z).map_or(-1, |u| u as i32);
+        let space = (!self.merges(s, z, asked(&self.student, z, next), None)).then_some(next);
+        (word != space).then_some([word, space])
+    }
+
+    /// Whether `s` would merge with white space, before a letter or before nothing.
+    fn merges(&self, s: u32, z: &[u8], asked: i32, letter: Option<u8>) -> bool {
+        let asked = u32::try_from(asked).ok();
+        let behind = if letter.is_some() { Behind::Word } else { Behind::Nothing };
+        s < BEFORE_SPACE && self.student.merges(s, &[z, letter.as_slice()].concat(), asked, behind)
+    }
+
+    /// What is left of a teacher token; the id is not known here. `longest`: the longest student token comes next.
+    fn rest(&self, z: &[u8], longest: bool) -> Rest {
+        let white = self.letter.filter(|_| !longest && is_white(z));
+        let first = |z| self.student.first(z).map_or(-1, |u| u as i32);
+        let next = match (self.teacher.id(z), white) {
+            _ if z.is_empty() => -1,
+            _ if longest => self.student.longest_prefix(z).map_or(-1, |u| u as i32),
+            (Some(token), _) => self.map.canonical[token as usize],
+            (None, Some(_)) if self.student.is_split() && z.len() > 1 => first(z.strip_suffix(b" ").unwrap_or(z)),
+            (None, Some(letter)) => self.student.first_before(z, letter).map_or(-1, |u| u as i32),
+            (None, None) => first(z),
+        };
+        let whole = u32::try_from(next).is_ok_and(|u| self.student.table().bytes(u).len() == z.len());
+        let white = white.map(|_| asked(&self.student, z, next));
+        Rest { id: -1, next, whole, nothing: z.is_empty(), white }
+    }
+
     /// The teacher tokens that begin with the bytes of a node, by ids; `longest`: the longest student token comes next.
     fn rests(&self, Node { bytes: consumed, range, .. }: &Node, longest: bool) -> Vec<Rest> {
         let table = self.teacher.table();
-        let rest = |&id: &i32| {
-            let z = &table.bytes(id as u32)[consumed.len()..];
-            if z.is_empty() {
-                return Rest { id, next: -1, whole: false, nothing: true };
-            }
-            let next = match self.teacher.id(z) {
-                _ if longest => self.student.longest_prefix(z).map_or(-1, |u| u as i32),
-                Some(token) => self.map.canonical[token as usize],
-                None => self.student.first(z).map_or(-1, |u| u as i32),
-            };
-            let whole = u32::try_from(next).is_ok_and(|u| self.student.table().bytes(u).len() == z.len());
-            Rest { id, next, whole, nothing: false }
-        };
+        let rest = |&id: &i32| Rest { id, ..self.rest(&table.bytes(id as u32)[consumed.len()..], longest) };
         let mut all: Vec<Rest> = self.map.teacher.order[range[0]..range[1]].iter().map(rest).collect();
         all.sort_unstable_by_key(|rest| rest.id);
         all
@@ -775,17 +956,34 @@ impl Cover {
 
     /// Sets of one student token.
     fn sets(&self, keys: &[SetKey], nodes: &[Node]) -> Vec<Set> {
-        let joined = keys.first().filter(|key| key.0 < LONGEST).and_then(|key| self.student.all_joined(key.0));
+        let joined = keys.first().filter(|key| key.is_of_token()).and_then(|key| self.joined(key.s));
         keys.iter().map(|&key| self.set(key, joined.as_ref(), nodes)).collect()
     }
 
-    fn set(&self, (s, node, with_self): SetKey, joined: Option<&Bits>, nodes: &[Node]) -> Set {
+    fn joined(&self, s: u32) -> Option<Joined> {
+        let any = self.student.all_joined(s, Behind::Nothing)?;
+        let word = self.letter.and_then(|_| self.student.all_joined(s, Behind::Word));
+        Some(Joined { any, word })
+    }
+
+    fn set(&self, key: SetKey, joined: Option<&Joined>, nodes: &[Node]) -> Set {
+        let SetKey { s, node, with_self, without } = key;
+        if s == BEFORE_WORD || s == BEFORE_SPACE {
+            let ids: Vec<i32> = self.white.iter().map(|&(v, _)| v).collect();
+            if s == BEFORE_WORD {
+                return Set { ids, complement: true, fixed: Some(node as i32), ..Set::default() };
+            }
+            return Set { next: vec![node as i32; ids.len()], whole: vec![true; ids.len()], ids, ..Set::default() };
+        }
         if node == AFTER {
-            let ids = match joined {
+            let mut ids = match joined {
                 _ if s == NEVER => vec![],
                 Some(joined) => self.begins_with(joined),
                 None => self.merging_row(s),
             };
+            if let Some(Err(at)) = without.map(|v| ids.binary_search(&(v as i32))) {
+                ids.insert(at, without.map_or(0, |v| v as i32));
+            }
             return Set { ids, complement: true, ..Set::default() };
         }
         let Some(node) = nodes.get(node as usize) else { return Set::default() };
@@ -798,14 +996,25 @@ impl Cover {
             }
         };
         let table = self.teacher.table();
-        let merges = |rest: &Rest| match (joined, u32::try_from(rest.next)) {
-            _ if s >= LONGEST => false,
-            (Some(joined), Ok(next)) => joined.contains(next),
-            (Some(_), Err(_)) => false,
-            (None, next) => self.student.merges(s, &table.bytes(rest.id as u32)[node.bytes.len()..], next.ok()),
+        let rest_of = |rest: &Rest| &table.bytes(rest.id as u32)[node.bytes.len()..];
+        let merges = |rest: &Rest| match (joined, rest.white) {
+            _ if s >= BEFORE_SPACE => false,
+            (Some(Joined { word: Some(word), .. }), Some(asked)) => {
+                u32::try_from(asked).is_ok_and(|u| word.contains(u))
+            }
+            (Some(joined), _) => u32::try_from(rest.next).is_ok_and(|u| joined.any.contains(u)),
+            (None, Some(asked)) => self.merges(s, rest_of(rest), asked, self.letter),
+            (None, None) => self.student.merges(s, rest_of(rest), u32::try_from(rest.next).ok(), Behind::Nothing),
         };
+        // White space that ends where the student's token does has a word behind it.
+        let before_word = |letter| {
+            let letter_id = self.student.id(&[letter]).map_or(-1, |id| id as i32);
+            is_white(&node.bytes) && self.merges(s, &[], letter_id, Some(letter))
+        };
+        let ends = with_self && !self.letter.is_some_and(before_word);
         let mut set = Set::default();
-        for rest in rests.iter().filter(|rest| if rest.nothing { with_self } else { !merges(rest) }) {
+        let counts = |rest: &&Rest| Some(rest.id as u32) != without && if rest.nothing { ends } else { !merges(rest) };
+        for rest in rests.iter().filter(counts) {
             set.ids.push(rest.id);
             set.next.push(rest.next);
             set.whole.push(rest.whole);
@@ -813,13 +1022,19 @@ impl Cover {
         set
     }
 
-    /// The teacher tokens whose encoding begins with one of these student tokens.
-    fn begins_with(&self, firsts: &Bits) -> Vec<i32> {
+    /// The teacher tokens that would have merged with a student token, had they come after it.
+    fn begins_with(&self, joined: &Joined) -> Vec<i32> {
         let (ptr, ids) = &self.by_first;
         let mut all = Bits::new(self.teacher.table().len());
-        for u in firsts.iter() {
+        for u in joined.any.iter() {
             for &v in &ids[ptr[u as usize] as usize..ptr[u as usize + 1] as usize] {
                 all.insert(v);
+            }
+        }
+        for &(v, asked) in joined.word.iter().flat_map(|_| &self.white) {
+            let merges = |word: &Bits| u32::try_from(asked).is_ok_and(|u| word.contains(u));
+            if joined.word.as_ref().is_some_and(merges) {
+                all.insert(v as u32);
             }
         }
         all.iter().map(|v| v as i32).collect()
@@ -846,15 +1061,32 @@ impl Cover {
                 }
             }
         }
+        candidates.extend(self.white.iter().map(|&(v, _)| v));
         candidates.sort_unstable();
         candidates.dedup();
         candidates.retain(|&v| {
-            let next = u32::try_from(self.map.canonical[v as usize]).ok();
+            let next = self.map.canonical[v as usize];
             let bytes = teachers.bytes(v as u32);
-            !bytes.is_empty() && self.student.merges(s, bytes, next)
+            let letter = self.letter.filter(|_| is_white(bytes));
+            let asked = if letter.is_some() { asked(&self.student, bytes, next) } else { next };
+            !bytes.is_empty() && self.merges(s, bytes, asked, letter)
         });
         candidates
     }
+}
+
+/// What the student's tokenizer would not have put behind a token.
+struct Joined {
+    /// With nothing, or anything but a letter, behind white space.
+    any: Bits,
+    /// With a letter behind white space, where that makes a difference.
+    word: Option<Bits>,
+}
+
+/// The student token to ask a pre-tokenizer about white space: how that is cut says the pre-tokenizer, or `next` does.
+fn asked(student: &Encoding, white: &[u8], next: i32) -> i32 {
+    let whole = student.id(white).filter(|_| student.is_split());
+    whole.map_or(next, |id| id as i32)
 }
 
 /// The queries of all rows, with the sets that they use.

@@ -42,8 +42,9 @@ pub struct Splits {
     /// Class of every id as the token after it.
     pub after: Vec<u32>,
     /// For each class before a boundary and each class after it, how many characters of the token after the boundary
-    /// are in the piece of the token before it: 0, a cut at the boundary; [`Splits::ALL`]; or [`Splits::INSIDE`], a
-    /// cut in the token before. A row that was never set says nothing ([`Splits::ALL`]).
+    /// are in the piece of the token before it: 0, a cut at the boundary; [`Splits::ALL`]; [`Splits::ALL_BUT_LAST`]; or
+    /// [`Splits::INSIDE`], a cut in the token before. First for every class with nothing behind the two, then for every
+    /// class with a word behind ([`Behind`]). A row that was never set says nothing ([`Splits::ALL`]).
     pub reach: Vec<OnceLock<Vec<u8>>>,
     /// Number of classes after a boundary.
     pub width: usize,
@@ -54,10 +55,37 @@ impl Splits {
     pub const ALL: u8 = 254;
     /// The token before the boundary is cut itself.
     pub const INSIDE: u8 = 255;
+    /// All characters of the token after the boundary but its last.
+    pub const ALL_BUT_LAST: u8 = 253;
+}
+
+/// What stands behind two tokens of which the second is white space: it can decide how that is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Behind {
+    /// Nothing, or more white space.
+    Nothing,
+    /// A letter.
+    Word,
 }
 
 /// (left, right) -> (rank, merged).
 type Merges = FxHashMap<(u32, u32), (u32, u32)>;
+
+impl Splits {
+    /// What happens after a token, by the class of the next one.
+    fn row(&self, s: u32, behind: Behind) -> Option<&[u8]> {
+        let row = self.reach[self.before[s as usize] as usize].get()?;
+        Some(match behind {
+            Behind::Nothing => &row[..self.width],
+            Behind::Word => &row[self.width..],
+        })
+    }
+}
+
+/// Whether these bytes are a text of white space alone.
+pub(crate) fn is_white(bytes: &[u8]) -> bool {
+    !bytes.is_empty() && std::str::from_utf8(bytes).is_ok_and(|text| text.chars().all(char::is_whitespace))
+}
 
 /// How one token was made: the pair whose merge it is, and the rank of that merge.
 #[derive(Clone, Copy, Debug)]
@@ -292,7 +320,7 @@ impl Encoding {
     /// [`Error::Argument`] for a class or a width that the splits do not have.
     pub fn learn(&self, class: usize, reach: Vec<u8>) -> Result<(), Error> {
         match &self.splits {
-            Some(s) if class < s.reach.len() && reach.len() == s.width => {
+            Some(s) if class < s.reach.len() && reach.len() == 2 * s.width => {
                 let _ = s.reach[class].set(reach);
                 Ok(())
             }
@@ -400,16 +428,25 @@ impl Encoding {
         self.encode(bytes).first().copied()
     }
 
+    /// The first token of these bytes where a letter follows; `None` if that token takes the letter too.
+    pub(crate) fn first_before(&self, bytes: &[u8], letter: u8) -> Option<u32> {
+        let text = [bytes, &[letter]].concat();
+        self.first(&text).filter(|&id| self.table.bytes(id).len() <= bytes.len())
+    }
+
     /// [`Encoding::first`] of every token of another table, of its first `pieces[token]` bytes where that is given: as
-    /// far as the pre-tokenizer's first piece goes. -1 where there is none.
-    pub(crate) fn first_of_all(&self, other: &ByteTable, pieces: &[u32]) -> Vec<i32> {
+    /// far as the pre-tokenizer's first piece goes. -1 where there is none. Behind white space stands `letter`, if one
+    /// is given.
+    pub(crate) fn first_of_all(&self, other: &ByteTable, pieces: &[u32], letter: Option<u8>) -> Vec<i32> {
         pool::map(other.len(), |v| {
             let bytes = other.bytes(v as u32);
             let end = pieces.get(v).map_or(bytes.len(), |&end| bytes.len().min(end as usize));
-            match &bytes[..end] {
-                [] => -1,
-                bytes => self.first(bytes).map_or(-1, |id| id as i32),
-            }
+            let first = match (&bytes[..end], letter) {
+                ([], _) => None,
+                (piece, Some(letter)) if end == bytes.len() && is_white(bytes) => self.first_before(piece, letter),
+                (piece, _) => self.first(piece),
+            };
+            first.map_or(-1, |id| id as i32)
         })
     }
 
@@ -517,8 +554,9 @@ impl Encoding {
 
     /// Whether the encoding of the bytes of `s` followed by `z` does not begin with the token `s`.
     ///
-    /// `next` is the first token of the encoding of `z`. The pre-tokenizer is asked about the pair (s, next).
-    pub fn merges(&self, s: u32, z: &[u8], next: Option<u32>) -> bool {
+    /// `next` is the first token of the encoding of `z`. The pre-tokenizer is asked about the pair (s, next), with a word
+    /// or with nothing behind it.
+    pub fn merges(&self, s: u32, z: &[u8], next: Option<u32>, behind: Behind) -> bool {
         match &self.rule {
             Inner::LongestMatch => {
                 let mut text = self.table.bytes(s).to_vec();
@@ -527,11 +565,11 @@ impl Encoding {
                 let end = text.len().min(self.longest);
                 (own + 1..=end).any(|n| self.id(&text[..n]).is_some())
             }
-            Inner::Bpe(bpe) => next.is_some_and(|next| self.pair_merges(bpe, s, next)),
+            Inner::Bpe(bpe) => next.is_some_and(|next| self.pair_merges(bpe, s, next, behind)),
             Inner::Unigram(scores) => {
                 let mut text = self.table.bytes(s).to_vec();
                 text.extend_from_slice(z);
-                match next.and_then(|next| self.reach(s, next)) {
+                match next.and_then(|next| self.reach(s, next, behind)) {
                     Some(0) => false,
                     Some(Splits::INSIDE) => true,
                     _ => self.best_path(&text, scores).first() != Some(&s),
@@ -541,19 +579,18 @@ impl Encoding {
     }
 
     /// Whether two neighbors are what the tokenizer would never put side by side.
-    pub fn joined(&self, s: u32, next: u32) -> bool {
-        self.merges(s, self.table.bytes(next), Some(next))
+    pub fn joined(&self, s: u32, next: u32, behind: Behind) -> bool {
+        self.merges(s, self.table.bytes(next), Some(next), behind)
     }
 
-    fn reach(&self, s: u32, next: u32) -> Option<u8> {
+    fn reach(&self, s: u32, next: u32, behind: Behind) -> Option<u8> {
         let splits = self.splits.as_ref()?;
-        let row = splits.reach[splits.before[s as usize] as usize].get()?;
-        row.get(splits.after[next as usize] as usize).copied()
+        splits.row(s, behind)?.get(splits.after[next as usize] as usize).copied()
     }
 
     /// Two tokens stand side by side in an encoding if and only if the encoding of their bytes is these two: what
     /// follows does not matter (the invariant of github/rust-gems' bpe).
-    fn pair_merges(&self, bpe: &Bpe, s: u32, next: u32) -> bool {
+    fn pair_merges(&self, bpe: &Bpe, s: u32, next: u32, behind: Behind) -> bool {
         if !bpe.added.is_empty() {
             if self.rest_of_added(bpe, s).any(|rest| self.table.bytes(next).starts_with(rest)) {
                 return true;
@@ -568,7 +605,7 @@ impl Encoding {
         if bpe.is_added[next as usize] {
             return false;
         }
-        match self.reach(s, next) {
+        match self.reach(s, next, behind) {
             Some(0) => false,
             Some(Splits::INSIDE) => true,
             None | Some(Splits::ALL) => self.crosses(bpe, s, next),
@@ -579,10 +616,9 @@ impl Encoding {
     /// The first token of the first characters of a token.
     fn cut(&self, id: u32, characters: u8) -> Option<u32> {
         let bytes = self.table.bytes(id);
-        let end = std::str::from_utf8(bytes)
-            .ok()
-            .and_then(|text| text.char_indices().nth(characters as usize))
-            .map_or(bytes.len(), |(at, _)| at);
+        let mut at = std::str::from_utf8(bytes).unwrap_or_default().char_indices();
+        let at = if characters == Splits::ALL_BUT_LAST { at.next_back() } else { at.nth(characters as usize) };
+        let end = at.map_or(bytes.len(), |(at, _)| at);
         if end == bytes.len() {
             Some(id)
         } else {
@@ -620,7 +656,7 @@ impl Encoding {
 
     /// The tokens `next` of this vocabulary for which `merges` is true, whatever `z` they begin; `None` where the rule
     /// does not depend on `next` alone.
-    pub(crate) fn all_joined(&self, s: u32) -> Option<Bits> {
+    pub(crate) fn all_joined(&self, s: u32, behind: Behind) -> Option<Bits> {
         let Inner::Bpe(bpe) = &self.rule else { return None };
         let v = self.table.len();
         if bpe.never(s) && !bpe.is_added[s as usize] {
@@ -628,7 +664,7 @@ impl Encoding {
         }
         let mut all = Bits::new(v);
         if !bpe.is_added[s as usize] {
-            self.join_merging(bpe, s, &mut all);
+            self.join_merging(bpe, s, behind, &mut all);
         }
         let sorted = |range: [usize; 2]| self.sorted().order[range[0]..range[1]].iter().map(|&id| id as u32);
         for rest in self.rest_of_added(bpe, s) {
@@ -640,11 +676,8 @@ impl Encoding {
     }
 
     /// Of [`Encoding::all_joined`] those with which the rule itself merges, for a token that is none of the added.
-    fn join_merging(&self, bpe: &Bpe, s: u32, all: &mut Bits) {
-        let splits = self.splits.as_ref().and_then(|splits| {
-            let reach = splits.reach[splits.before[s as usize] as usize].get()?;
-            Some((&splits.after, reach))
-        });
+    fn join_merging(&self, bpe: &Bpe, s: u32, behind: Behind, all: &mut Bits) {
+        let splits = self.splits.as_ref().and_then(|splits| Some((&splits.after, splits.row(s, behind)?)));
         // What merges in one piece.
         let mut across;
         if bpe.reachable[s as usize] {
@@ -717,6 +750,11 @@ impl Encoding {
     /// Whether a list or a ranking of merges decides.
     pub(crate) fn is_bpe(&self) -> bool {
         matches!(self.rule, Inner::Bpe(_))
+    }
+
+    /// Whether a pre-tokenizer cuts a text before the rule sees it.
+    pub(crate) fn is_split(&self) -> bool {
+        self.splits.is_some()
     }
 
     /// Whether the longest-match rule decides.

@@ -50,7 +50,7 @@ mod vocab_map;
 pub use aligner::Aligner;
 pub use chunks::{Alignment, Batch, Kind};
 pub use cover::{Cover, Interior, Queries, Set};
-pub use encoding::{Encoding, Rule, Splits};
+pub use encoding::{Behind, Encoding, Rule, Splits};
 pub use error::{Error, Mismatch, Side};
 pub use rows::{Ids, Layout, Rows};
 pub use spans::{align_offsets, align_texts, map_spans, overlaps, Overlaps, SpanMode};

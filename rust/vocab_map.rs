@@ -13,7 +13,8 @@ pub struct VocabMap {
     pub student_to_teacher: Vec<i32>,
     /// The longest student token that is a prefix of every teacher token.
     pub prefix: Vec<i32>,
-    /// The first token of the student's own encoding of every teacher token.
+    /// The first token of the student's own encoding of every teacher token. Where a word is taken to stand behind white
+    /// space: -1 where that token would take a part of the word too.
     pub canonical: Vec<i32>,
     /// The first token of the teacher's own encoding of every student token.
     pub teacher_first: Vec<i32>,
@@ -29,9 +30,10 @@ impl VocabMap {
     /// The maps between the vocabularies of a student's and of a teacher's encoding.
     ///
     /// `pieces`: for every teacher token how many bytes the student's pre-tokenizer puts in one piece; empty: all.
-    pub fn new(student: &Encoding, teacher: &Encoding, pieces: &[u32]) -> Self {
+    /// `letter`: what stands behind a teacher token of white space, if anything does.
+    pub fn new(student: &Encoding, teacher: &Encoding, pieces: &[u32], letter: Option<u8>) -> Self {
         let (s, t) = (student.table(), teacher.table());
-        let (canonical, teacher_first) = (student.first_of_all(t, pieces), teacher.first_of_all(s, &[]));
+        let (canonical, teacher_first) = (student.first_of_all(t, pieces, letter), teacher.first_of_all(s, &[], None));
         let exact = |from: &ByteTable, to: &Encoding| -> Vec<i32> {
             pool::map(from.len(), |id| to.id(from.bytes(id as u32)).map_or(-1, |id| id as i32))
         };

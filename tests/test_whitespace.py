@@ -6,13 +6,21 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 import whitespace
 from enumeration import Model, Pair, cosine
 from whitespace import EXPECTED, SIDES, TASK, TEXTS, Real, World
 
-#: Where each token of the student's says of one space more whether it goes on.
-DECIDED = [("single", "doubling"), ("pairs", "doubling"), ("pairs", "every run"), ("every run", "single")]
+#: Where each token of the student's says of one space more whether it goes on, or a word takes the last.
+DECIDED = [
+    ("single", "doubling"),
+    ("pairs", "doubling"),
+    ("pairs", "every run"),
+    ("every run", "single"),
+    ("joined", "doubling"),
+    ("joined", "new line"),
+]
 
 
 @pytest.fixture(scope="module", params=DECIDED, ids=" <- ".join)
@@ -26,7 +34,7 @@ def test_cover_says_of_white_space_what_the_teacher_thinks_and_prior_does_not(wo
     for where in (world.space, world.pair.is_token & ~world.space):
         given, exact = world.advantages("cover")
         assert world.mean(given, where) == pytest.approx(world.mean(exact, where), abs=0.01)
-        assert world.mean(abs(given - exact), where) < 0.02
+        assert world.mean(abs(given - exact), where) < 0.03
         given, exact = world.advantages("prior")
         assert world.mean(abs(given - exact), where) > 0.2
 
@@ -40,17 +48,36 @@ def test_the_same_of_real_tokenizers():
         assert world.mean(abs(given - exact), where) > 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="what follows a run decides how the student cuts it; its encoder is not told")
-def test_a_run_whose_cut_depends_on_what_comes_behind_it():
+SIDES_OF_ENDS = {
+    "of a pre-tokenizer": lambda: (Real(whitespace.tokenizer("joined")), Real(whitespace.tokenizer("runs"))),
+    "of merges": lambda: (SIDES["joined"], SIDES["every run"]),
+    "cl100k": lambda: (Real.named("cl100k"), Real.named("anthropic")),
+    "qwen": lambda: (Real.named("qwen"), Real.named("anthropic")),
+}
+
+
+@pytest.mark.parametrize("sides", SIDES_OF_ENDS)
+def test_a_run_whose_cut_depends_on_what_comes_behind_it(sides):
     """The last space of a run joins a word, and stays where a new line follows; the teacher merges all of it."""
-    student, teacher = (Real(whitespace.tokenizer(cut)) for cut in ("joined", "runs"))
-    texts = [b"\n" + b" " * n + end for n in range(1, 9) for end in (b"c", b"\n")]
+    student, teacher = SIDES_OF_ENDS[sides]()
+    word = b"x" if sides == "of merges" else b"c"
+    texts = [b"\n" + b" " * n + end for n in range(1, 9) for end in (word, b"\n")]
     pair = Pair(student, teacher, texts=texts)
-    lines = np.array([0.12375 if text.endswith(b"c") else 0.00125 for text in texts])
+    lines = np.array([0.12375 if text.endswith(word) else 0.00125 for text in texts])
     start = pair.student.conditionals(np.full(len(texts), 1 / len(texts)))
-    model = Model(pair, start, pair.teacher.conditionals(lines), leak=1e-6)
+    model = Model(pair, start, pair.teacher.conditionals(lines), leak=1e-7)
     off = (model.transferred - model.log_q_star).abs()[pair.is_token]
     assert off.max() < 0.05, off
+    # Only where the last space is told from the word does the row not say what comes next.
+    target = model.target
+    positions = torch.from_numpy(target.places()[0])
+    rows, rest, undetermined = target.slice(0, len(target))
+    exact = torch.from_numpy(model.q_star)[pair.student_nodes].flatten(0, 1)[positions]
+    known = undetermined < 0.05
+    assert known.double().mean() > 0.35
+    # A line's end behind spaces that are not the text's own is taken for a word's beginning.
+    assert (rows[:, : exact.shape[1]] - exact).abs().sum(1)[known].max() < 0.1, sides
+    assert rest[known].max() < 0.05
 
 
 def test_a_student_that_follows_cover_or_transfer_kl_learns_to_indent(world):
@@ -61,7 +88,7 @@ def test_a_student_that_follows_cover_or_transfer_kl_learns_to_indent(world):
         off, written = world.follow(EXPECTED[loss], steps=60)
         assert off < 0.05, loss
         assert written == pytest.approx(spaces, abs=0.2), loss
-    assert world.follow(EXPECTED["`prior`"], steps=60)[0] > 0.4
+    assert world.follow(EXPECTED["`prior`"], steps=60)[0] > 0.25
 
 
 def test_byte_kl_asks_for_what_the_student_did_inside_a_run():

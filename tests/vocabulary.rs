@@ -5,7 +5,9 @@
 use std::sync::{Arc, OnceLock};
 
 use proptest::prelude::*;
-use xtokmap::{Aligner, Batch, ByteTable, Cover, Encoding, Ids, Layout, Queries, Rows, Rule, Sorted, Splits, VocabMap};
+use xtokmap::{
+    Aligner, Batch, Behind, ByteTable, Cover, Encoding, Ids, Layout, Queries, Rows, Rule, Sorted, Splits, VocabMap,
+};
 
 type Bytes = Vec<u8>;
 
@@ -266,7 +268,7 @@ proptest! {
     #[test]
     fn vocabulary_maps_are_what_looking_at_every_pair_gives(student in loose(), teacher in loose()) {
         let encodings = [&student, &teacher].map(|t| Encoding::new(table(t), Rule::LongestMatch, None).unwrap());
-        let map = VocabMap::new(&encodings[0], &encodings[1], &[]);
+        let map = VocabMap::new(&encodings[0], &encodings[1], &[], None);
         let number = |id: Option<u32>| id.map_or(-1, |id| id as i32);
         let equal = |tokens: &[Bytes], bytes: &[u8]| {
             number((0..tokens.len() as u32).find(|&id| !bytes.is_empty() && tokens[id as usize] == bytes))
@@ -304,7 +306,7 @@ proptest! {
         let encoding = bpe.encoding();
         let others = Encoding::new(table(&teacher), Rule::LongestMatch, None).unwrap();
         let pieces: Vec<u32> = teacher.iter().zip(pieces).map(|(_, n)| 1 + u32::from(n) % 4).collect();
-        let (plain, cut) = (VocabMap::new(&encoding, &others, &[]), VocabMap::new(&encoding, &others, &pieces));
+        let (plain, cut) = (VocabMap::new(&encoding, &others, &[], None), VocabMap::new(&encoding, &others, &pieces, None));
         for (v, token) in teacher.iter().enumerate() {
             let first = |bytes: &[u8]| bpe.encode(bytes).first().map_or(-1, |&id| id as i32);
             prop_assert_eq!(plain.canonical[v], first(token));
@@ -353,22 +355,28 @@ proptest! {
         for s in ids.clone().filter(|&s| bpe.makes(s)) {
             for u in ids.clone().filter(|&u| bpe.makes(u)) {
                 let both = [&bpe.tokens[s as usize][..], &bpe.tokens[u as usize]].concat();
-                prop_assert_eq!(encoding.joined(s, u), bpe.encode(&both)[0] != s, "{} {}", s, u);
+                prop_assert_eq!(encoding.joined(s, u, Behind::Nothing), bpe.encode(&both)[0] != s, "{} {}", s, u);
             }
         }
         // What the rule never makes is never right beside another token.
         for s in ids.clone().filter(|&s| !bpe.tokens[s as usize].is_empty() && !bpe.makes(s)) {
             for u in ids.clone().filter(|&u| bpe.makes(u)) {
                 let both = [&bpe.tokens[s as usize][..], &bpe.tokens[u as usize]].concat();
-                prop_assert!(encoding.joined(s, u) || bpe.encode(&both)[0] == s, "{} {}", s, u);
+                prop_assert!(encoding.joined(s, u, Behind::Nothing) || bpe.encode(&both)[0] == s, "{} {}", s, u);
             }
         }
     }
 
     /// The set of all tokens that would have merged is found from trees, and by asking of each.
     #[test]
-    fn what_merges_is_what_is_joined(bpe in any_bpe(), splits in any::<[u8; 24]>(), use_splits in any::<bool>()) {
+    fn what_merges_is_what_is_joined(
+        bpe in any_bpe(), splits in any::<[u8; 24]>(), use_splits in any::<bool>(), spaces in any::<bool>(),
+    ) {
+        let mut bpe = bpe;
         let v = bpe.tokens.len();
+        // With white space, of which a word behind it says how it is cut.
+        let letter = spaces.then_some(b'a');
+        bpe.tokens.iter_mut().flatten().filter(|byte| spaces && **byte == b'b').for_each(|byte| *byte = b' ');
         let mut encoding = bpe.encoding();
         if use_splits {
             let class = |k: usize, n: u8| u32::from(splits[k % 24] >> 2) % u32::from(n);
@@ -382,21 +390,29 @@ proptest! {
             let rule = Rule::Bpe { merges, ranks, characters, whole, added };
             encoding = Encoding::new(table(&bpe.tokens), rule, Some(splits_of)).unwrap();
             for c in 0..3 {
-                let reach = (0..4).map(|k| [0, 1, Splits::INSIDE, Splits::ALL][splits[c * 4 + k] as usize % 4]);
+                let values = [0, 1, Splits::INSIDE, Splits::ALL, Splits::ALL_BUT_LAST];
+                let reach = (0..8).map(|k| values[splits[(c * 4 + 5 * k) % 24] as usize % 5]);
                 encoding.learn(c, reach.collect()).unwrap();
             }
         }
         let teacher = Encoding::new(table(&bpe.tokens), Rule::LongestMatch, None).unwrap();
         let (student, teacher) = (Arc::new(encoding), Arc::new(teacher));
-        let map = Arc::new(VocabMap::new(&student, &teacher, &[]));
-        let cover = Cover::new(student.clone(), teacher.clone(), map.clone());
+        let map = Arc::new(VocabMap::new(&student, &teacher, &[], letter));
+        let cover = Cover::new(student.clone(), teacher.clone(), map.clone(), letter);
         for s in (0..v as u32).filter(|&s| !bpe.tokens[s as usize].is_empty()) {
             let batch = one_row(&student, &teacher, &[s], &[s]);
             let found = cover.queries(&batch, &[s], &[s]).unwrap();
             let after = found.sets.iter().find(|set| set.complement).unwrap();
-            let expected: Vec<i32> = (0..v as i32)
-                .filter(|&v| u32::try_from(map.canonical[v as usize]).is_ok_and(|u| student.joined(s, u)))
-                .collect();
+            let merges = |&v: &i32| {
+                let bytes = &bpe.tokens[v as usize];
+                let next = u32::try_from(map.canonical[v as usize]).ok();
+                if letter.is_some() && !bytes.is_empty() && bytes.iter().all(|&byte| byte == b' ') {
+                    let whole = student.id(bytes).filter(|_| use_splits).or(next);
+                    return whole.is_some_and(|u| student.joined(s, u, Behind::Word));
+                }
+                next.is_some_and(|u| student.joined(s, u, Behind::Nothing))
+            };
+            let expected: Vec<i32> = (0..v as i32).filter(merges).collect();
             prop_assert_eq!(&after.ids, &expected, "{}", s);
         }
     }
@@ -437,8 +453,8 @@ proptest! {
 
         let teacher_encoding = Arc::new(Encoding::new(table(&teacher), Rule::LongestMatch, None).unwrap());
         let student = Arc::new(student.clone());
-        let map = Arc::new(VocabMap::new(&student, &teacher_encoding, &[]));
-        let cover = Cover::new(student.clone(), teacher_encoding.clone(), map);
+        let map = Arc::new(VocabMap::new(&student, &teacher_encoding, &[], None));
+        let cover = Cover::new(student.clone(), teacher_encoding.clone(), map, None);
         prop_assume!(!cover.same());
         let batch = one_row(&student, &teacher_encoding, &students, &teachers);
         let found = cover.queries(&batch, &students, &teachers).unwrap();
@@ -510,7 +526,7 @@ proptest! {
         student in vocabulary(), teacher in vocabulary(), texts in prop::collection::vec(text(LETTERS, 0..14), 0..6), threads in 1usize..4,
     ) {
         let [s, t] = [&student, &teacher].map(|t| Arc::new(Encoding::new(table(t), Rule::LongestMatch, None).unwrap()));
-        let map = Arc::new(VocabMap::new(&s, &t, &[]));
+        let map = Arc::new(VocabMap::new(&s, &t, &[], None));
         let rows: Vec<[Vec<u32>; 2]> = texts.iter().map(|x| [s.encode(x), t.encode(x)]).collect();
         let side = |k: usize| rows.iter().flat_map(|row| row[k].clone()).collect::<Vec<u32>>();
         let cu = |k: usize| {
@@ -520,10 +536,10 @@ proptest! {
         };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let batch = align(&s, &t, (&side(0), &cu(0)), (&side(1), &cu(1)));
-        let cover = Cover::new(s.clone(), t.clone(), map.clone());
+        let cover = Cover::new(s.clone(), t.clone(), map.clone(), None);
         let all = pool.install(|| cover.queries(&batch, &side(0), &side(1)).unwrap());
         // Asked again, when everything is known; from the start; and by one that keeps nothing.
-        let fresh = || Cover::new(s.clone(), t.clone(), map.clone());
+        let fresh = || Cover::new(s.clone(), t.clone(), map.clone(), None);
         let forgetful = fresh().with_limit(0);
         for again in [&cover, &fresh(), &forgetful, &forgetful] {
             let found = again.queries(&batch, &side(0), &side(1)).unwrap();
@@ -549,7 +565,7 @@ proptest! {
         tokens in loose(), merges in prop::collection::vec(any::<[u8; 3]>(), 0..12), ranks in prop::collection::vec(any::<u32>(), 0..20),
         scores in prop::collection::vec(any::<f32>(), 0..20), listed in any::<bool>(), flags in any::<[bool; 3]>(),
         added in prop::collection::vec(0u32..20, 0..4), classes in prop::collection::vec(0u32..4, 0..40), ids in any::<[u8; 6]>(),
-        reach in prop::collection::vec(any::<u8>(), 0..5), bytes in prop::collection::vec(any::<u8>(), 0..12), rule in 0..3,
+        reach in prop::collection::vec(any::<u8>(), 0..9), bytes in prop::collection::vec(any::<u8>(), 0..12), rule in 0..3,
     ) {
         let v = tokens.len();
         let splits = flags[2].then(|| Splits {
@@ -578,15 +594,16 @@ proptest! {
         student.first(&bytes);
         student.longest_prefix(&bytes);
         for s in 0..v as u32 {
-            student.merges(s, &bytes, None);
+            student.merges(s, &bytes, None, Behind::Nothing);
             for u in 0..v as u32 {
-                student.joined(s, u);
-                student.merges(s, &bytes, Some(u));
+                student.joined(s, u, Behind::Nothing);
+                student.merges(s, &bytes, Some(u), Behind::Word);
             }
         }
         let (student, teacher) = (Arc::new(student), Arc::new(teacher));
-        let map = Arc::new(VocabMap::new(&student, &teacher, &[]));
-        let cover = Cover::new(student.clone(), teacher.clone(), map);
+        let letter = flags[1].then_some(b'a');
+        let map = Arc::new(VocabMap::new(&student, &teacher, &[], letter));
+        let cover = Cover::new(student.clone(), teacher.clone(), map, letter);
         if v > 0 {
             let [one, more] = [&ids[..3], &ids[3..]].map(|ids| ids.iter().map(|&id| u32::from(id) % v as u32).collect::<Vec<_>>());
             let batch = one_row(&student, &teacher, &one, &more);
@@ -638,10 +655,10 @@ fn terms(queries: &Queries, i: usize) -> Vec<(i32, Vec<i32>, bool)> {
 #[test]
 fn empty_tables_have_maps() {
     let none = || Encoding::new(table(&[]), Rule::LongestMatch, None).unwrap();
-    let map = VocabMap::new(&none(), &none(), &[]);
+    let map = VocabMap::new(&none(), &none(), &[], None);
     assert_eq!(map, VocabMap::default());
     let one = Encoding::new(table(&[b"a".to_vec(), vec![]]), Rule::LongestMatch, None).unwrap();
-    let map = VocabMap::new(&none(), &one, &[]);
+    let map = VocabMap::new(&none(), &one, &[], None);
     assert_eq!((map.teacher_to_student, map.canonical, map.group), (vec![-1, -1], vec![-1, -1], vec![0, -1]));
     assert_eq!(map.teacher.range, [[0, 1], [0, 0]]);
 }

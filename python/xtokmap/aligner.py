@@ -236,7 +236,7 @@ class Aligner:
         """
         self._check_own(batch, "interior_queries")
         student, teacher, ranges, sets = self._transfer.core.interior(*batch._core_arguments(), *batch._flat_ids())
-        indptr, teacher_ids, following, _, _ = sets.arrays()
+        indptr, teacher_ids, following, *_ = sets.arrays()
         places = (
             padded_places(batch.student_cu, batch.student_mask, width)[student],
             padded_places(batch.teacher_cu, batch.teacher_mask, None)[teacher],

@@ -22,20 +22,21 @@ pub(super) struct PyCover {
 #[pymethods]
 impl PyCover {
     #[new]
-    #[pyo3(signature = (student, teacher, pieces=None))]
+    #[pyo3(signature = (student, teacher, pieces=None, letter=None))]
     #[allow(clippy::needless_pass_by_value)]
     fn new(
         py: Python<'_>,
         student: &PyEncoding,
         teacher: &PyEncoding,
         pieces: Option<Array<'_, u32>>,
+        letter: Option<u8>,
     ) -> PyResult<Self> {
         caught(|| {
             let (student, teacher) = (student.0.clone(), teacher.0.clone());
             let pieces = pieces.map(|pieces| values(&pieces)).transpose()?.unwrap_or_default();
             Ok(py.detach(|| {
-                let map = Arc::new(VocabMap::new(&student, &teacher, &pieces));
-                Self { cover: Cover::new(student, teacher, map.clone()), map }
+                let map = Arc::new(VocabMap::new(&student, &teacher, &pieces, letter));
+                Self { cover: Cover::new(student, teacher, map.clone(), letter), map }
             }))
         })
     }
@@ -137,11 +138,13 @@ impl PySets {
         self.0.len()
     }
 
-    /// indptr int64 `[n+1]`, ids int32, next int32 and whole bool of all elements, complement bool `[n]`.
+    /// indptr int64 `[n+1]`, ids int32, next int32 and whole bool of all elements, complement bool `[n]`, fixed int32
+    /// `[n]` (-2: none).
     fn arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         caught(|| {
             let total = self.0.iter().map(|set| set.ids.len()).sum();
             let (mut indptr, mut complement) = (vec![0i64], Vec::with_capacity(self.0.len()));
+            let fixed: Vec<i32> = self.0.iter().map(|set| set.fixed.unwrap_or(-2)).collect();
             let (mut ids, mut next, mut whole) = (vec![], vec![], vec![]);
             py.detach(|| {
                 ids.reserve(total);
@@ -163,6 +166,7 @@ impl PySets {
                 next.into_pyarray(py),
                 whole.into_pyarray(py),
                 complement.into_pyarray(py),
+                fixed.into_pyarray(py),
             );
             arrays.into_pyobject(py)
         })

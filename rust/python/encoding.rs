@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use super::errors::XTokMapError;
 use super::support::{caught, values, Array};
 use super::table::PyByteTable;
-use crate::encoding::{Encoding, Rule, Splits};
+use crate::encoding::{Behind, Encoding, Rule, Splits};
 
 #[pyclass(frozen, name = "Encoding", module = "xtokmap._core")]
 pub(super) struct PyEncoding(pub Arc<Encoding>);
@@ -68,20 +68,23 @@ impl PyEncoding {
         caught(|| Ok(py.detach(|| self.0.encode(bytes))))
     }
 
+    /// `reach`: uint8 `[2 * classes]`; with nothing behind the token after the boundary, then with a letter.
     #[pyo3(signature = (class_, reach))]
     #[allow(clippy::needless_pass_by_value)]
     fn learn(&self, class_: usize, reach: Array<'_, u8>) -> PyResult<()> {
         caught(|| Ok(self.0.learn(class_, values(&reach)?)?))
     }
 
-    fn joined(&self, token: u32, next: u32) -> PyResult<bool> {
+    /// `word`: a letter stands behind the two, which matters where `next` is white space.
+    #[pyo3(signature = (token, next, word=false))]
+    fn joined(&self, token: u32, next: u32, word: bool) -> PyResult<bool> {
         caught(|| {
             for id in [token, next] {
                 if id as usize >= self.0.table().len() {
                     return Err(PyIndexError::new_err(format!("id {id} is outside {} ids", self.0.table().len())));
                 }
             }
-            Ok(self.0.joined(token, next))
+            Ok(self.0.joined(token, next, if word { Behind::Word } else { Behind::Nothing }))
         })
     }
 }

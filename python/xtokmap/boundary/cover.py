@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,8 @@ class Sets(NamedTuple):
         next: int32; the student token that comes next if this teacher token stands there, -1 where that is not known.
         whole: bool; whether that student token is all that is left of the teacher token.
         complement: bool `[n]`; the set is every token but these.
+        fixed: int32 `[n]`; of a complement the student token that comes next whichever stands there, -1 where that is
+            not known; -2: the one with which the encoding of that token begins (`VocabMap.canonical`).
     """
 
     indptr: Int64
@@ -49,6 +52,7 @@ class Sets(NamedTuple):
     next: Int32
     whole: Bool
     complement: Bool
+    fixed: Int32
 
 
 NOT_CANONICAL, FORCED = 1, 2
@@ -193,7 +197,9 @@ class Transfer:
         n = min(len(student_table), len(teacher_table))
         same = bool(np.array_equal(student_table.lengths[:n], teacher_table.lengths[:n]))
         teacher_rule = EncodingRule(teacher if same else teacher_table, teacher_table)
-        self.core = _core.Cover(self.rule.core, teacher_rule.core, self.rule.pieces(teacher_table))
+        letter = _letter(self.rule, student_table, teacher, teacher_table)
+        pieces = self.rule.pieces(teacher_table, letter)
+        self.core = _core.Cover(self.rule.core, teacher_rule.core, pieces, ord(letter) if letter else None)
         names = _names(student), _names(teacher)
         arrays = self.core.vocab_map()
         for s, t in pairs:  # the first tokens of two markers are the same event, whatever they spell
@@ -226,6 +232,20 @@ class Transfer:
             identical=self.core.same,
             _sets=found["sets"],
         )
+
+
+def _letter(student: EncodingRule, student_table: ByteTable, teacher: Any, teacher_table: ByteTable) -> str:
+    """A letter that says how white space is cut where a word stands behind it; none where that makes no difference.
+
+    A teacher that keeps runs of spaces whole ("   ", "x") puts words behind them, and nothing else but the end of a
+    line; a student that gives the last space to the word ("  ", " x") cuts them as what comes behind says.
+    """
+    tables = student_table, teacher_table
+    single = [{table[i] for i in range(len(table)) if table.lengths[i] == 1} for table in tables]
+    letter = next((c for c in ascii_lowercase if c.encode() in single[0] & single[1]), "")
+    if not letter or not student.takes_a_space(letter):
+        return ""
+    return "" if EncodingRule(teacher, teacher_table, classes=False).takes_a_space(letter) else letter
 
 
 def _names(tokenizer: Any) -> Mapping[str, int] | None:

@@ -28,16 +28,21 @@ class EncodingRule:
     for each pair of classes of tokens (kinds of characters at their edges) that occurs. A bare vocabulary
     (`*.tiktoken`, GGUF) has no pre-tokenizer here, and a `ByteTable` no rule: longest match is taken.
 
+    Args:
+        tokenizer: as `byte_table` takes it.
+        table: its bytes.
+        classes: False leaves out what `learn` needs.
+
     Attributes:
         name: "bpe", "unigram" or "longest match".
         core: the rule, as the core follows it.
     """
 
-    def __init__(self, tokenizer: Any, table: ByteTable) -> None:
+    def __init__(self, tokenizer: Any, table: ByteTable, *, classes: bool = True) -> None:
         rule = encoding_rule(tokenizer)
-        self.name, self._cuts = rule.name, rule.cuts
+        self.name, self._cuts, self._table = rule.name, rule.cuts, table
         splits = None
-        if self._cuts is not None:
+        if self._cuts is not None and classes:
             self._before, after, self._examples = _classes(table)
             splits = (self._before, after, len(self._examples[0]), len(self._examples[1]))
             self._known = np.zeros(len(self._examples[0]), np.bool_)
@@ -50,28 +55,45 @@ class EncodingRule:
         before, after = self._examples
         classes = self._before[ids]
         for c in np.unique(classes[~self._known[classes]]).tolist():
-            row = np.full(len(after), _ALL, np.uint8)
+            # With nothing behind the second token, and with a word, which may take the last space of one that is white.
+            row = np.full((2, len(after)), _ALL, np.uint8)
             for k, text in enumerate(after):
                 if before[c] and text:
-                    row[k] = _reach(self._cuts(before[c] + text), len(before[c]), len(text))
-            self.core.learn(c, row)
+                    row[:, k] = _reach(self._cuts(before[c] + text), len(before[c]), len(text))
+                    if text.isspace():
+                        row[1, k] = _reach(self._cuts(before[c] + text + "a"), len(before[c]), len(text))
+                        if row[1, k] == len(text) - 1 > 0:
+                            row[1, k] = _ALL_BUT_LAST
+            self.core.learn(c, row.reshape(-1))
             self._known[c] = True
 
-    def pieces(self, table: ByteTable) -> UInt32 | None:
-        """For every token of a table how many of its bytes the pre-tokenizer puts in its first piece."""
+    def takes_a_space(self, letter: str) -> bool:
+        """Whether a word takes the last space of the run before it."""
+        text = f"{letter}   {letter}"
+        cut = max(self._cuts(text), default=0) if self._cuts is not None else 0
+        last = self._table[self.core.encode(text[cut:].encode())[-1]] or b""
+        return last[:1].isspace()
+
+    def pieces(self, table: ByteTable, letter: str = "") -> UInt32 | None:
+        """For every token of a table how many of its bytes the pre-tokenizer puts in its first piece.
+
+        Args:
+            table: the tokens.
+            letter: what stands behind those that are white space.
+        """
         if self._cuts is None:
             return None
         ends = np.asarray(table.lengths, np.uint32)
         for i in np.flatnonzero(ends > 1).tolist():
             text = _text(table[i])
             if not text.strip(" ").isalpha():
-                cut = min(self._cuts(text), default=0)
+                cut = min(self._cuts(text + letter if text.isspace() else text), default=0)
                 if cut:
                     ends[i] = len(text[:cut].encode())
         return ends
 
 
-_INSIDE, _ALL = 255, 254
+_INSIDE, _ALL, _ALL_BUT_LAST = 255, 254, 253
 #: Kinds of characters whose number a pattern may count.
 _COUNTED = frozenset(("Nd", " ", "\n", "\r", "\t", "space"))
 

@@ -30,7 +30,7 @@ class Transferred(NamedTuple):
         transferred: float32 `[M]`; log q*(s_i | s_<i) of every student token, NaN where there is no query.
         phi: float64 `[M]`; log probability of the student's encoding up to each token, from the start of its row.
         before: float64 `[N + B]`; the sum of a row's teacher logprobs before each place.
-        elements: float32 `[E]`; logprobs of the alternatives, in the order of `TransferTarget`.
+        elements: float32 `[E]`; logprobs of the alternatives, in the order of the plan's parts.
         missing: float32 `[N + B]`; the mass of each row that top-k rows do not show; 0 for whole rows.
     """
 
@@ -59,7 +59,6 @@ class Plan:
         first = np.repeat(self.first_row, counts)  # of every student token's batch row
         owner = np.repeat(np.arange(self.students, dtype=np.int64), np.diff(q.indptr))
         row = q.row + first[owner]
-        # A row has at most one complement: that of the student token that ends where its teacher token starts.
         sets = q.sets
         kept = np.zeros(len(q.set), np.bool_)
         kept[q.set >= 0] = sets.complement[q.set[q.set >= 0]]
@@ -81,6 +80,15 @@ class Plan:
         self.element_next = np.where(one, -2, take(sets.next, at))  # -2: the student token that really comes next
         self.element_whole = ~one & take(sets.whole, at)
         self.element_row = self.row[self.sparse][self.element_term]
+        #: Complements of which one student token comes next, and those whose tokens say what comes next.
+        fixed = np.where(self.kept, take(sets.fixed, np.maximum(self.set, 0)), -2)
+        self.fixed = np.flatnonzero(fixed > -2)
+        self.mapped = np.flatnonzero(self.kept & (fixed == -2))
+        #: Parts: the elements, and behind them each such complement as one.
+        self.part_owner = self.owner[np.concatenate([self.sparse[self.element_term], self.fixed])]
+        self.part_row = np.concatenate([self.element_row, self.row[self.fixed]])
+        self.part_next = np.concatenate([self.element_next, fixed[self.fixed]])
+        self.part_whole = np.concatenate([self.element_whole, np.zeros(len(self.fixed), np.bool_)])
 
     def holes(self, terms: Int64) -> tuple[Int64, Int64]:
         """For complement terms: which term (counted in `terms`) leaves which teacher id out."""
@@ -131,8 +139,8 @@ def transfer(
     """Evaluates cover queries beside the teacher's output head, a slice of rows at a time: never `[T, V]`.
 
     log q*(s_i | s_<i) = Phi(i) - Phi(i - 1), Phi(i) = logsumexp over the terms of token i of (the teacher's logprobs
-    before the term's row) + log (mass of the term's set in that row). Masses are sums of positive parts, whatever is
-    left out is left out before the sum, and logits of any float dtype are taken in float32: nothing cancels.
+    before the term's row) + log (mass of the term's set in that row). Logits of any float dtype are taken in float32;
+    a row without some tokens is a difference of two sums of the same float32 numbers in float64, right to 1e-12.
 
     Args:
         teacher: flat rows `[N + B]`: for each batch row those that predict its n tokens and the one after the last.
@@ -154,10 +162,11 @@ def transfer(
     on = partial(on_device, device=device)
     size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
     dtype = _widened((teacher.rows if isinstance(teacher, Logits) else teacher.logprobs)[:0]).dtype
-    logprobs, elements, kept, missing = (
-        torch.zeros(n, device=device, dtype=dtype) for n in (len(p.token_row), len(p.element_id), p.rows, p.rows)
-    )
     kept_terms = np.flatnonzero(p.kept)
+    logprobs, elements, kept, missing = (
+        torch.zeros(n, device=device, dtype=dtype)
+        for n in (len(p.token_row), len(p.element_id), len(kept_terms), p.rows)
+    )
     for a in range(0, p.rows, size):
         b = min(p.rows, a + size)
         rows = _Rows(teacher, a, b)
@@ -169,14 +178,13 @@ def transfer(
         k0, k1 = np.searchsorted(p.row[kept_terms], (a, b))
         terms = kept_terms[k0:k1]
         owner, ids = p.holes(terms)
-        at = on(p.row[terms] - a)
-        kept[on(p.row[terms])] = rows.mass_without(on(p.row[terms][owner] - a), on(ids))[at]
+        kept[k0:k1] = rows.mass_without(on(p.row[terms] - a), on(owner), on(ids))
 
     # Terms: those that are one row but some tokens, and those that are elements.
     values = torch.zeros(len(p.row), device=device, dtype=dtype)
-    values[on(kept_terms)] = kept[on(p.row[kept_terms])]
+    values[on(kept_terms)] = kept
     values[on(p.sparse)] = _logsumexp(elements, on(p.element_term), len(p.sparse))
-    return _joined(p, logprobs, values, elements, missing)
+    return _joined(p, logprobs, values, torch.cat([elements, values[on(p.fixed)]]), missing)
 
 
 @torch.no_grad()
@@ -271,7 +279,8 @@ class _Rows:
             self._top = x.amax(-1, keepdim=True)
             self._x = x
             self._exp = torch.exp(x - self._top)
-            self._lse = self._exp.sum(-1).log() + self._top[:, 0]
+            self._total = self._exp.sum(-1, dtype=torch.float64)
+            self._lse = self._total.log().to(x.dtype) + self._top[:, 0]
             self.missing: Tensor | float = 0.0
             self._ids = None
         else:
@@ -294,14 +303,16 @@ class _Rows:
         found = torch.searchsorted(keys, ids + 1 + row * stride) - row * self._ids.shape[1]
         return found.clamp(0, self._ids.shape[1] - 1)
 
-    def mass_without(self, row: Tensor, ids: Tensor) -> Tensor:
-        """log of every row's mass without some tokens. To be asked last: it clears them."""
+    def mass_without(self, row: Tensor, owner: Tensor, ids: Tensor) -> Tensor:
+        """log of the mass of each of `row` without some tokens: `ids`, those of the row at place `owner` of `row`."""
         if self._ids is None:
-            self._exp[row, ids] = 0
-            return self._exp.sum(-1).clamp(min=1e-38).log() + self._top[:, 0] - self._lse
-        at = self._places(row, ids)
-        hit = self._ids[row, at] == ids
-        left_out = torch.zeros_like(self._x).index_put((row, at), hit.to(self._x.dtype), accumulate=True)
-        # What is missing may be anything: it counts as kept.
-        shown = torch.where(left_out > 0, -torch.inf, self._x).exp().sum(-1)
-        return (shown + self.missing).clamp(min=1e-38).log()
+            total, left_out = self._total[row], self._exp[row[owner], ids].double()
+            kept = total.index_add(0, owner, left_out, alpha=-1).clamp(min=1e-38) / total
+        else:
+            at = self._places(row[owner], ids)
+            hit = self._ids[row[owner], at] == ids
+            left_out = torch.where(hit, self._x[row[owner], at].double().exp(), 0)
+            # What is missing may be anything: it counts as kept.
+            total = (self._x.double().exp().sum(-1) + self.missing)[row]
+            kept = total.index_add(0, owner, left_out, alpha=-1).clamp(min=1e-38)
+        return kept.log().to(self._x.dtype)

@@ -35,7 +35,7 @@ class TransferTarget:
     values: Transferred
     queries: CoverQueries
     #: On the CPU: the positions (flat student tokens), dense row and its complement term of each (-1: none), and the
-    #: alternatives of each, as compressed rows of elements.
+    #: alternatives of each, as compressed rows of the plan's parts.
     _at: Int64
     _dense: tuple[Int64, Int64]
     _elements: tuple[Int64, Int64]
@@ -65,15 +65,14 @@ class TransferTarget:
         # What stands behind a position are the terms of the token before it; where a stretch begins, a whole row.
         inside = p.base[at] < 0
         context = at[inside] - 1
-        kept = np.flatnonzero(p.kept)
         term_of = np.full(p.students, -1, np.int64)
-        term_of[p.owner[kept]] = kept
+        term_of[p.owner[p.mapped]] = p.mapped
         term, row = np.full(len(at), -1, np.int64), p.base[at].copy()
         term[inside] = term_of[context]
         row[term >= 0] = p.row[term[term >= 0]]
         position = np.full(p.students, -1, np.int64)
         position[context] = np.flatnonzero(inside)
-        owner = position[p.owner[p.sparse][p.element_term]]
+        owner = position[p.part_owner]
         order = np.argsort(owner, kind="stable")
         order = order[np.searchsorted(owner[order], 0) :]
         ptr = np.searchsorted(owner[order], np.arange(len(at) + 1))
@@ -160,17 +159,15 @@ class TransferTarget:
                 target[at] = into
         owner, place = expand(self._elements[0], which)
         element, at = take(self._elements[1], place), on(owner)
-        rows = on(p.element_row[element])
+        rows = on(p.part_row[element])
         mass = torch.exp(values.before[rows] - before[at] + values.elements[on(element)]).to(dtype)
-        following = p.element_next[element].astype(np.int64)
+        following = p.part_next[element].astype(np.int64)
         real = self.queries.student_ids[self._at[which[owner]]].astype(np.int64)
         following = np.where(following == -2, real, np.where(following < 0, size, following))
         column = following if named is None else np.append(named, width)[following]
         target.index_put_((at, on(column)), mass, accumulate=True)
         # A token that ends at the boundary: its mass is known, what comes next is not.
-        opened = p.element_whole[element] & np.append(self.queries.vocab_map.open, False)[following] | (
-            following == size
-        )
+        opened = p.part_whole[element] & np.append(self.queries.vocab_map.open, False)[following] | (following == size)
         undetermined.index_add_(0, at, mass * on(opened))
         return target, undetermined
 
@@ -237,6 +234,7 @@ def _dense_map(queries: CoverQueries) -> tuple[Int64, npt.NDArray[np.bool_]]:
         return same, np.zeros(len(same), np.bool_)
     to_student = np.where(vm.canonical >= 0, vm.canonical, size).astype(np.int64)
     opened = (vm.teacher_to_student == vm.canonical) & np.append(vm.open, False)[to_student]
+    opened |= (vm.canonical < 0) & (vm.prefix >= 0)  # white space, of which the word behind it takes the last
     if vm.student_stops:
         to_student[list(vm.teacher_stops)] = vm.student_stops[0]
     return to_student, opened
