@@ -86,14 +86,16 @@ def test_logprobs_are_the_local_teachers(server, local, batch, capsys):
 def test_rows_at_the_limit(server, local):
     teacher = teacher_of(server, local.tokenizer, topk=20)
     teacher.self_test()
-    lengths = [LONGEST - 9, LONGEST - 8, LONGEST - 7, LONGEST - 6]
+    lengths = [LONGEST - 10, LONGEST - 9, LONGEST - 8, LONGEST - 7]
     token = local.tokenizer("a", add_special_tokens=False).input_ids[0]
     rows = [[token] * n for n in lengths]
     longer, _ = teacher.too_long([[2]] * 4, rows)
     assert longer == [2, 3]
     scores = teacher.score([[2]] * 2, rows[:2], keep=True)
     assert scores.mask.sum(1).tolist() == lengths[:2]
-    for n in (LONGEST - 5, LONGEST + 50):
+    # One that it is asked all the same is named: also the first one that is too long.
+    teacher.client.score([[2, 5], [token] * (LONGEST - 7)])
+    for n in (LONGEST - 6, LONGEST + 50):
         with pytest.raises(RowRefusedError, match="1 of 3 rows are not taken") as caught:
             teacher.client.score([[2, 5], [token] * n, [2, 6]])
         assert caught.value.rows == [1]

@@ -139,9 +139,9 @@ def test_sglangs_hidden_states_give_what_others_do(model, sglang, folder, batch)
     assert 32 * 8 < teacher.bytes_per_token < 32 * 24  # digits
     teacher.client._doubted = True  # the known text is asked for again, whatever is cached
     teacher.score(prompts, rows)
-    longer, _ = teacher.too_long([[1] * 6] * 2, [[2] * 244, [2] * 245])
+    longer, _ = teacher.too_long([[1] * 6] * 2, [[2] * 243, [2] * 244])
     assert longer == [1]
-    assert teacher.score([[1] * 6], [[2] * 244]).mask.sum() == 244
+    assert teacher.score([[1] * 6], [[2] * 243]).mask.sum() == 243
 
 
 def test_sglang_without_hidden_states_gives_its_top(sglang, folder):

@@ -215,7 +215,7 @@ class VLLM:
 class SGLang:
     """`POST /generate` with `return_logprob`: triples of logprob, id and text."""
 
-    name, path, spare = "sglang", "/generate", 6
+    name, path, spare = "sglang", "/generate", 7
 
     def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
         """The request for the logprobs of a row of ids."""
