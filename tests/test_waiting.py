@@ -262,17 +262,20 @@ def test_a_run_ends_at_once_when_its_teacher_is_another(prompts, model, monkeypa
             train(settings, models=tiny.pair())
 
 
-@pytest.mark.parametrize("loss", ["prior", "cover"])
-def test_a_run_that_resumes_with_another_teacher_is_refused(prompts, loss):
+@pytest.mark.parametrize(("loss", "which"), [("prior", "teacher"), ("cover", "teacher"), ("prior", "more")])
+def test_a_run_that_resumes_with_another_teacher_is_refused(prompts, tmp_path, loss, which):
     """The run before has ended as the teacher was another, and said that --resume goes on from there."""
     model = tiny.teacher_model()
     with faults.serving(model, tiny.teacher_tokenizer()) as server:
-        settings = config(prompts, teacher_url=server.url, loss=loss, save_every=1, steps=2)
+        tiny.teacher_tokenizer().save_pretrained(tmp_path / "more")
+        where = {"teacher_url": server.url} if which == "teacher" else {}
+        where |= {"more_teachers": f"more={tmp_path / 'more'}@{server.url}"} if which == "more" else {}
+        settings = config(prompts, loss=loss, save_every=1, steps=2, **where)
         train(settings, models=tiny.pair())
         again = replace(settings, resume=True, steps=3)
         swapped(server, tiny.teacher_model(seed=2))
         with pytest.raises(
-            CheckpointError, match=r"of a run with another teacher: .* nats from .*; serve the one that the run began"
+            CheckpointError, match=rf"of a run with another {which}: .* nats from those of then, .*; serve the one that"
         ):
             train(again, models=tiny.pair())
         # In another precision it is the same.

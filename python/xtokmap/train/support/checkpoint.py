@@ -343,10 +343,11 @@ def _digest_of_sample(parameters: Mapping[str, Any]) -> dict[str, str]:
     return {"torch.bfloat16": rounded.hexdigest(), " ".join(kinds): own.hexdigest()}
 
 
-def _served(run: Run) -> list[float]:
-    """What a served teacher says of a known text; empty of a teacher that is here."""
-    teacher = run.roller.teacher
-    return teacher.known if isinstance(teacher, ServerTeacher) else []
+def _served(run: Run) -> dict[str, list[float]]:
+    """What each served teacher says of a known text."""
+    others = run.roller.others.teachers if run.roller.others else {}
+    teachers = {"teacher": run.roller.teacher, **{name: one for name, (one, _) in others.items()}}
+    return {name: one.known for name, one in teachers.items() if isinstance(one, ServerTeacher) and one.known}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -466,13 +467,14 @@ def _check_same(path: Path, state: dict[str, Any], run: Run) -> None:
                 f"{path} is of {what}: what {side}={getattr(run.config, side)!r} has now are other weights; put those "
                 "back that the run began with, or use another output"
             )
-    there, here = state.get("served", []), run.processes.gather(_served(run))[0]
-    if there and here and not (apart := nats_apart(there, here)) <= SAME:
-        raise CheckpointError(
-            f"{path} is of a run with another teacher: the logprobs of a known text are {apart:.2g} nats from those of "
-            f"the model that {run.config.teacher_url} has now, in the mean; serve the one that the run began with, or "
-            "use another output"
-        )
+    then_served = state.get("served", {})
+    for name, here in run.processes.gather(_served(run))[0].items():
+        if name in then_served and not (apart := nats_apart(then_served[name], here)) <= SAME:
+            raise CheckpointError(
+                f"{path} is of a run with another {name}: what is served as it now has logprobs of a known text that "
+                f"are {apart:.2g} nats from those of then, in the mean; serve the one that the run began with, or use "
+                "another output"
+            )
     if state["processes"] != run.processes.count:
         raise CheckpointError(
             f"{path} is of a run with {state['processes']} processes, not {run.processes.count}: start as many"
