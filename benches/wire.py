@@ -53,7 +53,7 @@ PROMPTS = [
     "Who was Ada Lovelace?",
     "Why is ice slippery?",
 ]
-#: Tokens of a row for which whole rows are asked as JSON: each is 20 MB.
+#: Tokens of a row for which whole rows are asked as JSON: each is 24 MB.
 WHOLE = 3
 #: Hidden size and rows of the output head, from the models' configurations.
 MODELS = {"Gemma 3 270M": (640, 262144), "Qwen3-32B": (5120, 151936), "Llama 3.3 70B": (8192, 128256)}

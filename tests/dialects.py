@@ -12,7 +12,7 @@ from xtokmap.teachers.scorer import RefusedError, Scored, score_row
 from xtokmap.torch.logits import Logits
 
 #: Tokens that SGLang keeps free behind a row.
-_FREE = 6
+_FREE = 7
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from real_server import LONGEST, SGLANG_VENV, TEXTS, SGLang, folder, local_teach
 from xtokmap import Aligner, demo
 from xtokmap.chat import render
 from xtokmap.models import load_tokenizer
-from xtokmap.teachers.client import RowRefusedError, TeacherError
+from xtokmap.teachers.client import OtherTeacherError, RowRefusedError, TeacherError
 from xtokmap.teachers.head import read_head
 from xtokmap.teachers.remote import ServerTeacher
 
@@ -86,14 +87,16 @@ def test_logprobs_are_the_local_teachers(server, local, batch, capsys):
 def test_rows_at_the_limit(server, local):
     teacher = teacher_of(server, local.tokenizer, topk=20)
     teacher.self_test()
-    lengths = [LONGEST - 9, LONGEST - 8, LONGEST - 7, LONGEST - 6]
+    lengths = [LONGEST - 10, LONGEST - 9, LONGEST - 8, LONGEST - 7]
     token = local.tokenizer("a", add_special_tokens=False).input_ids[0]
     rows = [[token] * n for n in lengths]
     longer, _ = teacher.too_long([[2]] * 4, rows)
     assert longer == [2, 3]
     scores = teacher.score([[2]] * 2, rows[:2], keep=True)
     assert scores.mask.sum(1).tolist() == lengths[:2]
-    for n in (LONGEST - 5, LONGEST + 50):
+    # One that it is asked all the same is named: also the first one that is too long.
+    teacher.client.score([[2, 5], [token] * (LONGEST - 7)])
+    for n in (LONGEST - 6, LONGEST + 50):
         with pytest.raises(RowRefusedError, match="1 of 3 rows are not taken") as caught:
             teacher.client.score([[2, 5], [token] * n, [2, 6]])
         assert caught.value.rows == [1]
@@ -131,3 +134,44 @@ def test_the_command_line_trains_with_it(server, overlap, more, tmp_path):
     assert [line["skipped_batches"] + line["skipped_rows"] for line in lines] == [0] * 3
     assert all(np.isfinite([line["loss"], line["kl_per_byte"]]).all() for line in lines)
     assert (Path(tmp_path) / "out" / "student" / "model.safetensors").exists()
+
+
+def test_it_is_killed_started_again_for_longer_rows_and_replaced(server, local, batch, tmp_path, capsys):
+    """The last test: the server has another model then."""
+    prompts, rows, _ = batch
+    longer, said = LONGEST + 64, []
+    teacher = teacher_of(server, local.tokenizer, patience=1200.0)
+    teacher.self_test()
+    teacher.client.say = said.append
+    before = teacher.score(prompts, rows).logprobs
+
+    def after(*arguments):
+        """Scores that are asked for while it is away."""
+        server.kill()
+        thread = threading.Thread(target=server.restart, args=(SGLang.length, str(longer), *arguments))
+        thread.start()
+        try:
+            return teacher.score(prompts, rows).logprobs
+        finally:
+            thread.join()
+
+    assert (after("--allow-auto-truncate") - before).abs().max() < 1e-3
+    assert "is not there" in said[0]
+    assert said[-1].startswith(f"{server.url} answers, after ")
+    assert teacher.client.max_length == longer
+    # Told so, it cuts what is too long, and does not say so but by a number.
+    token = local.tokenizer("a", add_special_tokens=False).input_ids[0]
+    with pytest.raises(RowRefusedError, match=f"cuts it to .* of its {longer + 9} tokens") as caught:
+        teacher.client.score([[2, 5], [token] * (longer + 9)])
+    assert caught.value.rows == [1]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in local.model.parameters():
+            p.add_(torch.randn_like(p) * 0.1 * p.std().nan_to_num(0))
+    local.model.save_pretrained(tmp_path / "other")
+    local.tokenizer.save_pretrained(tmp_path / "other")
+    server.model = tmp_path / "other"
+    with pytest.raises(OtherTeacherError, match="has another model than at the start") as error:
+        after()
+    with capsys.disabled():
+        print(f"\n  {said[-1]}; {error.value}")

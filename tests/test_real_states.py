@@ -7,18 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from real_server import LONGEST, VENV, VLLM, folder, local_teacher
 from xtokmap import Aligner, demo
 from xtokmap.models import load_tokenizer
-from xtokmap.teachers.client import TeacherError
+from xtokmap.teachers.client import RowRefusedError, TeacherError
 from xtokmap.teachers.head import read_head
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.train.config import Config
 from xtokmap.train.loop import train
-
-try:
-    from real_server import VENV, VLLM, folder, local_teacher
-except ImportError:
-    VENV = None
 
 pytestmark = [
     pytest.mark.servers,
@@ -27,6 +23,8 @@ pytestmark = [
 ]
 
 CPU = torch.device("cpu")
+#: Rows are not cut in parts here.
+LENGTH = ("--max-model-len", str(LONGEST), "--max-num-batched-tokens", str(LONGEST))
 POOLING = ("--runner", "pooling", "--convert", "embed", "--pooler-config", '{"task":"token_embed"}')
 TEXTS = ["The sky is blue because air scatters short waves more than long ones.", "Grüße: 12 * 12 = 144, 你好."]
 
@@ -34,8 +32,7 @@ TEXTS = ["The sky is blue because air scatters short waves more than long ones."
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("vllm") / "log"
-    # Rows are not cut in parts here.
-    with VLLM(folder(demo.GEMMA), log, "--max-model-len", "512", "--max-num-batched-tokens", "512", *POOLING) as found:
+    with VLLM(folder(demo.GEMMA), log, *LENGTH, *POOLING) as found:
         yield found
 
 
@@ -65,6 +62,19 @@ def test_states_are_those_of_the_model_here(server, local):
     wrong = ServerTeacher(server.url, local.tokenizer, rows="hidden", head=replace(head, scale=0.1), timeout=300.0)
     with pytest.raises(TeacherError, match=r"to be scaled by about [01]\.\d+; the configuration says 0\.1"):
         wrong.self_test()
+
+
+def test_rows_at_the_limit(server, local):
+    head = read_head(str(folder(demo.GEMMA)), CPU)
+    teacher = ServerTeacher(server.url, local.tokenizer, rows="hidden", head=head, timeout=300.0)
+    teacher.self_test()
+    token = local.tokenizer("a", add_special_tokens=False).input_ids[0]
+    rows = [[token] * n for n in (LONGEST - 1, LONGEST)]
+    assert teacher.too_long([[2]] * 2, rows)[0] == [1]
+    assert teacher.score([[2]], rows[:1]).mask.sum() == LONGEST - 1
+    with pytest.raises(RowRefusedError, match="1 of 2 rows are not taken") as caught:
+        teacher.score([[2]] * 2, [[token], rows[1]])
+    assert caught.value.rows == [1]
 
 
 def aligner_ids(text):

@@ -20,7 +20,7 @@ from xtokmap import Aligner, byte_table
 from xtokmap.chat import render
 from xtokmap.losses.queries import plan, transfer, transfer_masses
 from xtokmap.teachers import binary, sums
-from xtokmap.teachers.client import TeacherError
+from xtokmap.teachers.client import RowRefusedError, TeacherError
 from xtokmap.teachers.head import Head, read_head
 from xtokmap.teachers.http1 import Answer
 from xtokmap.teachers.local import LocalTeacher
@@ -139,9 +139,9 @@ def test_sglangs_hidden_states_give_what_others_do(model, sglang, folder, batch)
     assert 32 * 8 < teacher.bytes_per_token < 32 * 24  # digits
     teacher.client._doubted = True  # the known text is asked for again, whatever is cached
     teacher.score(prompts, rows)
-    longer, _ = teacher.too_long([[1] * 6] * 2, [[2] * 244, [2] * 245])
+    longer, _ = teacher.too_long([[1] * 6] * 2, [[2] * 243, [2] * 244])
     assert longer == [1]
-    assert teacher.score([[1] * 6], [[2] * 244]).mask.sum() == 244
+    assert teacher.score([[1] * 6], [[2] * 243]).mask.sum() == 243
 
 
 def test_sglang_without_hidden_states_gives_its_top(sglang, folder):
@@ -158,6 +158,12 @@ def test_sglangs_states_of_a_prompt_in_pieces_are_refused_with_what_to_set(sglan
     sglang.answers.piece = 16
     with pytest.raises(TeacherError, match=r"keeps those of the last piece .* --chunked-prefill-size -1"):
         teacher_of(sglang, "hidden", folder, protocol="sglang").self_test()
+
+
+def test_sglangs_states_of_a_row_that_it_cuts_are_refused_as_a_row():
+    question = SGLangStates().question([5, 6, 7, 8], 2, "", HEAD)
+    with pytest.raises(RowRefusedError, match="cuts it to 3 of its 4 tokens"):
+        question.read(sglang_body(prompt_tokens=3))
 
 
 def sglang_body(**changes):

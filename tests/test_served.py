@@ -24,7 +24,7 @@ from xtokmap.chat import render
 from xtokmap.losses.credit import chunk_credit
 from xtokmap.losses.strict import strict_kl
 from xtokmap.teachers import client as served
-from xtokmap.teachers.client import PROTOCOLS, Client, TeacherError
+from xtokmap.teachers.client import PROTOCOLS, Client, RowRefusedError, TeacherError
 from xtokmap.teachers.http1 import Answer
 from xtokmap.teachers.local import LocalTeacher
 from xtokmap.teachers.remote import ServerTeacher
@@ -190,10 +190,10 @@ def test_a_passing_fault_is_survived(model, protocol, fault):
     ("fault", "protocol", "message"),
     [
         ("500", "vllm", "gave up after 3 attempts, the last: status 500: 500 of"),
-        ("429", "sglang", "the last: status 429"),
+        ("429", "sglang", r"the last: status 429: .*; ask for less at a time \(teacher_concurrency\)"),
         ("no answer", "vllm", "the last: the connection failed"),
         ("cut body", "vllm", "the last: the connection failed"),
-        ("slow", "openai", r"the last: no whole answer within 0\.3 s"),
+        ("slow", "openai", r"the last: no whole answer within 0\.3 s; set a longer teacher_timeout, or ask"),
         ("broken JSON", "vllm", "bytes that are no JSON"),
         ("NaN", "vllm", "NaN in it, which is no JSON"),
         ("NaN", "sglang", "NaN in it, which is no JSON"),
@@ -684,6 +684,24 @@ def test_what_has_no_mass_is_minus_infinity(model):
     assert math.isnan(answer.logprobs[0])
     assert answer.logprobs[2] == -math.inf
     assert math.isfinite(answer.logprobs[1])
+
+
+def test_a_row_that_the_server_cuts_is_left_out_as_a_row(model):
+    """SGLang's --allow-auto-truncate, which its own refusal advises."""
+
+    def cut(found, body):
+        meta = found["meta_info"]
+        if len(body["input_ids"]) > 5:
+            meta["prompt_tokens"] = 5
+            meta["input_token_logprobs"] = meta["input_token_logprobs"][:5]
+        return found
+
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        altered(server, cut)
+        client = teacher_of(server, protocol="sglang").client
+        with pytest.raises(RowRefusedError, match=r"1 of 2 rows.*cuts it to 5 of its 6 tokens.*--allow-auto-truncate"):
+            client.score([[1, 2, 3], [1, 2, 3, 4, 5, 6]])
+        assert client.figures["requests"] == 2
 
 
 def test_nobody_there_is_named():

@@ -27,6 +27,7 @@ from xtokmap.train.loop import train
 from xtokmap.train.run import Run
 from xtokmap.train.sampling import Roller
 from xtokmap.train.step import update
+from xtokmap.train.support.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids")
 
@@ -184,7 +185,7 @@ def test_another_model_behind_the_url_is_noticed_before_its_scores_are_used(mode
             torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
             # Asked once what it says of the known text, which is none of the answers.
             figures = teacher.client.figures
-            assert figures["requests"] == asked + 3 + len(PROMPTS) + 1
+            assert figures["requests"] == asked + 3 + len(PROMPTS) + 2  # and for its models
             assert figures["answers"] == 1 + 2 + 4 + len(PROMPTS)
 
 
@@ -212,7 +213,7 @@ def test_another_model_behind_the_url_of_the_states_is_noticed(model, monkeypatc
         asked = states.answered
         Away(monkeypatch, 3)
         torch.testing.assert_close(teacher.score(PROMPTS, COMPLETIONS).logprobs, want, atol=2e-5, rtol=0)
-        assert states.answered == asked + len(PROMPTS) + 1  # asked once what it says of the known text
+        assert states.answered == asked + len(PROMPTS) + 2  # asked once for the known text, and for its models
         Away(monkeypatch, 3, lambda: swapped(states, tiny.teacher_model(seed=2)))
         with pytest.raises(OtherTeacherError, match="has another model than at the start"):
             teacher.score(PROMPTS, COMPLETIONS)
@@ -229,7 +230,7 @@ def test_a_known_text_whose_answer_is_late_is_not_looked_at_for_ever(model, monk
         thread.start()
         thread.join(60)
         assert len(found) == 1
-        assert asked + 2 <= server.answered <= asked + 2 * len(PROMPTS)
+        assert asked + 3 <= server.answered <= asked + 3 * len(PROMPTS)
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -241,7 +242,7 @@ def test_a_look_that_takes_long_is_enough(model, monkeypatch, concurrency):
         teacher.self_test()
         before = teacher.client.figures["requests"]
         teacher.score(PROMPTS, COMPLETIONS)
-        assert len(PROMPTS) < teacher.client.figures["requests"] - before <= 2 * len(PROMPTS)
+        assert len(PROMPTS) < teacher.client.figures["requests"] - before <= 3 * len(PROMPTS)
         assert teacher.client.figures["answers"] == 1 + 2 + 4 + len(PROMPTS)
 
 
@@ -259,6 +260,27 @@ def test_a_run_ends_at_once_when_its_teacher_is_another(prompts, model, monkeypa
         settings = config(prompts, teacher_url=server.url, save_every=50, teacher_retries=3)
         with pytest.raises(TeacherError, match=r"ended after 1 steps.*another model than at the start"):
             train(settings, models=tiny.pair())
+
+
+@pytest.mark.parametrize(("loss", "which"), [("prior", "teacher"), ("cover", "teacher"), ("prior", "more")])
+def test_a_run_that_resumes_with_another_teacher_is_refused(prompts, tmp_path, loss, which):
+    """The run before has ended as the teacher was another, and said that --resume goes on from there."""
+    model = tiny.teacher_model()
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        tiny.teacher_tokenizer().save_pretrained(tmp_path / "more")
+        where = {"teacher_url": server.url} if which == "teacher" else {}
+        where |= {"more_teachers": f"more={tmp_path / 'more'}@{server.url}"} if which == "more" else {}
+        settings = config(prompts, loss=loss, save_every=1, steps=2, **where)
+        train(settings, models=tiny.pair())
+        again = replace(settings, resume=True, steps=3)
+        swapped(server, tiny.teacher_model(seed=2))
+        with pytest.raises(
+            CheckpointError, match=rf"of a run with another {which}: .* nats from those of then, .*; serve the one that"
+        ):
+            train(again, models=tiny.pair())
+        # In another precision it is the same.
+        swapped(server, tiny.teacher_model().bfloat16())
+        assert len(train(again, models=tiny.pair()).metrics) == 3
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -300,6 +322,18 @@ def test_a_states_server_may_take_shorter_rows_than_the_other(model):
     ):
         teacher = teacher_of(server, model, "hidden", states_url=other.url)
         assert teacher.too_long([[1] * 3] * 2, [[2] * 17, [2] * 18])[0] == [1]
+
+
+def test_a_server_that_is_started_again_for_longer_rows_is_asked_how_long(model, monkeypatch):
+    """That is what the message about rows too long says to do."""
+    with faults.serving(model, tiny.teacher_tokenizer(), limits=Limits(max_length=40)) as server:
+        teacher = teacher_of(server, model, "none", patience=1000.0)
+        rows = [[1] * 3] * 2, [[2] * 36, [2] * 46]
+        assert teacher.too_long(*rows)[0] == [1]
+        Away(monkeypatch, 3, lambda: setattr(server.scorer, "max_length", 50))
+        teacher.score(PROMPTS, COMPLETIONS)
+        assert teacher.too_long(*rows)[0] == []
+        assert teacher.score(*rows).mask.sum() == 36 + 46
 
 
 @pytest.mark.parametrize("overlap", [False, True])

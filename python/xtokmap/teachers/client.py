@@ -48,7 +48,7 @@ _GONE, _UNFIT = (502, 503, 504), (400, 413, 422)
 #: Seconds without an answer after which there may be another model behind the URL, and how far from before the known
 #: text's logprobs may be then, in nats, in the mean. From float32, bfloat16 is .03 to .04, 8 bits a weight .05, 4 bits
 #: 2; 16 steps of AdamW at 1e-6 are .1, and the first of these steps no further than rounding.
-_UNHEARD, _SAME = 10.0, 0.1
+_UNHEARD, SAME = 10.0, 0.1
 
 #: Bytes that may come back: for each of a row's k likeliest tokens, a few times what any protocol writes of one; and
 #: for everything else, headers included. One in `_STRUCTURE` may be a comma or open a list or an object: a megabyte of
@@ -65,6 +65,8 @@ _LONGEST_TEXT = 300
 Spell: TypeAlias = "Callable[[int], bytes | None]"
 
 Found = TypeVar("Found")
+
+Floats: TypeAlias = "npt.NDArray[np.float32]"
 
 
 class TeacherError(XTokMapError):
@@ -215,7 +217,7 @@ class VLLM:
 class SGLang:
     """`POST /generate` with `return_logprob`: triples of logprob, id and text."""
 
-    name, path, spare = "sglang", "/generate", 6
+    name, path, spare = "sglang", "/generate", 7
 
     def payload(self, ids: Sequence[int], topk: int, model: str) -> dict[str, Any]:
         """The request for the logprobs of a row of ids."""
@@ -235,6 +237,7 @@ class SGLang:
         rows = meta.get("input_token_logprobs")
         if rows is None:
             raise BadAnswerError("no meta_info.input_token_logprobs in it")
+        self.check_whole(meta, len(ids))
         rows = _rows("input_token_logprobs", rows, len(ids))
         triples = [_triple(row, f"input_token_logprobs[{i}]") for i, row in enumerate(rows)]
         for i, (_, token, _) in enumerate(triples):
@@ -255,6 +258,15 @@ class SGLang:
                 if len(tops[i]) < len(row):
                     raise BadAnswerError(f"{where} has a token twice")
         return _checked(ids, topk, logprobs, tops, [text for _, _, text in triples])
+
+    def check_whole(self, meta: Mapping[str, Any], n: int) -> None:
+        """Raises `RowRefusedError` where the server has cut a row of n tokens, which it does not call an error."""
+        seen = meta.get("prompt_tokens", n)
+        if type(seen) is int and 0 < seen < n:
+            raise RowRefusedError(
+                f"the server cuts it to {seen} of its {n} tokens; start it with a larger --context-length, and without "
+                "--allow-auto-truncate"
+            )
 
 
 class OpenAI:
@@ -512,10 +524,11 @@ class Client:
         spell: the bytes of a token id, by which texts are checked where a protocol gives no ids.
         vocab_size: token ids are below it; 0: not known.
         pause: seconds before the second attempt.
-        key_variable: the environment variable with the key.
+        role: what settings call the server: `teacher` or `sampler`.
 
     Attributes:
         figures: counts: `requests`, `answers` that could be used, and the causes of further attempts.
+        known: logprobs of a known text's tokens as they were at first, float `[n]`; None: nobody has asked.
         max_length: most tokens of a row, the new one included, as far as the server says; 0: not known.
         say: what to do with a line that somebody may want to read: that the server is waited for, and is back.
 
@@ -537,9 +550,10 @@ class Client:
         spell: Spell | None = None,
         vocab_size: int = 0,
         pause: float = 0.5,
-        key_variable: str = KEY_VARIABLE,
+        role: str = "teacher",
     ) -> None:
-        check_url(url)
+        self.role, self.key_variable = role, f"XTOKMAP_{role.upper()}_KEY"
+        check_url(url, f"{role}_url", self.key_variable)
         if protocol != "auto" and protocol not in PROTOCOLS:
             raise XTokMapError(f"protocol={protocol!r}: use one of auto, {', '.join(PROTOCOLS)}")
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -548,7 +562,8 @@ class Client:
         self.patience, self.max_length = patience, 0
         self.figures: Counter[str] = Counter()
         self.say: Callable[[str], None] = lambda text: None
-        self._known: tuple[Question, Callable[[Any], float]] | None = None
+        self._known: tuple[Question, Callable[[Any], Floats]] | None = None
+        self.known: Floats | None = None
         self._heard, self._doubted, self._looking = time.monotonic(), False, threading.Lock()
         self._gone: float | None = None
         self._said = 0.0
@@ -556,10 +571,11 @@ class Client:
         self._lock, self._reading = threading.Lock(), threading.Lock()
         self._not_before = 0.0
         self._batches: set[threading.Event] = set()
-        self.key_variable = key_variable
-        self._key = os.environ.get(key_variable, "") if key is None else key
+        self._key = os.environ.get(self.key_variable, "") if key is None else key
         if self._key != self._key.strip() or not self._key.isascii() or not self._key.isprintable():
-            raise XTokMapError(f"{key_variable}: the key has white space around it, or characters that no header takes")
+            raise XTokMapError(
+                f"{self.key_variable}: the key has white space around it, or characters that no header takes"
+            )
         # No certificates are read where none are needed.
         self._tls = http1.certificates() if self.url.startswith("https") else None
         self._connections().close()  # a proxy that cannot be is named here
@@ -697,6 +713,7 @@ class Client:
         self, http: http1.Connections, question: Question, stop: threading.Event, *, probing: bool = False
     ) -> Any:
         found = self._again(http, question, stop, probing=probing)
+        self._look_again(stop)
         with self._lock:
             self.figures["answers"] += 1
         return found
@@ -714,8 +731,6 @@ class Client:
             found, error = self._caught(http, question)
             if error is None:
                 self._hear(start)
-                if self._known is None or question is not self._known[0]:
-                    self._look_again(stop)
                 return found
             if probing and number > 1 and isinstance(error, BadAnswerError):
                 break  # another protocol's, and not by chance
@@ -725,8 +740,18 @@ class Client:
             # What the server asks for comes on top: a moment of it is none.
             stop.wait(min(pause, _LONGEST_LOOK if waits else _LONGEST_PAUSE) * (1 + random.random()) / 2)
             pause = min(2 * pause, _LONGEST_PAUSE)
+        assert error is not None
         kind = TeacherError if isinstance(error, BadAnswerError) else TeacherUnreachableError
-        raise kind(self._clean(f"{self.url}{question.path}: gave up after {number} attempts, the last: {error}"))
+        said = f"{self.url}{question.path}: gave up after {number} attempts, the last: {error}"
+        raise kind(self._clean(said + self._advice(error)))
+
+    def _advice(self, error: _AgainError) -> str:
+        """What may help against something that did not pass."""
+        if error.kind == "time-out":
+            return f"; set a longer {self.role}_timeout, or ask for less at a time ({self.role}_concurrency)"
+        if error.kind == "status 429":
+            return f"; ask for less at a time ({self.role}_concurrency)"
+        return ""
 
     def _caught(self, http: http1.Connections, question: Question) -> tuple[Any, _AgainError | None]:
         try:
@@ -767,17 +792,18 @@ class Client:
         if says and gone is not None:
             self.say(f"{self.url} answers, after {now - gone:.0f} s")
 
-    def remember(self, question: Question, apart: Callable[[Any], float]) -> None:
+    def remember(self, question: Question, answer: Any, logprobs: Callable[[Any], Floats]) -> None:
         """Asks this again when there may be another model behind the URL.
 
         Args:
             question: about a known text.
-            apart: nats that the text's logprobs are from what they were, in the mean, by the answer.
+            answer: to it.
+            logprobs: of the text's tokens, by an answer.
         """
-        self._known, self._doubted = (question, apart), False
+        self._known, self.known, self._doubted = (question, logprobs), logprobs(answer), False
 
     def _look_again(self, stop: threading.Event) -> None:
-        """Whether the model is the same, where that is in doubt; answers wait for it.
+        """Whether the model is the same, and how long its rows may be now, where that is in doubt; answers wait for it.
 
         Raises:
             OtherTeacherError: it is not.
@@ -787,15 +813,18 @@ class Client:
         with self._looking:
             if not self._doubted:
                 return
-            question, apart_of = self._known
+            question, logprobs = self._known
+            assert self.known is not None
             self._doubted = False
             try:
                 with self._connections() as http:
-                    apart = apart_of(self._again(http, question, stop))
-                if not apart <= _SAME:
+                    apart = nats_apart(self.known, logprobs(self._again(http, question, stop)))
+                    if models := self._models(http, optional=True, stop=stop):
+                        self._set_longest(models)
+                if not apart <= SAME:
                     raise OtherTeacherError(
                         f"{self.url} has another model than at the start: the logprobs of a known text are "
-                        f"{apart:.2g} nats from what they were, in the mean"
+                        f"{apart:.2g} nats from what they were, in the mean; serve that one again"
                     )
             except BaseException:
                 self._doubted = True
@@ -839,13 +868,19 @@ class Client:
             name = self.key_variable
             hint = f"; set {name} to the server's key" if not self._key else f"; the key of {name}?"
         elif status == 404:
-            hint = "; another protocol, or a model that it does not have (teacher_model)?"
+            hint = f"; another protocol, or a model that it does not have{self._naming(' ({})')}?"
         elif 300 <= status < 400:
             hint = "; redirects are not followed, as they would take the key along: give the server's own URL"
         kind = RowRefusedError if status in _UNFIT else TeacherError
         return kind(f"refused with status {status}{said}{hint}")
 
-    def _models(self, http: http1.Connections, *, optional: bool) -> dict[str, int]:
+    def _naming(self, text: str) -> str:
+        """How to say which model is meant, where there is a setting for that."""
+        return text.format("teacher_model") if self.role == "teacher" else ""
+
+    def _models(
+        self, http: http1.Connections, *, optional: bool, stop: threading.Event | None = None
+    ) -> dict[str, int]:
         """The models that the server has, and how long their rows may be; none where it does not say, if that may be.
 
         Raises:
@@ -853,7 +888,7 @@ class Client:
         """
         question = Question("/v1/models", None, _LIST_ROOM, _models_in)
         try:
-            found: dict[str, int] = self._again(http, question, threading.Event(), probing=optional)
+            found: dict[str, int] = self._again(http, question, stop or threading.Event(), probing=optional)
         except TeacherUnreachableError:
             raise
         except TeacherError:
@@ -866,7 +901,7 @@ class Client:
         """The name of the one model that the server has; empty where it does not say."""
         if len(models) > 1:
             some = self._repeated(", ".join(models))
-            raise TeacherError(f"{self.url} has several models, set teacher_model to one: {some}")
+            raise TeacherError(f"{self.url} has several models{self._naming(', set {} to one')}: {some}")
         return next(iter(models), "")
 
     def _repeated(self, text: str) -> str:
@@ -923,10 +958,11 @@ def _whole(answers: Sequence[Found | RowRefusedError]) -> list[Found]:
     raise error
 
 
-def _apart(before: Answer, now: Answer) -> float:
-    """How far two answers about one row are from each other: nats, in the mean over its tokens."""
-    a, b = (np.nan_to_num(answer.logprobs[1:], neginf=_NOTHING) for answer in (before, now))
-    return float(np.minimum(np.abs(a - b), 10).mean())
+def nats_apart(before: npt.ArrayLike, now: npt.ArrayLike) -> float:
+    """How far two models' logprobs of a text are from each other, in the mean over the tokens that both have."""
+    a, b = (np.maximum(np.asarray(x, np.float64), _NOTHING) for x in (before, now))
+    n = min(len(a), len(b))
+    return float(np.minimum(np.abs(a[:n] - b[:n]), 10).mean())
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -974,7 +1010,7 @@ def self_test(
     # Of every row something that does not depend on the token that is there. OpenAI's dialect has that anyway.
     topk = topk if client.protocol == OpenAI.name else max(topk, 1)
     first, second, *rest = client.score([ids, ids, *variants], topk)
-    client.remember(client.question(ids, topk), lambda now: _apart(first, now))
+    client.remember(client.question(ids, topk), first, lambda answer: answer.logprobs[1:])
     with np.errstate(invalid="ignore"):
         gap = np.nan_to_num(np.abs(first.logprobs - second.logprobs))
     apart = float(gap.max())

@@ -26,7 +26,7 @@ from xtokmap.teachers.client import (
 )
 from xtokmap.teachers.head import Head
 from xtokmap.teachers.scores import Prompted, Scores, check_queries, padded_found, scores_of
-from xtokmap.teachers.states import SOURCES, nats_apart, verified
+from xtokmap.teachers.states import SOURCES, logprobs_of, verified
 from xtokmap.tokenizers import byte_table
 from xtokmap.torch.completions import check_pairs, flat_ids, row_ends, token_mask
 from xtokmap.torch.logits import Logits, TopK
@@ -112,6 +112,12 @@ class ServerTeacher(Prompted):
         """Of the one server, or of the two."""
         return [self.client] if self.states_client is self.client else [self.client, self.states_client]
 
+    @property
+    def known(self) -> list[float]:
+        """Logprobs of the self-test's text, by which its model is known again; empty: nobody has asked."""
+        found = (self.states_client if self.rows == "hidden" else self.client).known
+        return [] if found is None else [max(float(x), -1e4) for x in found]
+
     def _spell(self, token: int) -> bytes | None:
         return self._table[token] if token < len(self._table) else None
 
@@ -195,7 +201,7 @@ class ServerTeacher(Prompted):
             raise TeacherError(f"they have {states.shape[1]} numbers, the output head takes {head.width}")
         logprobs = own()
         head = verified(head, states, ids, None if logprobs is None else logprobs[: len(ids)])
-        client.remember(asked, lambda now: nats_apart(head, ids, states, now))
+        client.remember(asked, states, lambda states: logprobs_of(head, ids, states))
         self.head, self._source = head, source
         self.bytes_per_token = source.size(states)
 

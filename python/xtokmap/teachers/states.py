@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xtokmap.teachers import binary, http1
-from xtokmap.teachers.client import SGLANG, BadAnswerError, Question, TeacherError
+from xtokmap.teachers.client import SGLANG, BadAnswerError, Floats, Question, TeacherError
 from xtokmap.teachers.head import NORMS, Head
 
 #: Bytes for everything in an answer but the states.
@@ -141,6 +141,7 @@ class SGLangStates:
                 found, cached = meta["hidden_states"][0], meta["cached_tokens"]
             except (KeyError, TypeError, ValueError, IndexError):
                 raise BadAnswerError("no meta_info with hidden_states and input_token_logprobs in it") from None
+            SGLANG.check_whole(meta, len(ids))
             if named != list(ids[first - 1 :]):
                 raise BadAnswerError("its input_token_logprobs are not of the ids that were sent")
             if type(cached) is not int or not 0 <= cached < first or not isinstance(found, list):
@@ -247,18 +248,17 @@ def verified(head: Head, states: Tensor, ids: Sequence[int], logprobs: Tensor | 
 
 
 @torch.no_grad()
-def nats_apart(head: Head, ids: Sequence[int], before: Tensor, now: Tensor) -> float:
-    """How far the logprobs of a text are from each other by two answers about it, in the mean.
+def logprobs_of(head: Head, ids: Sequence[int], states: Tensor) -> Floats:
+    """Logprobs of a text's tokens but the first, float32 `[n - 1]`.
 
     Args:
-        head: of both.
+        head: of the states.
         ids: of the text; n.
-        before: states `[n, H]`, of all places but the first, and the one behind.
-        now: the same, later.
+        states: `[n, H]`, of all places but the first, and the one behind.
     """
     own = torch.tensor(ids[1:], device=head.weight.device)
-    a, b = (_of(_rows(head, states), own) for states in (before, now))
-    return float((a - b).abs().clamp(max=10).mean())
+    found: Floats = _of(_rows(head, states).float(), own).cpu().numpy()
+    return found
 
 
 def _of(rows: Tensor, ids: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.models import one_line
 from xtokmap.teachers.client import BadAnswerError, Client, Question, TeacherError
 from xtokmap.torch.completions import batched_logprobs
-from xtokmap.train.config import SAMPLER_KEY, Config
+from xtokmap.train.config import Config
 
 #: Bytes of an answer: for each token, and for everything else.
 _ENTRY, _ROOM = 512, 2**18
@@ -73,7 +73,7 @@ class ServerSampler:
     """
 
     def __init__(self, url: str, folder: Path, name: str, *, first: bool = True, **options: Any) -> None:
-        self.client = Client(url, protocol="vllm", key_variable=SAMPLER_KEY, **options)
+        self.client = Client(url, protocol="vllm", role="sampler", **options)
         self.folder, self.name, self.first, self.version = folder, name, first, -1
         self._name, self._weights = "", folder
 

@@ -6,7 +6,7 @@ A checkpoint is a folder `step-00000050` of four files:
   the optimizer's moments, every rank's random generators, and its share of the batch that is sampled already
   (`Config.overlap`);
 - `state.json`: the step, the position in the prompts, the learning rate's schedule, the config, the evaluation before,
-  and digests of a sample of the weights that are not trained;
+  digests of a sample of the weights that are not trained, and what a served teacher says of a known text;
 - `metrics.jsonl`: every step's line so far;
 - `manifest.json`: sizes and SHA-256 of the others.
 
@@ -33,7 +33,9 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.models import one_line, own_parameter, write_back
+from xtokmap.teachers.client import SAME, nats_apart
 from xtokmap.teachers.local import LocalTeacher
+from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.train.config import Config
 from xtokmap.train.evaluation import Evaluation
 from xtokmap.train.support.distributed import is_shard
@@ -155,6 +157,7 @@ def _write(run: Run, path: Path, tensors: Mapping[str, Tensor], untrained: _Dige
                 "processes": run.processes.count,
                 "prompts": _digest_of_prompts(run),
                 "untrained": untrained,
+                "served": _served(run),
                 "schedule": {"last_epoch": run.schedule.last_epoch, "rates": run.schedule.get_last_lr()},
                 "config": asdict(run.config),
                 "before": run.before and asdict(run.before),
@@ -321,7 +324,7 @@ def _digests(run: Run) -> _Digests:
         teacher = run.roller.teacher
         frozen = {name: p for name, p in run.roller.student.named_parameters() if not p.requires_grad}
         run.untrained = {"student": _digest_of_sample(frozen)}
-        if isinstance(teacher, LocalTeacher):  # of a served one nothing is known
+        if isinstance(teacher, LocalTeacher):  # of a served one there are no weights to look at: `_served`
             run.untrained["teacher"] = _digest_of_sample(dict(teacher.model.named_parameters()))
     return run.untrained
 
@@ -338,6 +341,13 @@ def _digest_of_sample(parameters: Mapping[str, Any]) -> dict[str, str]:
             digest.update(f"{name} {list(p.shape)}\n".encode())
             digest.update(part.view(torch.uint8).numpy().tobytes())
     return {"torch.bfloat16": rounded.hexdigest(), " ".join(kinds): own.hexdigest()}
+
+
+def _served(run: Run) -> dict[str, list[float]]:
+    """What each served teacher says of a known text."""
+    others = run.roller.others.teachers if run.roller.others else {}
+    teachers = {"teacher": run.roller.teacher, **{name: one for name, (one, _) in others.items()}}
+    return {name: one.known for name, one in teachers.items() if isinstance(one, ServerTeacher) and one.known}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -456,6 +466,14 @@ def _check_same(path: Path, state: dict[str, Any], run: Run) -> None:
             raise CheckpointError(
                 f"{path} is of {what}: what {side}={getattr(run.config, side)!r} has now are other weights; put those "
                 "back that the run began with, or use another output"
+            )
+    then_served = state.get("served", {})
+    for name, here in run.processes.gather(_served(run))[0].items():
+        if name in then_served and not (apart := nats_apart(then_served[name], here)) <= SAME:
+            raise CheckpointError(
+                f"{path} is of a run with another {name}: what is served as it now has logprobs of a known text that "
+                f"are {apart:.2g} nats from those of then, in the mean; serve the one that the run began with, or use "
+                "another output"
             )
     if state["processes"] != run.processes.count:
         raise CheckpointError(
