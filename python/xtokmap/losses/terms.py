@@ -48,12 +48,14 @@ class Loss(NamedTuple):
             loss adds.
         logprobs: float32 `[B, Ts]`; the student's own, without a gradient and NaN where not worked out, of a loss that
             comes by them.
+        entropy: likewise; of the student's distribution at every token, nats.
     """
 
     loss: Tensor
     terms: Tensor
     figures: dict[str, Tensor]
     logprobs: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def reduce_terms(
@@ -142,17 +144,17 @@ def divergence_and_slope(p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Ten
 
     The derivative is finite also where p = 0; it counts for nothing there, as it is multiplied by p.
     """
-    tiny = torch.finfo(p.dtype).tiny
-    log_p, log_q = p.clamp(min=tiny).log(), q.clamp(min=tiny).log()
+    least = 4 * torch.finfo(p.dtype).tiny  # no quotient is 0 or infinite
+    some_p, some_q = p.clamp(min=least), q.clamp(min=least)
     if beta == 1:
-        slope = log_p.sub_(log_q)
+        slope = some_p.div_(some_q).log_()
         return (p * slope).sum(-1), slope
     if beta == 0:
-        value = (q * (log_q - log_p)).sum(-1)
-        return value, torch.where(p > 0, -q / p.clamp(min=tiny), 0)  # which could be infinite
-    m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=tiny).log_()
-    slope = (log_p - m).mul_(1 - beta)
-    return (p * slope).sum(-1) + beta * (q * (log_q - m)).sum(-1), slope
+        slope = (q / some_p).neg_()
+        return (some_q.div_(some_p).log_().mul_(q)).sum(-1), slope
+    m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=least)
+    slope = some_p.div_(m).log_().mul_(1 - beta)
+    return (p * slope).sum(-1) + beta * some_q.div_(m).log_().mul_(q).sum(-1), slope
 
 
 def event_and_slopes(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
