@@ -31,10 +31,12 @@ from xtokmap.losses.terms import (
     last_of_chunk,
     log_left,
     reduce_terms,
+    summed_terms,
     wanted_rows,
 )
 from xtokmap.torch.index import ChunkIndex, VocabTensors
 from xtokmap.torch.logits import Logits, map_rows
+from xtokmap.torch.summed import graded
 
 Phi: TypeAlias = Literal["longest", "canonical"]
 Residual: TypeAlias = Literal["compact", "column"]
@@ -62,6 +64,7 @@ def byte_kl(
     queries: InteriorQueries,
     *,
     spelling: Spelling | None = None,
+    student_ids: Tensor | None = None,
     beta: float = 0.0,
     phi: Phi = "longest",
     residual: Residual = "compact",
@@ -93,6 +96,7 @@ def byte_kl(
         vocab_map: `VocabTensors`, or what it can be made from.
         queries: of the same rows.
         spelling: ids and teacher logprobs; None leaves such student tokens to what starts with them.
+        student_ids: int64 `[B, Ts]`; tokens whose logprobs are to be found on the way.
         beta: see the module; 0 is KL(t || p).
         phi: "longest", or "canonical": the first token of the student's own encoding of v. Inside a teacher token it
             is what the queries say.
@@ -109,8 +113,8 @@ def byte_kl(
 
     Returns:
         The loss; figures `residual` (mean mass), `inside`, `spanning` (shares of the scored tokens) and `whitespace`
-        (tokens left out). A head pass (two with a gradient) of either side, and one more of the teacher's for the
-        spanning tokens.
+        (tokens left out). A head pass of either side, two more of the student's for a gradient, and one more of the
+        teacher's for the spanning tokens.
 
     Raises:
         XTokMapError: shapes or vocabularies that do not fit; unknown options; a `TopK` teacher; a spelling with queries
@@ -152,9 +156,21 @@ def byte_kl(
 
     fn = _ByteTerm(slots, beta, residual == "column", stop_bridge, floor)
     at = index.teacher_rows(index.teacher_pos)
-    terms, lost = map_rows(fn, student, teacher.at(at), inside, *spans, entries, size=size, rows=worked)
-    shares = {"inside": inside.float(), "spanning": (spans.to >= 0).float()}
-    loss = reduce_terms(terms, scored, index, mask, denominator, residual=lost, **shares)
+    loss, _ = summed_terms(
+        graded(fn, student.needs_gradient),
+        student,
+        (teacher.at(at), inside, *spans, entries),
+        scored,
+        index,
+        mask,
+        denominator,
+        figures=("residual",),
+        rows=worked,
+        ids=student_ids,
+        size=size,
+        inside=inside.float(),
+        spanning=(spans.to >= 0).float(),
+    )
     loss.figures["whitespace"] = left_out.sum()
     return loss
 
@@ -606,4 +622,8 @@ def computed(x: LossInput) -> Computed:
     queries = there(x.interior, "interior")
     bridge = x.settings.stop_bridge if x.settings.score_stop else 0.0
     common: Any = {"beta": x.settings.beta, "stop_bridge": bridge, "mask": mask, "denominator": x.denominator}
-    return sums_of(byte_kl(x.student, whole_rows(x), x.index, there(x.maps, "maps"), queries, **common), "residual")
+    loss = byte_kl(
+        x.student, whole_rows(x), x.index, there(x.maps, "maps"), queries, student_ids=x.student_ids, **common
+    )
+    x.came_by(loss)
+    return sums_of(loss, "residual")

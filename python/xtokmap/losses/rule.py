@@ -120,18 +120,18 @@ class LossInput:
             self._plain_logprobs = self.padded(flat_logprobs(self.rows.detach(), self.ids))
         return self._plain_logprobs
 
-    def came_by(self, loss: Loss, tokens: int) -> None:
+    def came_by(self, loss: Loss, tokens: int | None = None) -> None:
         """Takes note of logprobs and entropies that a loss has worked out, which saves head passes.
 
         Args:
             loss: with those, NaN where there is none.
-            tokens: of how many there are some.
+            tokens: of how many there are some; None: of all, but for those that the CPU was asked to leave out.
         """
-        logprobs = loss.logprobs
-        if logprobs is None or (tokens < len(self.ids) and logprobs.device.type != "cpu"):
+        logprobs, some = loss.logprobs, tokens is not None and tokens < len(self.ids)
+        if logprobs is None or (some and logprobs.device.type != "cpu"):
             return  # which ones are missing can be asked of the CPU alone
         found = torch.where(self.mask, logprobs, 0)
-        if tokens < len(self.ids):
+        if logprobs.device.type == "cpu":
             left = logprobs.view(-1)[self.places].isnan().nonzero()[:, 0]
             others = flat_logprobs(self.rows.detach().at(left), self.ids[left])
             found = found.view(-1).index_copy(0, self.places[left], others.to(found.dtype)).view(found.shape)

@@ -13,7 +13,7 @@ from xtokmap.losses.rule import Computed, LossInput, but_markers, sums_of, there
 from xtokmap.losses.target import EventMaps, TransferTarget
 from xtokmap.losses.terms import STOP, Loss, check_beta, check_mask, reduce_terms
 from xtokmap.torch.index import ChunkIndex
-from xtokmap.torch.logits import _SLICE, Logits, _widened, softmax_and_sums
+from xtokmap.torch.logits import _SLICE, Logits, _widened, entropy_of, softmax_and_sums
 from xtokmap.torch.summed import sum_rows
 
 
@@ -136,8 +136,7 @@ def _row_loss(
     own, every = ids[:, None], maps.student_event
     each, log_total = softmax_and_sums(x)
     logprobs = chosen = x.gather(1, own)[:, 0] - log_total
-    # A logit of -inf counts for nothing.
-    entropy = log_total - x.clamp_(min=torch.finfo(x.dtype).min).mul_(each).sum(-1)
+    entropy = entropy_of(each, x, log_total)
     bins = maps.stop_events
     if bridge is None:
         left = (1 - q.index_select(1, bins).sum(-1)).clamp(min=floor)

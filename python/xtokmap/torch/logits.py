@@ -82,6 +82,12 @@ class Logits:
         """V, the number of logits of a row."""
         return self.rows.shape[-1] if self.weight is None else self.weight.shape[0]
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether what is worked out of them has one."""
+        inputs = (self.rows, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
     def at(self, positions: Tensor) -> Logits:
         """The rows at these flat positions (int64, any shape), without a copy.
 
@@ -167,6 +173,11 @@ def softmax_and_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     p = x.softmax(-1)
     # The likeliest token has a probability of at least 1 / V.
     return p, x.amax(-1) - p.amax(-1).log()
+
+
+def entropy_of(p: Tensor, x: Tensor, log_sum: Tensor) -> Tensor:
+    """Entropies of rows in nats, from what `softmax_and_sums` has found of them."""
+    return log_sum - x.clamp(min=torch.finfo(x.dtype).min).mul_(p).sum(-1)  # 0 * -inf would be NaN
 
 
 @dataclass(frozen=True, eq=False)

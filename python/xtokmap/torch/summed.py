@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from xtokmap.torch.logits import _SLICE, Logits, _scaled, _widened, blocks
+from xtokmap.torch.logits import _SLICE, Logits, RowFunction, Sliceable, _scaled, _widened, blocks
 
 #: Dtypes that the losses compute in.
 _WIDE = (torch.float32, torch.float64)
@@ -23,8 +23,23 @@ RowGradient: TypeAlias = Callable[..., tuple[Tensor, ...]]
 class Part(Protocol):
     """What a `RowGradient` is given beside tensors: made for a slice of rows, and taken a block at a time."""
 
-    def made(self, a: int, b: int) -> Any:
+    def made(self, a: int, b: int) -> Sliceable:
         """For rows a to b; its `slice(c, d)` is for rows c to d among these."""
+
+
+class Lying:
+    """A part that there is already, with a `slice` of its own."""
+
+    def __init__(self, there: Sliceable, first: int = 0) -> None:
+        self._there, self._first = there, first
+
+    def made(self, a: int, b: int) -> Lying:
+        """See `Part`."""
+        return Lying(self._there, a)
+
+    def slice(self, a: int, b: int) -> Any:
+        """See `Part`."""
+        return self._there.slice(self._first + a, self._first + b)
 
 
 def sum_rows(
@@ -54,6 +69,37 @@ def sum_rows(
         fn, student, weights.detach(), others, size, torch.is_grad_enabled(), student.rows, student.weight, student.bias
     )
     return out
+
+
+def graded(fn: RowFunction, enabled: bool, *, also: int | None = None) -> RowGradient:
+    """A function of rows with the gradient that autograd finds, for `sum_rows`.
+
+    Args:
+        fn: as `map_rows` takes it.
+        enabled: whether a gradient is needed.
+        also: which of its other arguments gets a gradient as well: of every row, the last of the values.
+    """
+
+    def found(x: Tensor, *parts: Any) -> tuple[Tensor, ...]:
+        leaf, given = x.detach(), list(parts)
+        leaves = [leaf]
+        if also is not None:
+            given[also] = given[also].detach()
+            leaves.append(given[also])
+        with torch.set_grad_enabled(enabled):
+            for one in leaves:
+                one.requires_grad_(enabled)
+            out = fn(leaf, *given)
+            values = out if isinstance(out, tuple) else (out,)
+            slopes: Sequence[Tensor | None] = [None] * len(leaves)
+            if values[0].requires_grad:
+                slopes = torch.autograd.grad(values[0].sum(), leaves, allow_unused=True)
+        filled = [torch.zeros_like(one) if d is None else d for one, d in zip(leaves, slopes, strict=True)]
+        x.copy_(filled[0])
+        finite = torch.isfinite(values[0].detach())
+        return *(value.detach() for value in values), *(torch.where(finite, d, 0) for d in filled[1:])
+
+    return found
 
 
 class _SumRows(torch.autograd.Function):

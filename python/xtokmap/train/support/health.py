@@ -26,7 +26,7 @@ from torch import Tensor
 from xtokmap.alignment import Kind
 from xtokmap.losses.queries import boundary_leak
 from xtokmap.torch.completions import batched_logprobs
-from xtokmap.torch.logits import _SLICE, Logits, blocks, softmax_and_sums
+from xtokmap.torch.logits import _SLICE, Logits, blocks, entropy_of, softmax_and_sums
 from xtokmap.train.config import Config
 from xtokmap.train.rollouts import Rollouts
 from xtokmap.train.sampling import Roller
@@ -84,7 +84,7 @@ def entropy_sum(rows: Logits, every: int, known: Tensor | None = None) -> Tensor
         for c, d in blocks(min(n, a + size) - a, rows.vocab_size, device):
             x = logits.slice(c, d)
             p, log_sum = softmax_and_sums(x)
-            found.append((log_sum - p.mul_(x.clamp(min=-1e30)).sum(-1)).double())  # 0 * -inf would be NaN
+            found.append(entropy_of(p, x, log_sum).double())
     entropy = torch.cat(found)
     finite = torch.isfinite(entropy)
     return torch.stack([torch.where(finite, entropy, 0).sum(), finite.sum().double()])
