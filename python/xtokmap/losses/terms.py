@@ -33,7 +33,7 @@ from xtokmap.torch.summed import Lying, RowGradient, sum_rows
 REWRITTEN, STOP, MARKER = int(Kind.REWRITTEN), int(Kind.STOP), int(Kind.MARKER)
 
 #: Where a bin of one side holds nothing at all: about 1e-13, so that no divergence is infinite by rounding.
-_LOG_NOTHING = -30.0
+LOG_NOTHING = -30.0
 
 
 class Loss(NamedTuple):
@@ -274,7 +274,7 @@ def last_of_chunk(chunk: Tensor, index: ChunkIndex) -> Tensor:
 def log_left(x: Tensor, lse: Tensor, used: Tensor) -> Tensor:
     """log of 1 - the mass of what is used, from what is left: 1 minus a sum near 1 would be rounding."""
     left = x.masked_fill(used, -math.inf).logsumexp(-1) - lse
-    return torch.where(left > -math.inf, left, _LOG_NOTHING).clamp(min=_LOG_NOTHING)
+    return torch.where(left > -math.inf, left, LOG_NOTHING).clamp(min=LOG_NOTHING)
 
 
 def _flags(x: Tensor, ids: Tensor) -> Tensor:
