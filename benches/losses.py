@@ -1,7 +1,7 @@
 """CPU time and peak memory of every loss of whole distributions, sliced and all rows at once: python benches/losses.py
 
 Every measurement runs in a process of its own: one forward and backward pass of a loss with the output heads of both
-sides inside, on one text. "At once" is the same function of all rows' logits through autograd. The maps between the
+sides inside, on one text. "At once" is the same with one slice of all rows, worked on as a whole. The maps between the
 vocabularies and the queries are random: how much work there is depends on their sizes only. Memory is the growth of the
 process's peak over its size before the loss, inputs and the gradients' parameters being there already.
 """
@@ -17,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,8 @@ import xtokmap
 from xtokmap import losses
 from xtokmap.alignment import InteriorQueries
 from xtokmap.losses import bytes as prefixes
-from xtokmap.losses import chunks, strict
+from xtokmap.losses import terms
+from xtokmap.torch import logits
 from xtokmap.torch.index import ChunkIndex, VocabTensors
 from xtokmap.torch.logits import Logits, TopK, token_logprobs_from_hidden
 
@@ -36,28 +36,6 @@ RESULTS = Path(__file__).parent / "results"
 PAIRS = ((49_152, 151_936), (151_936, 262_144))
 HIDDEN = 256
 LOSSES = ("strict_kl", "strict_kl, all", "strict_kl, top-k teacher", "byte_kl", "completion", "uld_hybrid", "alm")
-
-
-def all_at_once(fn: Any, student: Logits, *others: Any, size: int | None = None, rows: Tensor | None = None) -> Any:
-    """`map_rows` without slices: the function of all rows, with what autograd keeps of it."""
-    shape = student.shape
-    if rows is not None:
-        student = student.at(rows)
-        others = tuple(
-            o.reshape(-1, *o.shape[len(shape) :])[rows]
-            if isinstance(o, Tensor)
-            else o.at(rows)
-            if hasattr(o, "at")
-            else o
-            for o in others
-        )
-    n = student.shape.numel()
-    flat = [o.reshape(n, *o.shape[len(student.shape) :]) if isinstance(o, Tensor) else o.slice(0, n) for o in others]
-    out = fn(student.slice(0, n), *flat)
-    out = out if isinstance(out, tuple) else (out,)
-    if rows is not None:
-        out = tuple(x.new_zeros(shape.numel()).index_copy(0, rows, x) for x in out)
-    return tuple(x.view(shape) for x in out)
 
 
 def random_map(student: int, teacher: int, rng: np.random.Generator) -> VocabTensors:
@@ -132,7 +110,7 @@ def measure(loss: str, student: int, teacher: int, tokens: int, sliced: bool) ->
         np.stack([np.zeros_like(inside), np.full_like(inside, each)], 1),
     )
     lo = rng.integers(0, student - 10, len(behind) * 10)
-    completions = losses.CompletionQueries(
+    completions = prefixes.CompletionQueries(
         behind,
         rows[behind - 1],
         np.arange(len(behind) + 1) * 10,
@@ -157,7 +135,7 @@ def measure(loss: str, student: int, teacher: int, tokens: int, sliced: bool) ->
         "alm": lambda: losses.alm(own(), teacher_logprobs, index),
     }[loss]
     if not sliced:
-        strict.map_rows = chunks.map_rows = prefixes.map_rows = all_at_once  # type: ignore[assignment]
+        logits._SLICE = terms._SLICE = logits._BLOCK = 2**60
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     start = time.process_time()
     result = work()
@@ -211,10 +189,10 @@ def main() -> None:
 {HIDDEN}.
 
 Forward and backward pass of one text, with both output heads inside: CPU seconds, and memory above the inputs and
-the gradients. Slices are 64 MiB of logits, and several tensors of that size are alive at a time. The last column gives
-the same function all rows' logits at once, which is why it has fewer tokens: its memory grows with them. That of slices
-should not: compare the first two columns. Slices are worked on twice,
-once for the gradient. `alm` sees sampled logprobs only.
+the gradients. Slices are 64 MiB of logits, of which a block that the cache holds is worked on at a time. The last
+column gives the same function all rows' logits at once, which is why it has fewer tokens: its memory grows with them.
+That of slices should not: compare the first two columns. `completion` works on its slices twice, once for the gradient.
+`alm` sees sampled logprobs only.
 
 {found}
 """

@@ -177,7 +177,7 @@ def trained(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     from xtokmap import demo
     from xtokmap.models import load
 
-    sides = [load(str(demo.fetch(which)), torch.device("cpu")) for which in (demo.STUDENT, demo.TEACHER)]
+    sides = [load(str(demo.fetch(which)), torch.device("cpu")) for which in (demo.GEMMA, demo.SMOLLM2)]
     first, second = sides if args.pair == "demo" else sides[::-1]
     return *first, *second
 
@@ -543,8 +543,8 @@ def main() -> None:
     titles = {
         "made": f"Qwen's vocabulary (151,936 logits) from DeepSeek V3's (129,280); hidden size {args.hidden}, "
         f"{args.layers} layers, random weights",
-        "demo": "SmolLM2 135M (49,152) from Gemma 3 270M (262,144)",
-        "swapped": "Gemma 3 270M (262,144) from SmolLM2 135M (49,152)",
+        "demo": "Gemma 3 270M (262,144) from SmolLM2 135M (49,152), as `xtokmap demo`",
+        "swapped": "SmolLM2 135M (49,152) from Gemma 3 270M (262,144)",
     }
     packages = ("xtokmap", "torch", "transformers", "trl")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

@@ -22,7 +22,7 @@ from xtokmap.train import sampling as rolling
 from xtokmap.train.config import Config
 from xtokmap.train.loop import Run, train
 from xtokmap.train.sampling import Roller
-from xtokmap.train.step import StepResult
+from xtokmap.train.step import StepResult, update
 from xtokmap.train.support.health import Entropy, Monitor, entropy_sum, measure, together
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastokens gives other ids", "ignore:the loss or the gradient is not")
@@ -132,6 +132,28 @@ def test_entropy_is_that_of_every_row_or_of_evenly_spaced_ones():
     total, n = entropy_sum(Logits(hidden, weight, temperature=0.7), 1).tolist()
     assert n == 10
     assert total == pytest.approx(float(want.sum() - want[4]), rel=1e-5)
+    # What a loss has come by is not worked out again, and the rest is.
+    known = want.float() + 1
+    known[[3, 6]] = math.nan
+    total, n = entropy_sum(Logits(hidden, weight, temperature=0.7), 3, known).tolist()
+    assert n == 4
+    assert total == pytest.approx(float(want[::3].sum()) + 2, rel=1e-5)
+
+
+def test_the_loss_comes_by_the_entropy_that_a_pass_over_the_rows_gives():
+    student, tokenizer, teacher, teacher_tokenizer = pair()
+    config = Config(max_new_tokens=20, device="cpu", loss="transfer_kl", micro_batch=3, temperature=0.7)
+    roller = Roller(student, tokenizer, LocalTeacher(teacher, teacher_tokenizer), config)
+    torch.manual_seed(0)
+    rollouts = roller.roll(list(ANSWERS))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    seen = []
+    update(roller, rollouts, optimizer, lambda rows, known: seen.append((rows, known)))
+    assert len(seen) > 1
+    for rows, known in seen:
+        assert known.isfinite().float().mean() > 0.5
+        for every in (1, 2):
+            torch.testing.assert_close(entropy_sum(rows, every, known), entropy_sum(rows, every), rtol=1e-5, atol=1e-4)
 
 
 def test_figures_are_those_of_the_definition():

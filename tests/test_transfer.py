@@ -779,6 +779,6 @@ def test_the_leak_is_the_mass_of_what_begins_with_a_token_over_its_own():
     teacher = xtokmap.ByteTable.from_bytes([b"1", b"12", b"121", b"x", None])
     row = torch.tensor([0.01, 0.29, 0.68, 0.01, 0.01])
     found = boundary_leak(
-        Logits(row.log().expand(3, -1)), torch.tensor([0, 1, 4]), xtokmap.Aligner(student, teacher).vocab_map, size=2
+        Logits(row.log().expand(3, -1)), torch.tensor([0, 1, 4]), xtokmap.Aligner(student, teacher).vocab_map
     )
     assert found.tolist() == pytest.approx([math.log(0.98 / 0.01), math.log(0.97 / 0.29), 0], abs=1e-5)

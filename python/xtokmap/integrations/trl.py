@@ -27,7 +27,7 @@ from xtokmap.teachers.local import LocalTeacher, Teacher
 from xtokmap.teachers.remote import ServerTeacher
 from xtokmap.torch.completions import body_and_head, headed, padded_places
 from xtokmap.torch.logits import Logits
-from xtokmap.torch.mixture import View, shares
+from xtokmap.torch.mixture import View, entropies, shares
 from xtokmap.torch.pair import Pair
 from xtokmap.train.config import AUTO
 from xtokmap.train.support.health import entropy_sum
@@ -211,13 +211,15 @@ class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
         lengths = [len(row.ids) for row in rows]
         views = rows[0].scored
         sums: list[dict[str, Tensor]] = [{} for _ in views]
-        for share in shares(views, student, [row.number for row in rows], lengths=lengths, denominator=denominator):
+        numbers = [row.number for row in rows]
+        found = list(shares(views, student, numbers, lengths=lengths, denominator=denominator))
+        for share in found:
             total = total + share.weight * share.found.loss
             own = sums[views.index(share.view)]
             for name, value in share.found.sums.items():
                 own[name] = own.get(name, 0) + value.sum()
         self._found = sums
-        entropy, places = entropy_sum(student, 1)
+        entropy, places = entropy_sum(student, 1, entropies(found, sum(lengths)))
         return total, entropy, places
 
     def _student_rows(self, model: Any, inputs: dict[str, Any], completions: list[list[int]]) -> Logits:

@@ -19,6 +19,7 @@ from xtokmap._core import ByteTable, XTokMapError
 from xtokmap.alignment import InteriorQueries
 from xtokmap.losses.rule import Computed, LossInput, sums_of, there, wanted, whole_rows
 from xtokmap.losses.terms import (
+    LOG_NOTHING,
     MARKER,
     REWRITTEN,
     STOP,
@@ -28,13 +29,14 @@ from xtokmap.losses.terms import (
     check_shape,
     check_teacher,
     divergence,
+    divergence_and_slope,
     last_of_chunk,
-    log_left,
     reduce_terms,
+    summed_terms,
     wanted_rows,
 )
 from xtokmap.torch.index import ChunkIndex, VocabTensors
-from xtokmap.torch.logits import Logits, map_rows
+from xtokmap.torch.logits import Logits, map_rows, softmax_and_sums
 
 Phi: TypeAlias = Literal["longest", "canonical"]
 Residual: TypeAlias = Literal["compact", "column"]
@@ -62,6 +64,7 @@ def byte_kl(
     queries: InteriorQueries,
     *,
     spelling: Spelling | None = None,
+    student_ids: Tensor | None = None,
     beta: float = 0.0,
     phi: Phi = "longest",
     residual: Residual = "compact",
@@ -93,6 +96,7 @@ def byte_kl(
         vocab_map: `VocabTensors`, or what it can be made from.
         queries: of the same rows.
         spelling: ids and teacher logprobs; None leaves such student tokens to what starts with them.
+        student_ids: int64 `[B, Ts]`; tokens whose logprobs are to be found on the way.
         beta: see the module; 0 is KL(t || p).
         phi: "longest", or "canonical": the first token of the student's own encoding of v. Inside a teacher token it
             is what the queries say.
@@ -109,8 +113,8 @@ def byte_kl(
 
     Returns:
         The loss; figures `residual` (mean mass), `inside`, `spanning` (shares of the scored tokens) and `whitespace`
-        (tokens left out). A head pass (two with a gradient) of either side, and one more of the teacher's for the
-        spanning tokens.
+        (tokens left out). A head pass of either side, two more of the student's for a gradient, and one more of the
+        teacher's for the spanning tokens.
 
     Raises:
         XTokMapError: shapes or vocabularies that do not fit; unknown options; a `TopK` teacher; a spelling with queries
@@ -150,11 +154,23 @@ def byte_kl(
     else:
         spans = _spans(teacher, index, maps, queries, spelling, scored, size)
 
-    fn = _ByteTerm(slots, beta, residual == "column", stop_bridge, floor)
+    fn = _ByteTerm(slots, beta, residual == "column", stop_bridge, floor, student.needs_gradient)
     at = index.teacher_rows(index.teacher_pos)
-    terms, lost = map_rows(fn, student, teacher.at(at), inside, *spans, entries, size=size, rows=worked)
-    shares = {"inside": inside.float(), "spanning": (spans.to >= 0).float()}
-    loss = reduce_terms(terms, scored, index, mask, denominator, residual=lost, **shares)
+    loss, _ = summed_terms(
+        fn,
+        student,
+        (teacher.at(at), inside, *spans, entries),
+        scored,
+        index,
+        mask,
+        denominator,
+        figures=("residual",),
+        rows=worked,
+        ids=student_ids,
+        size=size,
+        inside=inside.float(),
+        spanning=(spans.to >= 0).float(),
+    )
     loss.figures["whitespace"] = left_out.sum()
     return loss
 
@@ -186,7 +202,6 @@ class _Slots:
         slot: int64 `[V_T]`; of every teacher token.
         given: bool `[V + 2]`; slots that some teacher token goes to.
         stops: the student's stop ids.
-        is_stop: bool `[V]`; the same, empty unless `with_stops`.
         no_bytes: bool `[V]`; student ids without bytes that are no stops, and that nothing goes to.
         with_stops: whether both sides can end a turn.
     """
@@ -194,7 +209,6 @@ class _Slots:
     slot: Tensor
     given: Tensor
     stops: Tensor
-    is_stop: Tensor
     no_bytes: Tensor
     with_stops: bool
 
@@ -207,19 +221,19 @@ class _Slots:
         given = torch.zeros(width + 2, dtype=torch.bool, device=slot.device).index_fill(0, slot, True)
         is_stop = given.new_zeros(width).index_fill(0, maps.student_stops, with_stops)
         no_bytes = given.new_ones(width).index_fill(0, maps.student_order, False) & ~is_stop & ~given[:width]
-        return cls(slot, given, maps.student_stops, is_stop, no_bytes, with_stops)
+        return cls(slot, given, maps.student_stops, no_bytes, with_stops)
 
     @property
     def nowhere(self) -> int:
         """The slot of mass that goes to no token."""
-        return len(self.is_stop)
+        return len(self.given) - 2
 
     def target(self, z: Tensor, inside: Tensor, spans: _Spans, entries: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The mass of every slot `[n, V + 2]`, and which are explicit."""
         nowhere, slots = self.nowhere, len(self.given)
         q = torch.softmax(z, -1)
         t = q.new_zeros(len(q), slots).index_add_(1, self.slot, q)
-        t = torch.where(inside[:, None], 0, t)
+        t.mul_(~inside[:, None])
         explicit = self.given & ~inside[:, None]
         row, ids, to = entries[0], entries[1], torch.where(entries[2] >= 0, entries[2], nowhere)
         mass = q[row, ids]
@@ -239,7 +253,10 @@ class _Slots:
 
 @dataclass(frozen=True, eq=False)
 class _ByteTerm:
-    """What `map_rows` works out of a slice of rows: the divergence from the target, and the target's mass of nowhere.
+    """What `sum_rows` works out of rows: the divergence from the target, and the target's mass of nowhere.
+
+    The logits become the gradient. Of the explicit tokens it is formed by hand, over the whole row; of the few bins
+    beside them autograd finds it, by the logarithms of their masses.
 
     Attributes:
         slots: of the two vocabularies.
@@ -247,6 +264,7 @@ class _ByteTerm:
         column: whether the student's ids without bytes stand for the mass of nowhere.
         stop_bridge: see `byte_kl`.
         floor: likewise.
+        graded: whether a gradient is needed.
     """
 
     slots: _Slots
@@ -254,40 +272,85 @@ class _ByteTerm:
     column: bool
     stop_bridge: float
     floor: float
+    graded: bool
 
     def __call__(
         self, x: Tensor, z: Tensor, inside: Tensor, log_mass: Tensor, to: Tensor, realized: Tensor, entries: Any
     ) -> tuple[Tensor, Tensor]:
         slots = self.slots
         t, explicit = slots.target(z.to(x.dtype), inside, _Spans(log_mass, to, realized), entries)
-        tokens, lost, stop = t[:, : slots.nowhere], t[:, slots.nowhere], t[:, slots.nowhere + 1]
-        ends_turn = slots.is_stop & ~inside[:, None]
-        explicit = explicit[:, : slots.nowhere] & ~ends_turn
-        lse = x.logsumexp(-1)
-        log_t = tokens.log()
-        if self.beta > 0:
-            log_t = log_t.clamp(min=math.log(torch.finfo(torch.float32).tiny))
-        log_p = torch.where(explicit, x - lse[:, None], -math.inf)
-        terms = divergence(log_p, torch.where(explicit, log_t, -math.inf), self.beta)
-        # Beside the explicit tokens: what goes nowhere, all that phi never gives, and the end of a turn, a bin each.
-        bins = self._left(x, lse, explicit | ends_turn, lost)
+        lost, stop = t[:, slots.nowhere].clone(), t[:, slots.nowhere + 1].clone()
+        p, lse = softmax_and_sums(x)
+        # Masks are factors: a choice takes as long as many products.
+        its = explicit[:, : slots.nowhere].to(x.dtype)
+        left = 1 - its
         if slots.with_stops:
-            ends = x[:, slots.stops].logsumexp(-1) - lse
-            bins.append((torch.where(inside, -math.inf, ends), torch.where(inside, 0, stop)))
-        log_p, mass = (torch.stack(side, 1) for side in zip(*bins, strict=True))
-        terms = terms + divergence(log_p, mass.log(), self.beta)
-        if slots.with_stops and self.stop_bridge:
-            terms = terms + self.stop_bridge * torch.where(inside, 0, _stop_or_not(ends, stop))
-        return terms, lost
-
-    def _left(self, x: Tensor, lse: Tensor, used: Tensor, lost: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Bins of the tokens that are not used: log of the student's mass, and the target's."""
-        bins = []
+            within = inside[:, None].to(x.dtype)
+            its[:, slots.stops] *= within
+            left[:, slots.stops] *= within
+        t = t[:, : slots.nowhere].mul_(its)
+        masses, targets = [], [self._at_least(lost)]
         if self.column:
-            no_bytes = self.slots.no_bytes
-            bins.append((log_left(x, lse, ~no_bytes.expand_as(x)), self._at_least(lost)))
-            used, lost = used | no_bytes, torch.zeros_like(lost)
-        return [*bins, (log_left(x, lse, used), self._at_least(lost))]
+            no_bytes = slots.no_bytes.to(x.dtype)
+            masses.append(p @ no_bytes)
+            left *= 1 - no_bytes
+            targets.append(self._at_least(torch.zeros_like(lost)))
+        masses.append((p * left).sum(-1))
+        ends = x[:, slots.stops] if slots.with_stops else x[:, :0]
+        value, by_left, by_ends = self._beside(masses, targets, ends.logsumexp(-1) - lse, stop, inside)
+        if self.beta == 0:
+            common = t.sum(-1)
+            log_p = (x - lse[:, None]).clamp_(min=-1e30)  # 0 * -inf would be NaN
+            more = t.clamp(min=torch.finfo(t.dtype).tiny).log_().sub_(log_p).mul_(t).sum(-1)
+            value = value + torch.where(more > 1e20, math.inf, more)
+            d = t.neg()
+        else:
+            t = t.clamp(min=torch.finfo(torch.float32).tiny).mul_(its)
+            more, slope = divergence_and_slope(its.mul_(p), t, self.beta)
+            if self.beta == 1:
+                slope += 1  # the constant that it leaves out; the bins beside have theirs
+            value, common = value + more, -(its * slope).sum(-1)
+            d = slope.mul_(its)
+        if not self.graded:
+            return value, lost
+        ends = torch.nan_to_num(ends.softmax(-1)).mul_(by_ends[:, None])
+        common = common - by_ends - sum(by * mass for by, mass in zip(by_left, masses, strict=True))
+        left.mul_(by_left[-1][:, None]).add_(common[:, None])
+        if self.column:
+            left.addcmul_(no_bytes, by_left[0][:, None])
+        torch.addcmul(d, p, left, out=x)
+        if slots.with_stops:
+            x.index_add_(1, slots.stops, ends)
+        return value, lost
+
+    def _beside(
+        self, masses: list[Tensor], targets: list[Tensor], ends: Tensor, stop: Tensor, inside: Tensor
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """What the bins beside the explicit tokens add, which are what goes nowhere, all that phi never gives, and the
+        end of a turn: the value, its slopes by the masses of the former, and by the logarithm of that of the end.
+        """
+        logs = torch.stack([mass.clamp(min=math.exp(LOG_NOTHING)).log() for mass in masses], 1)
+        leaves, slots = [logs, ends], self.slots
+        with torch.set_grad_enabled(self.graded):
+            for leaf in leaves:
+                leaf.requires_grad_(self.graded)
+            log_p, mass = logs, torch.stack(targets, 1)
+            if slots.with_stops:
+                log_p = torch.cat([logs, torch.where(inside, -math.inf, ends)[:, None]], 1)
+                mass = torch.cat([mass, torch.where(inside, 0, stop)[:, None]], 1)
+            value = divergence(log_p, mass.log(), self.beta)
+            if slots.with_stops and self.stop_bridge:
+                value = value + self.stop_bridge * torch.where(inside, 0, _stop_or_not(ends, stop))
+            if not self.graded:
+                return value, [], ends
+            found = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+        by_logs, by_ends = (torch.zeros_like(x) if d is None else d for x, d in zip(leaves, found, strict=True))
+        least = math.exp(LOG_NOTHING)
+        slopes = [
+            torch.where(mass > least, by / mass.clamp(min=least), 0)
+            for by, mass in zip(by_logs.unbind(1), masses, strict=True)
+        ]
+        return value.detach(), slopes, by_ends
 
     def _at_least(self, mass: Tensor) -> Tensor:
         return mass.clamp(min=self.floor) if self.beta > 0 else mass
@@ -606,4 +669,8 @@ def computed(x: LossInput) -> Computed:
     queries = there(x.interior, "interior")
     bridge = x.settings.stop_bridge if x.settings.score_stop else 0.0
     common: Any = {"beta": x.settings.beta, "stop_bridge": bridge, "mask": mask, "denominator": x.denominator}
-    return sums_of(byte_kl(x.student, whole_rows(x), x.index, there(x.maps, "maps"), queries, **common), "residual")
+    loss = byte_kl(
+        x.student, whole_rows(x), x.index, there(x.maps, "maps"), queries, student_ids=x.student_ids, **common
+    )
+    x.came_by(loss)
+    return sums_of(loss, "residual")

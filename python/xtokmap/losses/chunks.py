@@ -23,10 +23,12 @@ from xtokmap.losses.terms import (
     divergence,
     last_of_chunk,
     reduce_terms,
+    summed_terms,
     wanted_rows,
 )
 from xtokmap.torch.index import ChunkIndex
-from xtokmap.torch.logits import Logits, map_rows
+from xtokmap.torch.logits import Logits
+from xtokmap.torch.summed import graded
 
 # ---- losses of chunks --------------------------------------------------------------------------------------------
 
@@ -180,8 +182,22 @@ def uld_hybrid(
 
     partner = teacher.at(index.teacher_rows(torch.where(scored, index.to_student(last_teacher), -1)))
     rows = wanted_rows(scored, rows)
-    terms, matched, unmatched = map_rows(fn, student, partner, earlier_s, earlier_t, size=size, rows=rows)
-    return reduce_terms(terms, scored, index, mask, denominator, matched=matched, unmatched=unmatched)
+    loss, (slope,) = summed_terms(
+        graded(fn, student.needs_gradient or earlier_s.requires_grad, also=1),
+        student,
+        (partner, earlier_s.detach(), earlier_t),
+        scored,
+        index,
+        mask,
+        denominator,
+        figures=("matched", "unmatched"),
+        rows=rows,
+        size=size,
+    )
+    # Through the earlier tokens comes a gradient and nothing else.
+    through = torch.where(scored & torch.isfinite(earlier_s), slope * (earlier_s - earlier_s.detach()), 0).sum()
+    over = loss.figures["tokens"].clamp(min=1) if denominator is None else denominator
+    return loss._replace(loss=loss.loss + through / over)
 
 
 def _sorted_l1(p: Tensor, q: Tensor) -> Tensor:

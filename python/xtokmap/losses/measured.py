@@ -25,12 +25,15 @@ class PairLoss(NamedTuple):
         logprobs: float32 `[B, Ts]`; the student's own, without a gradient.
         sums: what `means` makes the metrics of, to be added up over micro-batches first; scalars, and `nats` and
             `bytes`, `[B]`.
+        entropy: float32 `[N]` or None; of the student's distributions at its tokens, flat, in nats, without a gradient,
+            where the loss came by it; NaN where it did not.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     logprobs: Tensor
     sums: dict[str, Tensor]
+    entropy: Tensor | None = None
 
 
 def means(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,4 +59,4 @@ def measured(found: LossInput, computed: Computed) -> PairLoss:
         counted = {"stops": found.settings.score_stop, "markers": found.settings.score_markers}
         gap = chunk_gap(own, found.teacher_logprobs, found.index, **counted)
         sums["nats"], sums["bytes"] = gap
-    return PairLoss(computed.loss, means(sums), own, sums)
+    return PairLoss(computed.loss, means(sums), own, sums, found.entropy)

@@ -19,7 +19,9 @@ from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.boundary.vocab_map import VocabMap
 from xtokmap.ids import Int64
-from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened
+from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened, blocks, softmax_and_sums
+
+_NONE = np.zeros(0, np.int64)
 
 
 class Transferred(NamedTuple):
@@ -169,16 +171,15 @@ def transfer(
     )
     for a in range(0, p.rows, size):
         b = min(p.rows, a + size)
-        rows = _Rows(teacher, a, b)
+        k0, k1 = np.searchsorted(p.row[kept_terms], (a, b))
+        terms = kept_terms[k0:k1]
+        rows = _Rows(teacher, a, b, p.row[terms] - a, *p.holes(terms))
         missing[a:b] = rows.missing
         t0, t1 = np.searchsorted(p.token_row, (a, b))
         logprobs[t0:t1] = rows.logprobs(on(p.token_row[t0:t1] - a), teacher_ids[t0:t1])
         e0, e1 = np.searchsorted(p.element_row, (a, b))
         elements[e0:e1] = rows.logprobs(on(p.element_row[e0:e1] - a), on(p.element_id[e0:e1]))
-        k0, k1 = np.searchsorted(p.row[kept_terms], (a, b))
-        terms = kept_terms[k0:k1]
-        owner, ids = p.holes(terms)
-        kept[k0:k1] = rows.mass_without(on(p.row[terms] - a), on(owner), on(ids))
+        kept[k0:k1] = rows.kept
 
     # Terms: those that are one row but some tokens, and those that are elements.
     values = torch.zeros(len(p.row), device=device, dtype=dtype)
@@ -221,37 +222,31 @@ def _joined(p: Plan, logprobs: Tensor, values: Tensor, elements: Tensor, missing
 
 
 @torch.no_grad()
-def boundary_leak(teacher: Logits, teacher_ids: Tensor, vocab_map: VocabMap, *, size: int | None = None) -> Tensor:
+def boundary_leak(teacher: Logits, teacher_ids: Tensor, vocab_map: VocabMap) -> Tensor:
     """What a teacher token's end says about what comes next: log pi(t) - log q(t), in nats, of every token.
 
     pi(t) is the mass of all teacher tokens that begin with the bytes of t. A credit that takes log q(t) for the
     teacher's opinion of the text is off by this much where nothing else has ended there. (The sum that byte-level
-    sampling from tokens makes, arXiv 2410.09303.)
+    sampling from tokens makes, arXiv 2410.09303.) For some tokens of a text: only the logits of those that begin with
+    each are made.
 
     Args:
         teacher: flat rows `[N]`, each the one that predicts its token.
         teacher_ids: int64 `[N]`.
         vocab_map: of the pair.
-        size: rows of a slice; None takes 64 MiB of float32.
 
     Returns:
         float32 `[N]`, at least 0; 0 for tokens without bytes.
     """
-    device = teacher_ids.device
-    order = torch.from_numpy(vocab_map.teacher_order.astype(np.int64)).to(device)
-    ranges = vocab_map.teacher_range[teacher_ids.cpu().numpy()].astype(np.int64)
-    size = size or max(1, _SLICE // teacher.vocab_size)
-    parts = [torch.zeros(0, device=device)]
-    for a in range(0, len(ranges), size):
-        rows = _Rows(teacher, a, min(len(ranges), a + size))
-        ids = teacher_ids[a : a + size]
-        owner, at = _spread(*ranges[a : a + size].T)
-        own = on_device(owner, device)
-        masses = rows.logprobs(own, order[on_device(at, device)])
-        token = rows.logprobs(torch.arange(len(ids), device=device), ids)
-        pi = _logsumexp(masses, own, len(ids))
-        parts.append(torch.where(torch.isfinite(pi), pi - token, 0).float())
-    return torch.cat(parts)
+    order = vocab_map.teacher_order.astype(np.int64)
+    leaks = torch.zeros(len(teacher_ids), device=teacher_ids.device)
+    for i, token in enumerate(teacher_ids.tolist()):
+        a, b = vocab_map.teacher_range[token]
+        if a < b:
+            # Its own logit comes last.
+            x = teacher.some(i, on_device(np.append(order[a:b], token), teacher_ids.device))
+            leaks[i] = x[:-1].logsumexp(-1) - x[-1]
+    return leaks.clamp(min=0)
 
 
 def _sums_before(logprobs: Tensor, p: Plan, on: Any) -> Tensor:
@@ -271,27 +266,61 @@ def _logsumexp(values: Tensor, owner: Tensor, n: int) -> Tensor:
 
 
 class _Rows:
-    """A slice of teacher rows: whole, or as far as a served teacher's top-k shows them."""
+    """A slice of teacher rows: whole, or as far as a served teacher's top-k shows them.
 
-    def __init__(self, teacher: Logits | TopK, a: int, b: int) -> None:
-        if isinstance(teacher, Logits):
-            x = teacher.slice(a, b)
-            self._top = x.amax(-1, keepdim=True)
-            self._x = x
-            self._exp = torch.exp(x - self._top)
-            self._total = self._exp.sum(-1, dtype=torch.float64)
-            self._lse = self._total.log().to(x.dtype) + self._top[:, 0]
-            self.missing: Tensor | float = 0.0
-            self._ids = None
-        else:
-            ids, logprobs = teacher.slice(a, b)
-            self._ids, order = ids.sort(-1)  # padding, -1, comes first
+    Args:
+        teacher: the rows.
+        a: the first.
+        b: behind the last.
+        row: of every mass that is wanted, its row counted from a, rising.
+        owner: of every token that is left out of such a mass, which of them it is, rising.
+        ids: the tokens.
+
+    Attributes:
+        missing: the mass of each row that is not shown.
+        kept: log of the mass of each of `row` without its tokens.
+    """
+
+    def __init__(
+        self, teacher: Logits | TopK, a: int, b: int, row: Int64 = _NONE, owner: Int64 = _NONE, ids: Int64 = _NONE
+    ) -> None:
+        self.missing: Tensor | float = 0.0
+        self._ids = None
+        if isinstance(teacher, TopK):
+            shown, logprobs = teacher.slice(a, b)
+            self._ids, order = shown.sort(-1)  # padding, -1, comes first
             self._x = torch.where(self._ids < 0, -torch.inf, logprobs.gather(1, order))
-            self.missing = (1 - self._x.exp().sum(-1)).clamp(min=0)
+            # What is missing may be anything: it counts as kept.
+            mass = self._x.double().exp().sum(-1)
+            self.missing = (1 - mass).clamp(min=0).to(self._x.dtype)
+            on = partial(on_device, device=shown.device)
+            at, tokens = on(row[owner]), on(ids)
+            place = self._places(at, tokens)
+            left_out = torch.where(self._ids[at, place] == tokens, self._x[at, place].double().exp(), 0)
+            kept = (mass + self.missing)[on(row)].index_add(0, on(owner), left_out, alpha=-1)
+            self.kept = kept.clamp(min=1e-38).log().to(self._x.dtype)
+            return
+        self._logits = teacher.made(a, b)
+        device = self._logits.logits.device
+        of, at, tokens, owners = (on_device(x, device) for x in (row, row[owner], ids, owner))
+        sums, masses = [], []
+        for c, d in blocks(b - a, teacher.vocab_size, device):
+            p, log_sum = softmax_and_sums(self._logits.slice(c, d))
+            sums.append(log_sum)
+            first, last = np.searchsorted(row, (c, d))
+            if first < last:
+                lo, hi = np.searchsorted(owner, (first, last))
+                # The same float32 numbers are added up and taken away, so that little cancels.
+                whole = p.sum(-1, dtype=torch.float64)[of[first:last] - c]
+                left_out = p[at[lo:hi] - c, tokens[lo:hi]].double()
+                masses.append(whole.index_add(0, owners[lo:hi] - first, left_out, alpha=-1))
+        self._lse = torch.cat(sums)
+        kept = torch.cat([self._lse.new_zeros(0, dtype=torch.float64), *masses])
+        self.kept = kept.clamp(min=1e-38).log().to(self._lse.dtype)
 
     def logprobs(self, row: Tensor, ids: Tensor) -> Tensor:
         if self._ids is None:
-            return self._x[row, ids] - self._lse[row]
+            return self._logits.at(row, ids) - self._lse[row]
         at = self._places(row, ids)
         return torch.where(self._ids[row, at] == ids, self._x[row, at], -torch.inf)
 
@@ -302,17 +331,3 @@ class _Rows:
         keys = (self._ids + 1 + torch.arange(len(self._ids), device=row.device)[:, None] * stride).reshape(-1)
         found = torch.searchsorted(keys, ids + 1 + row * stride) - row * self._ids.shape[1]
         return found.clamp(0, self._ids.shape[1] - 1)
-
-    def mass_without(self, row: Tensor, owner: Tensor, ids: Tensor) -> Tensor:
-        """log of the mass of each of `row` without some tokens: `ids`, those of the row at place `owner` of `row`."""
-        if self._ids is None:
-            total, left_out = self._total[row], self._exp[row[owner], ids].double()
-            kept = total.index_add(0, owner, left_out, alpha=-1).clamp(min=1e-38) / total
-        else:
-            at = self._places(row[owner], ids)
-            hit = self._ids[row[owner], at] == ids
-            left_out = torch.where(hit, self._x[row[owner], at].double().exp(), 0)
-            # What is missing may be anything: it counts as kept.
-            total = (self._x.double().exp().sum(-1) + self.missing)[row]
-            kept = total.index_add(0, owner, left_out, alpha=-1).clamp(min=1e-38)
-        return kept.log().to(self._x.dtype)

@@ -67,6 +67,7 @@ class LossInput:
         teacher_rows: `[B, Tt]`, where it has `keep`.
         interior: where it has `interior`.
         maps: of the two vocabularies, where it has `keep`.
+        entropy: `[N]`, of the student's distributions, where a loss came by it; NaN where not.
     """
 
     rows: Logits
@@ -83,6 +84,7 @@ class LossInput:
     teacher_rows: Logits | TopK | None = None
     interior: InteriorQueries | None = None
     maps: VocabTensors | None = None
+    entropy: Tensor | None = None
     _logprobs: Tensor | None = None
     _plain_logprobs: Tensor | None = None
 
@@ -118,21 +120,23 @@ class LossInput:
             self._plain_logprobs = self.padded(flat_logprobs(self.rows.detach(), self.ids))
         return self._plain_logprobs
 
-    def came_by(self, logprobs: Tensor | None, tokens: int) -> None:
-        """Takes note of logprobs that a loss has worked out, which saves a head pass.
+    def came_by(self, loss: Loss, tokens: int | None = None) -> None:
+        """Takes note of logprobs and entropies that a loss has worked out, which saves head passes.
 
         Args:
-            logprobs: `[B, Ts]`, NaN where there is none.
-            tokens: of how many there are some.
+            loss: with those, NaN where there is none.
+            tokens: of how many there are some; None: of all, but for those that the CPU was asked to leave out.
         """
-        if logprobs is None or (tokens < len(self.ids) and logprobs.device.type != "cpu"):
+        logprobs, some = loss.logprobs, tokens is not None and tokens < len(self.ids)
+        if logprobs is None or (some and logprobs.device.type != "cpu"):
             return  # which ones are missing can be asked of the CPU alone
         found = torch.where(self.mask, logprobs, 0)
-        if tokens < len(self.ids):
+        if logprobs.device.type == "cpu":
             left = logprobs.view(-1)[self.places].isnan().nonzero()[:, 0]
             others = flat_logprobs(self.rows.detach().at(left), self.ids[left])
             found = found.view(-1).index_copy(0, self.places[left], others.to(found.dtype)).view(found.shape)
         self._plain_logprobs = found
+        self.entropy = None if loss.entropy is None else loss.entropy.view(-1)[self.places]
 
 
 class Computed(NamedTuple):

@@ -21,11 +21,12 @@ from xtokmap.losses.terms import (
     check_teacher,
     divergence,
     log_left,
-    reduce_terms,
+    summed_terms,
     wanted_rows,
 )
 from xtokmap.torch.index import ChunkIndex, VocabTensors
-from xtokmap.torch.logits import Logits, TopK, map_rows
+from xtokmap.torch.logits import Logits, TopK
+from xtokmap.torch.summed import graded
 
 
 def strict_kl(
@@ -37,6 +38,7 @@ def strict_kl(
     k: int | None = 16,
     beta: float = 1.0,
     support: Literal["rest", "renorm"] = "rest",
+    student_ids: Tensor | None = None,
     mask: Tensor | None = None,
     rows: Tensor | None = None,
     size: int | None = None,
@@ -58,6 +60,7 @@ def strict_kl(
         beta: see the module; 1 is KL(p' || q').
         support: "rest"; "renorm" renormalizes p and q on U instead (arXiv 2610.08448), which is blind to what lies
             outside.
+        student_ids: int64 `[B, Ts]`; tokens whose logprobs are to be found on the way.
         mask: bool or 0/1 `[B, Ts]`; the response tokens.
         rows: int64 `[N]`; flat positions of the tokens that can be scored, as in `map_rows`. None: found out on the
             CPU, every row on another device.
@@ -65,8 +68,8 @@ def strict_kl(
         denominator: what to divide by instead of the number of scored tokens, so that micro-batches add up.
 
     Returns:
-        The loss; figures `student_rest` and `teacher_rest`, the mass outside of U. It costs a head pass (two with a
-        gradient) of either side for the scored rows.
+        The loss; figures `student_rest` and `teacher_rest`, the mass outside of U. It costs a head pass of either
+        side for the scored rows, and two more of the student's for a gradient.
 
     Raises:
         XTokMapError: shapes or vocabularies that do not fit, unknown support, beta outside [0, 1].
@@ -86,8 +89,20 @@ def strict_kl(
     compared = _Compared.of(maps, student.vocab_size, k, beta, support)
     fn = compared.with_logits if isinstance(teacher, Logits) else compared.with_top_k
     rows = wanted_rows(scored, rows)
-    terms, p_rest, q_rest = map_rows(fn, student, teacher.at(index.teacher_rows(pos)), size=size, rows=rows)
-    return reduce_terms(terms, scored, index, mask, denominator, student_rest=p_rest, teacher_rest=q_rest)
+    loss, _ = summed_terms(
+        graded(fn, student.needs_gradient),
+        student,
+        (teacher.at(index.teacher_rows(pos)),),
+        scored,
+        index,
+        mask,
+        denominator,
+        figures=("student_rest", "teacher_rest"),
+        rows=rows,
+        ids=student_ids,
+        size=size,
+    )
+    return loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,4 +205,6 @@ def computed(x: LossInput) -> Computed:
     }
     teacher = there(x.teacher_rows, "teacher_rows")
     k = None if isinstance(teacher, TopK) else 16
-    return sums_of(strict_kl(x.student, teacher, x.index, there(x.maps, "maps"), k=k, **common))
+    loss = strict_kl(x.student, teacher, x.index, there(x.maps, "maps"), k=k, student_ids=x.student_ids, **common)
+    x.came_by(loss)
+    return sums_of(loss)

@@ -17,7 +17,7 @@ from xtokmap.losses.rule import LossRule, met, met_alone
 #: By name. `imitation` is supervised fine-tuning; the credits are policy gradients, the paper's among them.
 LOSSES: dict[str, LossRule] = {
     "transfer_kl": LossRule(transfer.computed, teacher="rows", keep=True, queries=True, head_passes=(3, 1)),
-    "byte_kl": LossRule(bytewise.computed, teacher="rows", keep=True, interior=True, head_passes=(5, 2)),
+    "byte_kl": LossRule(bytewise.computed, teacher="rows", keep=True, interior=True, head_passes=(3, 1)),
     **{
         credit: LossRule(
             partial(computed_policy, credit),
@@ -28,9 +28,9 @@ LOSSES: dict[str, LossRule] = {
         )
         for credit in CREDITS
     },
-    "strict_kl": LossRule(strict.computed, teacher="top", keep=True, scored=met_alone, head_passes=(5, 2)),
+    "strict_kl": LossRule(strict.computed, teacher="top", keep=True, scored=met_alone, head_passes=(3, 1)),
     "alm": LossRule(chunks.computed_alm),
-    "uld_hybrid": LossRule(chunks.computed_uld_hybrid, teacher="rows", keep=True, head_passes=(7, 2)),
+    "uld_hybrid": LossRule(chunks.computed_uld_hybrid, teacher="rows", keep=True, head_passes=(7, 1)),
     "imitation": LossRule(computed_imitation, teacher="nothing", scored=lambda index, mask, settings: mask),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,7 +18,7 @@ from xtokmap.boundary.cover import CoverQueries
 from xtokmap.boundary.vocab_map import VocabMap
 from xtokmap.ids import Int64
 from xtokmap.losses.queries import Transferred, expand, on_device, plan, take
-from xtokmap.torch.logits import Logits
+from xtokmap.torch.logits import Logits, Made
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,15 +116,15 @@ class TransferTarget:
         Undetermined: on student tokens of which a longer one exists that the teacher would cut after them, and, inside
         a teacher token, in `rest`.
         """
-        target, undetermined = self._filled(a, b, self.maps.to_student, None)
+        target, undetermined = self._masses(a, b, self.maps.to_student, None).slice(0, b - a)
         return target[:, :-1], target[:, -1], undetermined
 
-    def events(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """The same of events of student tokens (`EventMaps`): `[b-a, E + 1]`, the rest last, and undetermined mass."""
-        return self._filled(a, b, self.maps.teacher_event, self.maps.event)
+    def made(self, a: int, b: int) -> Masses:
+        """The same of events of student tokens (`EventMaps`), to be taken a block at a time."""
+        return self._masses(a, b, self.maps.teacher_event, self.maps.event)
 
-    def _filled(self, a: int, b: int, bins: Tensor, named: Int64 | None) -> tuple[Tensor, Tensor]:
-        """Mass by bin, the rest last, and undetermined mass.
+    def _masses(self, a: int, b: int, bins: Tensor, named: Int64 | None) -> Masses:
+        """Masses by bin of positions a to b.
 
         Args:
             a: first position.
@@ -139,36 +139,78 @@ class TransferTarget:
         size = len(self.queries.vocab_map.student_to_teacher)
         width = size if named is None else self.maps.count
         dtype = values.logprobs.dtype
-        target = torch.zeros(b - a, width + 1, device=device, dtype=dtype)
-        undetermined = torch.zeros(b - a, device=device, dtype=dtype)
         before = self._before[on(which)]
         row, term = self._dense[0][which], self._dense[1][which]
         dense = np.flatnonzero(row >= 0)
-        if len(dense):
-            rows, at = on(row[dense]), on(dense)
-            mass = self.teacher.at(rows).slice(0, len(dense))  # a copy, as of all rows that `at` picks
-            total = mass.sub_(mass.amax(-1, keepdim=True)).exp_().sum(-1)
-            with_holes = np.flatnonzero(term[dense] >= 0)
-            owner, ids = p.holes(term[dense][with_holes])
-            mass[on(with_holes[owner]), on(ids)] = 0
-            scale = torch.exp(values.before[rows] - before[at]).to(dtype) / total
-            undetermined[at] = (mass @ self.maps.open.to(dtype)) * scale
-            into = target if len(dense) == b - a else target.new_zeros(len(dense), width + 1)
-            into.scatter_add_(1, bins.expand(len(dense), -1), mass).mul_(scale[:, None])
-            if into is not target:
-                target[at] = into
+        rows = on(row[dense])
+        with_holes = np.flatnonzero(term[dense] >= 0)
+        hole, ids = p.holes(term[dense][with_holes])
         owner, place = expand(self._elements[0], which)
         element, at = take(self._elements[1], place), on(owner)
-        rows = on(p.part_row[element])
-        mass = torch.exp(values.before[rows] - before[at] + values.elements[on(element)]).to(dtype)
+        behind = on(p.part_row[element])
+        mass = torch.exp(values.before[behind] - before[at] + values.elements[on(element)]).to(dtype)
         following = p.part_next[element].astype(np.int64)
         real = self.queries.student_ids[self._at[which[owner]]].astype(np.int64)
         following = np.where(following == -2, real, np.where(following < 0, size, following))
         column = following if named is None else np.append(named, width)[following]
-        target.index_put_((at, on(column)), mass, accumulate=True)
         # A token that ends at the boundary: its mass is known, what comes next is not.
         opened = p.part_whole[element] & np.append(self.queries.vocab_map.open, False)[following] | (following == size)
-        undetermined.index_add_(0, at, mass * on(opened))
+        return Masses(
+            width,
+            (dense, self.teacher.at(rows).made(0, len(dense))),
+            torch.exp(values.before[rows] - before[on(dense)]).to(dtype),
+            (with_holes[hole], on(with_holes[hole]), on(ids)),
+            (bins, self.maps.open.to(dtype)),
+            (owner, at, on(column)),
+            (mass, mass * on(opened)),
+        )
+
+
+class Masses(NamedTuple):
+    """Mass by bin of some positions, worked out a block at a time; what is asked of the CPU lies there.
+
+    Attributes:
+        width: how many bins there are beside the rest.
+        dense: positions behind which a whole teacher row stands, rising, and their logits.
+        scale: of the probabilities of these, `[D]`.
+        holes: tokens that are left out of them: which of them, rising, on the CPU and on the device, and the token.
+        bins: the bin of every teacher token, and 1 where its mass is undetermined.
+        at: of every alternative the position, rising, on the CPU and on the device, and its bin.
+        mass: of every alternative, and how much of it is undetermined.
+    """
+
+    width: int
+    dense: tuple[Int64, Made]
+    scale: Tensor
+    holes: tuple[Int64, Tensor, Tensor]
+    bins: tuple[Tensor, Tensor]
+    at: tuple[Int64, Tensor, Tensor]
+    mass: tuple[Tensor, Tensor]
+
+    def slice(self, a: int, b: int) -> tuple[Tensor, Tensor]:
+        """Of the positions a to b among these: `[b-a, width + 1]`, the rest last, and undetermined mass `[b-a]`."""
+        target = self.scale.new_zeros(b - a, self.width + 1)
+        undetermined = self.scale.new_zeros(b - a)
+        rows, logits = self.dense
+        c, d = np.searchsorted(rows, (a, b))
+        if c < d:
+            bins, opened = self.bins
+            mass = logits.slice(c, d).softmax(-1)
+            first, last = np.searchsorted(self.holes[0], (c, d))
+            mass[self.holes[1][first:last] - c, self.holes[2][first:last]] = 0
+            whole = d - c == b - a
+            into = target if whole else target.new_zeros(d - c, self.width + 1)
+            into.scatter_add_(1, bins.expand(d - c, -1), mass).mul_(self.scale[c:d, None])
+            unknown = (mass @ opened).mul_(self.scale[c:d])
+            if whole:
+                undetermined = unknown
+            else:
+                at = on_device(rows[c:d] - a, target.device)
+                target[at], undetermined[at] = into, unknown
+        first, last = np.searchsorted(self.at[0], (a, b))
+        at, column = (x[first:last] for x in self.at[1:])
+        target.index_put_((at - a, column), self.mass[0][first:last], accumulate=True)
+        undetermined.index_add_(0, at - a, self.mass[1][first:last])
         return target, undetermined
 
 

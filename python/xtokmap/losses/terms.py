@@ -27,12 +27,13 @@ from torch import Tensor
 from xtokmap._core import XTokMapError
 from xtokmap.alignment import Kind
 from xtokmap.torch.index import ChunkIndex, VocabTensors
-from xtokmap.torch.logits import Logits, TopK
+from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened, entropy_of, softmax_and_sums
+from xtokmap.torch.summed import Lying, RowGradient, sum_rows
 
 REWRITTEN, STOP, MARKER = int(Kind.REWRITTEN), int(Kind.STOP), int(Kind.MARKER)
 
 #: Where a bin of one side holds nothing at all: about 1e-13, so that no divergence is infinite by rounding.
-_LOG_NOTHING = -30.0
+LOG_NOTHING = -30.0
 
 
 class Loss(NamedTuple):
@@ -48,12 +49,14 @@ class Loss(NamedTuple):
             loss adds.
         logprobs: float32 `[B, Ts]`; the student's own, without a gradient and NaN where not worked out, of a loss that
             comes by them.
+        entropy: likewise; of the student's distribution at every token, nats.
     """
 
     loss: Tensor
     terms: Tensor
     figures: dict[str, Tensor]
     logprobs: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def reduce_terms(
@@ -90,6 +93,85 @@ def reduce_terms(
     means = {name: torch.where(kept, x.detach(), 0).sum() / tokens.clamp(min=1) for name, x in figures.items()}
     counts = {"scored": tokens / response.sum().clamp(min=1), "tokens": tokens, "kinds": kinds}
     return Loss(terms.sum() / denominator, terms, {**counts, "nonfinite": (scored & ~finite).sum(), **means})
+
+
+def summed_terms(
+    fn: RowGradient,
+    student: Logits,
+    others: Sequence[Any],
+    scored: Tensor,
+    index: ChunkIndex,
+    mask: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    *,
+    figures: Sequence[str],
+    rows: Tensor | None = None,
+    ids: Tensor | None = None,
+    size: int | None = None,
+    **more: Tensor,
+) -> tuple[Loss, list[Tensor]]:
+    """The mean of the scored terms that `fn` works out, by one pass over the student's rows (`sum_rows`).
+
+    Args:
+        fn: returns the term, and figures.
+        student: `[B, Ts]` rows.
+        others: what `fn` needs beside them: tensors `[B, Ts]`, `Logits` or `TopK` of that shape, or what lies in the
+            order of `rows` and has a `slice`.
+        scored: bool `[B, Ts]`.
+        index: of the same rows.
+        mask: as for `reduce_terms`.
+        denominator: likewise.
+        figures: names of what `fn` returns behind the term.
+        rows: int64 `[N]` or None; the flat positions that matter, none twice.
+        ids: int64 `[B, Ts]` or None; tokens whose logprobs, and the entropies beside them, are to be found as well.
+        size: rows of a slice; None takes 64 MiB of float32 for the largest vocabulary.
+        more: further figures, `[B, Ts]`.
+
+    Returns:
+        The loss, whose `loss` has a gradient and whose terms have none, and what `fn` returns behind the figures,
+        `[B, Ts]` each.
+    """
+    shape = student.shape
+    flat = [
+        o.reshape(-1, *o.shape[len(shape) :]) if isinstance(o, Tensor) else o
+        for o in [*others, *[ids] * (ids is not None)]
+    ]
+    if rows is not None:
+        student = student.at(rows)
+        flat = [o[rows] if isinstance(o, Tensor) else o.at(rows) if hasattr(o, "at") else o for o in flat]
+    if size is None:
+        size = max(1, _SLICE // max(1, *(x.vocab_size for x in (student, *flat) if isinstance(x, Logits))))
+    response = index.student_chunk >= 0 if mask is None else mask.bool()
+    weights = (scored & response).reshape(-1).to(_widened(student.rows[:0]).dtype)
+    weights = weights if rows is None else weights[rows]
+    if denominator is not None:
+        weights = weights / denominator
+    parts = [o if isinstance(o, Tensor | Logits) else Lying(o) for o in flat]
+    total, *found = sum_rows(fn if ids is None else _with_own(fn), student, weights, *parts, size=size)
+    count = len(found) - 2 * (ids is not None)
+    if rows is not None:
+        fill = [0.0] * count + [math.nan] * (len(found) - count)
+        found = [x.new_full((shape.numel(),), f).index_copy(0, rows, x) for x, f in zip(found, fill, strict=True)]
+    found = [x.view(shape) for x in found]
+    named = dict(zip(figures, found[1:count], strict=False))
+    loss = reduce_terms(found[0], scored, index, mask, denominator, **named, **more)
+    if denominator is None:
+        total = total / loss.figures["tokens"].clamp(min=1)
+    loss = loss._replace(loss=total)
+    if ids is not None:
+        loss = loss._replace(logprobs=found[count], entropy=found[count + 1])
+    return loss, found[1 + len(named) : count]
+
+
+def _with_own(fn: RowGradient) -> RowGradient:
+    """Has a function return the logprob of the token that comes last among its arguments, and the entropy, as well."""
+
+    def found(x: Tensor, *parts: Any) -> tuple[Tensor, ...]:
+        p, log_sum = softmax_and_sums(x)
+        own = x.gather(1, parts[-1][:, None])[:, 0] - log_sum, entropy_of(p, x, log_sum)
+        return *fn(x, *parts[:-1]), *own
+
+    return found
 
 
 def weighted_sum(losses: Sequence[Loss], weights: Sequence[float]) -> Loss:
@@ -142,17 +224,17 @@ def divergence_and_slope(p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Ten
 
     The derivative is finite also where p = 0; it counts for nothing there, as it is multiplied by p.
     """
-    tiny = torch.finfo(p.dtype).tiny
-    log_p, log_q = p.clamp(min=tiny).log(), q.clamp(min=tiny).log()
+    least = 4 * torch.finfo(p.dtype).tiny  # no quotient is 0 or infinite
+    some_p, some_q = p.clamp(min=least), q.clamp(min=least)
     if beta == 1:
-        slope = log_p.sub_(log_q)
+        slope = some_p.div_(some_q).log_()
         return (p * slope).sum(-1), slope
     if beta == 0:
-        value = (q * (log_q - log_p)).sum(-1)
-        return value, torch.where(p > 0, -q / p.clamp(min=tiny), 0)  # which could be infinite
-    m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=tiny).log_()
-    slope = (log_p - m).mul_(1 - beta)
-    return (p * slope).sum(-1) + beta * (q * (log_q - m)).sum(-1), slope
+        slope = (q / some_p).neg_()
+        return (some_q.div_(some_p).log_().mul_(q)).sum(-1), slope
+    m = torch.add(beta * q, p, alpha=1 - beta).clamp_(min=least)
+    slope = some_p.div_(m).log_().mul_(1 - beta)
+    return (p * slope).sum(-1) + beta * some_q.div_(m).log_().mul_(q).sum(-1), slope
 
 
 def event_and_slopes(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +274,7 @@ def last_of_chunk(chunk: Tensor, index: ChunkIndex) -> Tensor:
 def log_left(x: Tensor, lse: Tensor, used: Tensor) -> Tensor:
     """log of 1 - the mass of what is used, from what is left: 1 minus a sum near 1 would be rounding."""
     left = x.masked_fill(used, -math.inf).logsumexp(-1) - lse
-    return torch.where(left > -math.inf, left, _LOG_NOTHING).clamp(min=_LOG_NOTHING)
+    return torch.where(left > -math.inf, left, LOG_NOTHING).clamp(min=LOG_NOTHING)
 
 
 def _flags(x: Tensor, ids: Tensor) -> Tensor:

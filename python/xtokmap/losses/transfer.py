@@ -13,7 +13,7 @@ from xtokmap.losses.rule import Computed, LossInput, but_markers, sums_of, there
 from xtokmap.losses.target import EventMaps, TransferTarget
 from xtokmap.losses.terms import STOP, Loss, check_beta, check_mask, reduce_terms
 from xtokmap.torch.index import ChunkIndex
-from xtokmap.torch.logits import _SLICE, Logits, _widened
+from xtokmap.torch.logits import _SLICE, Logits, _widened, entropy_of, softmax_and_sums
 from xtokmap.torch.summed import sum_rows
 
 
@@ -101,15 +101,15 @@ def transfer_kl(
         bridge=stop_bridge if stops else None,
     )
     size = size or max(1, _SLICE // max(student.vocab_size, target.teacher.vocab_size))
-    total, *found = sum_rows(row_loss, student.at(rows), weights, target.events, ids[rows], sampled, size=size)
-    terms, undetermined, rest, shared, logprobs = (
+    total, *found = sum_rows(row_loss, student.at(rows), weights, target, ids[rows], sampled, size=size)
+    terms, undetermined, rest, shared, logprobs, entropy = (
         torch.full(shape, fill, dtype=x.dtype, device=device).view(-1).index_copy(0, rows, x).view(shape)
-        for x, fill in zip(found, (0, 0, 0, 0, torch.nan), strict=True)
+        for x, fill in zip(found, (0, 0, 0, 0, torch.nan, torch.nan), strict=True)
     )
     loss = reduce_terms(terms, scored, index, mask, denominator, undetermined=undetermined, rest=rest, shared=shared)
     if denominator is None:
         total = total / loss.figures["tokens"].clamp(min=1)
-    return loss._replace(loss=total, logprobs=None if student_ids is None else logprobs)
+    return loss._replace(loss=total, logprobs=None if student_ids is None else logprobs, entropy=entropy)
 
 
 def _row_loss(
@@ -124,34 +124,35 @@ def _row_loss(
     floor: float,
     bridge: float | None,
 ) -> tuple[Tensor, ...]:
-    """Rows of `transfer_kl`: value, undetermined, rest, whether the token's event has several, and its own logprob.
+    """Rows of `transfer_kl`: value, undetermined, rest, whether the token's event has several, its logprob, entropy.
 
     `bridge` is None where ends of turns do not count.
     `x` becomes the gradient. With p = softmax(x) and G(e) = dD / dp(e) that is p(u) (G(e(u)) - sum of p G), so that
-    each row of the vocabulary is gone over a few times, and everything else is worked out by event.
+    each row of the vocabulary is gone over a few times, and everything else is worked out by event. Masks are factors:
+    a choice (`where`) takes as long as eight products.
     """
     q, undetermined = (y.to(x.dtype) for y in part)
-    rest = q[:, -1]
+    rest = q[:, -1].clone()
     own, every = ids[:, None], maps.student_event
-    x.sub_(x.amax(-1, keepdim=True))
-    of_own = x.gather(1, own)[:, 0]
-    x.exp_()
-    total = x.sum(-1)
-    logprobs = of_own - total.log()
+    each, log_total = softmax_and_sums(x)
+    logprobs = chosen = x.gather(1, own)[:, 0] - log_total
+    entropy = entropy_of(each, x, log_total)
     bins = maps.stop_events
     if bridge is None:
         left = (1 - q.index_select(1, bins).sum(-1)).clamp(min=floor)
         q.index_fill_(1, bins, 0).div_(left[:, None])
         sampled = sampled - left.log()
-        x.index_fill_(1, maps.stops, 0)
-        total = x.sum(-1)
-    known = x[:, : len(every)]  # more logits than tokens: padding
-    p = torch.zeros_like(q).scatter_add_(1, every.expand(len(x), -1), known).div_(total[:, None])
-    there = q > 0
-    there[:, -1] = True
+        total = each.index_fill_(1, maps.stops, 0).sum(-1)
+        each.div_(total[:, None])
+        chosen = chosen - total.log()
+    known = each[:, : len(every)]  # more logits than tokens: padding
+    p = torch.zeros_like(q).scatter_add_(1, every.expand(len(x), -1), known)
+    there = (q > 0).to(q.dtype)
+    there[:, -1] = 1
+    elsewhere = 1 - there
     # What the teacher gives no mass is the rest.
-    p[:, -1] += torch.where(there, 0, p).sum(-1)
-    p.mul_(there)
+    lost = (p * elsewhere).sum(-1)
+    p.mul_(there)[:, -1] += lost
     # What the student cannot say at all is no bin: it would make a forward KL infinite, and has no gradient.
     q[:, -1] = torch.where(p[:, -1] > 0, q[:, -1].clamp(min=floor), 0)
     value, slope = of_terms.divergence_and_slope(p, q, beta)
@@ -160,22 +161,21 @@ def _row_loss(
         value = value + bridge * more
         slope.add_(bridge * of_others[:, None]).index_add_(
             1, bins, bridge * (of_ends - of_others)[:, None].expand(-1, len(bins))
-        )
+        ).mul_(there)
     event = every[own]
-    bin_of = torch.where(there.gather(1, event), event, q.shape[1] - 1)
+    bin_of = torch.where(there.gather(1, event) > 0, event, q.shape[1] - 1)
     several = (maps.members[ids] > 1) | (bin_of[:, 0] == q.shape[1] - 1)
     tiny = torch.finfo(x.dtype).tiny
-    chosen = of_own - total.log()
     a = (sampled - q.gather(1, bin_of)[:, 0].log()) - (chosen - p.gather(1, bin_of)[:, 0].clamp(min=tiny).log())
     a = torch.where(several & torch.isfinite(sampled) & torch.isfinite(a), a, 0).clamp(-clamp, clamp)
-    # The gradient, in the place of the probabilities.
+    # The gradient. Elsewhere it is that of the rest.
     mean = value if beta == 1 and not bridge else (p * slope).sum(-1)
     value = value - a * chosen
-    slope = torch.where(there, slope, slope[:, -1:]).sub_((mean - a)[:, None]).div_(total[:, None])
-    known.mul_(slope.index_select(1, every))
+    slope.addcmul_(elsewhere, slope[:, -1:].clone()).sub_((mean - a)[:, None])
+    torch.mul(known, slope.index_select(1, every), out=x[:, : len(every)])
     x[:, len(every) :] = 0
     x.scatter_add_(1, own, -a[:, None])
-    return value, undetermined, rest.clone(), several.to(x.dtype), logprobs
+    return value, undetermined, rest, several.to(x.dtype), logprobs, entropy
 
 
 def computed(x: LossInput) -> Computed:
@@ -194,5 +194,5 @@ def computed(x: LossInput) -> Computed:
         mask=but_markers(x.mask, x.index, x.settings),
         denominator=x.denominator,
     )
-    x.came_by(loss.logprobs, len(target))
+    x.came_by(loss, len(target))
     return sums_of(loss, "undetermined", "rest", "shared")

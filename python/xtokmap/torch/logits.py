@@ -5,7 +5,7 @@ Everything here runs on any device and needs no host sync.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -15,8 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from xtokmap._core import XTokMapError
 
-#: Float32 values of one slice of logits: 64 MiB.
+#: Float32 values of one slice of logits: 64 MiB, of which one product with the head is worth its while.
 _SLICE = 2**24
+#: Values of a block of a slice, which stays in a CPU's cache from one pass over it to the next: 2 MiB of float32.
+_BLOCK = 2**19
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,12 @@ class Logits:
         """V, the number of logits of a row."""
         return self.rows.shape[-1] if self.weight is None else self.weight.shape[0]
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether what is worked out of them has one."""
+        inputs = (self.rows, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
     def at(self, positions: Tensor) -> Logits:
         """The rows at these flat positions (int64, any shape), without a copy.
 
@@ -99,6 +107,20 @@ class Logits:
         """Logits of the flattened rows a to b, scaled as the softmax takes them: float32 `[b-a, V]` (or float64)."""
         return _scaled(self._head(self._rows(a, b)), self.temperature, self.softcap)[0]
 
+    def some(self, row: int, ids: Tensor) -> Tensor:
+        """Logits of one of the flattened rows at these ids, scaled, and no others: float32 `[k]` (or float64)."""
+        x = self._rows(row, row + 1)
+        if self.weight is None:
+            x = x[:, ids]
+        else:
+            bias = None if self.bias is None else self.bias[ids]
+            x = torch.nn.functional.linear(x, self.weight[ids], bias)
+        return _scaled(x[0], self.temperature, self.softcap)[0]
+
+    def made(self, a: int, b: int) -> Made:
+        """The flattened rows a to b by one product with the head, to be taken a few at a time."""
+        return Made(self, self._head(self._rows(a, b)))
+
     def _rows(self, a: int, b: int) -> Tensor:
         """Rows a to b as they are; never a copy of all of them, also where they are no contiguous block."""
         width = self.rows.shape[-1]
@@ -117,6 +139,45 @@ class Logits:
 
     def _head(self, rows: Tensor) -> Tensor:
         return rows if self.weight is None else torch.nn.functional.linear(rows, self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """Logits of some rows, in the dtype of the head; scaled where they are taken.
+
+    Attributes:
+        source: whose they are.
+        logits: `[n, V]`, not scaled.
+    """
+
+    source: Logits
+    logits: Tensor
+
+    def slice(self, a: int, b: int) -> Tensor:
+        """Rows a to b of these, as `Logits.slice`."""
+        return _scaled(self.logits[a:b], self.source.temperature, self.source.softcap)[0]
+
+    def at(self, row: Tensor, ids: Tensor) -> Tensor:
+        """Some logits, of these rows and ids, scaled: float32 `[k]` (or float64)."""
+        return _scaled(self.logits[row, ids], self.source.temperature, self.source.softcap)[0]
+
+
+def blocks(n: int, vocab_size: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Bounds of blocks of n rows that are worked on together: on the CPU as many as its cache holds, else all."""
+    size = max(1, _BLOCK // max(1, vocab_size)) if device.type == "cpu" else max(1, n)
+    return ((a, min(n, a + size)) for a in range(0, max(n, 1), size))
+
+
+def softmax_and_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(x) of `[n, V]`, and logsumexp(x) `[n]`, with one exponential."""
+    p = x.softmax(-1)
+    # The likeliest token has a probability of at least 1 / V.
+    return p, x.amax(-1) - p.amax(-1).log()
+
+
+def entropy_of(p: Tensor, x: Tensor, log_sum: Tensor) -> Tensor:
+    """Entropies of rows in nats, from what `softmax_and_sums` has found of them."""
+    return log_sum - x.clamp(min=torch.finfo(x.dtype).min).mul_(p).sum(-1)  # 0 * -inf would be NaN
 
 
 @dataclass(frozen=True, eq=False)

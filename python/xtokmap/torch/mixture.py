@@ -44,12 +44,14 @@ class Share(NamedTuple):
         view: whose.
         weight: how much.
         rows: which of the rows, counted among those of the student.
+        places: int64, on the CPU; their tokens among those of all rows, flat.
         found: their loss, not weighted.
     """
 
     view: View
     weight: float
     rows: list[int]
+    places: Tensor
     found: PairLoss
 
 
@@ -80,12 +82,13 @@ def shares(
     for view in views:
         for weight, own in _by_weight([view.weights[b] for b in rows]):
             batch = view.batch.select([view.at[rows[k]] for k in own])
-            places = _places(lengths, own).to(batch.completion_mask.device)
+            places = _places(lengths, own)
             old = None
             if old_logprobs is not None:
                 old = old_logprobs[torch.tensor(own, dtype=torch.long), : batch.completion_mask.shape[1]]
-            some = view.pair.loss(student.at(places), view.scores, batch, old_logprobs=old, denominator=denominator)
-            yield Share(view, weight, own, some)
+            student_rows = student.at(places.to(batch.completion_mask.device))
+            some = view.pair.loss(student_rows, view.scores, batch, old_logprobs=old, denominator=denominator)
+            yield Share(view, weight, own, places, some)
 
 
 def mixed(found: Iterable[Share], width: int, count: int) -> PairLoss:
@@ -105,7 +108,7 @@ def mixed(found: Iterable[Share], width: int, count: int) -> PairLoss:
     logprobs = torch.zeros(count, width, device=device)
     sums: dict[str, Tensor] = {}
     rows = {name: torch.zeros(count, device=device) for name in ("nats", "bytes")}
-    for view, weight, own, part in found:
+    for view, weight, own, _, part in found:
         at = torch.tensor(own, dtype=torch.long, device=device)
         logprobs[at, : part.logprobs.shape[1]] = part.logprobs
         for name, value in part.sums.items():
@@ -117,7 +120,26 @@ def mixed(found: Iterable[Share], width: int, count: int) -> PairLoss:
                 sums[name] = sums.get(name, 0) + weight * value
     if any(name.endswith("/nats") for name in sums):
         sums |= rows
-    return PairLoss(total, means(sums), logprobs, sums)
+    return PairLoss(total, means(sums), logprobs, sums, entropies(found))
+
+
+def entropies(found: Sequence[Share], count: int | None = None) -> Tensor | None:
+    """The entropies of a micro-batch's rows, as `PairLoss.entropy`; None unless the losses have come by all.
+
+    Args:
+        found: its shares.
+        count: how many rows it has; None: those of the shares.
+    """
+    parts = [share.found.entropy for share in found]
+    covered = len({place for share in found for place in share.places.tolist()})
+    count = covered if count is None else count
+    if covered < count or any(part is None for part in parts):
+        return None
+    known = torch.cat([part[:0] for part in parts if part is not None]).new_full((count,), torch.nan)
+    for share, part in zip(found, parts, strict=True):
+        assert part is not None
+        known[share.places.to(known.device)] = part
+    return known
 
 
 def _by_weight(weights: Sequence[float]) -> list[tuple[float, list[int]]]:

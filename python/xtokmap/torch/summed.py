@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from xtokmap.torch.logits import _SLICE, Logits, _scaled
+from xtokmap.torch.logits import _SLICE, Logits, RowFunction, Sliceable, _scaled, _widened, blocks
+
+#: Dtypes that the losses compute in.
+_WIDE = (torch.float32, torch.float64)
 
 #: Values of `[n, V]` logits and of what belongs to the same rows: a value a row, and others without a gradient. It
 #: overwrites the logits by the gradient of the first.
 RowGradient: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
-#: What a `RowGradient` is given for the rows a to b.
-Part: TypeAlias = Callable[[int, int], Any]
+
+class Part(Protocol):
+    """What a `RowGradient` is given beside tensors: made for a slice of rows, and taken a block at a time."""
+
+    def made(self, a: int, b: int) -> Sliceable:
+        """For rows a to b; its `slice(c, d)` is for rows c to d among these."""
+
+
+class Lying:
+    """A part that there is already, with a `slice` of its own."""
+
+    def __init__(self, there: Sliceable, first: int = 0) -> None:
+        self._there, self._first = there, first
+
+    def made(self, a: int, b: int) -> Lying:
+        """See `Part`."""
+        return Lying(self._there, a)
+
+    def slice(self, a: int, b: int) -> Any:
+        """See `Part`."""
+        return self._there.slice(self._first + a, self._first + b)
 
 
 def sum_rows(
@@ -28,13 +50,15 @@ def sum_rows(
     Of `map_rows` it differs in this: the weights are known beforehand and `fn` says its own gradient. So every slice
     of logits is made once instead of twice, by one pass through the head, and nothing of it is copied (as fused linear
     losses do, Liger-Kernel's among them). The gradient of the head is kept from the forward pass on, in its own dtype.
+    On the CPU the product with the head is that of a slice, and `fn` is given a block of it that its cache holds: what
+    a pass over a row costs there is memory, most of all memory that is new.
 
     Args:
         fn: called as `fn(logits [n, V], *parts)`, float32 (float64 for float64 rows), scaled, and its to overwrite. It
-            returns tensors `[n]`. A row of which the first is not finite counts for nothing.
+            returns tensors `[n]`, and must not mix rows. A row of which the first is not finite counts for nothing.
         student: N rows, flat.
         weights: `[N]`.
-        others: tensors `[N, ...]`, of which `fn` gets the rows of the slice, or functions of its bounds.
+        others: tensors `[N, ...]` or `Part`s of N rows, as `Logits` are; `fn` gets those of its rows.
         size: rows of a slice; None takes 64 MiB of float32.
 
     Returns:
@@ -45,6 +69,37 @@ def sum_rows(
         fn, student, weights.detach(), others, size, torch.is_grad_enabled(), student.rows, student.weight, student.bias
     )
     return out
+
+
+def graded(fn: RowFunction, enabled: bool, *, also: int | None = None) -> RowGradient:
+    """A function of rows with the gradient that autograd finds, for `sum_rows`.
+
+    Args:
+        fn: as `map_rows` takes it.
+        enabled: whether a gradient is needed.
+        also: which of its other arguments gets a gradient as well: of every row, the last of the values.
+    """
+
+    def found(x: Tensor, *parts: Any) -> tuple[Tensor, ...]:
+        leaf, given = x.detach(), list(parts)
+        leaves = [leaf]
+        if also is not None:
+            given[also] = given[also].detach()
+            leaves.append(given[also])
+        with torch.set_grad_enabled(enabled):
+            for one in leaves:
+                one.requires_grad_(enabled)
+            out = fn(leaf, *given)
+            values = out if isinstance(out, tuple) else (out,)
+            slopes: Sequence[Tensor | None] = [None] * len(leaves)
+            if values[0].requires_grad:
+                slopes = torch.autograd.grad(values[0].sum(), leaves, allow_unused=True)
+        filled = [torch.zeros_like(one) if d is None else d for one, d in zip(leaves, slopes, strict=True)]
+        x.copy_(filled[0])
+        finite = torch.isfinite(values[0].detach())
+        return *(value.detach() for value in values), *(torch.where(finite, d, 0) for d in filled[1:])
+
+    return found
 
 
 class _SumRows(torch.autograd.Function):
@@ -90,46 +145,102 @@ def _worked(
     needed: list[bool],
 ) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """The values of all rows, and the gradients of rows, head and bias that are needed."""
-    inputs = (student.rows, student.weight, student.bias)
-    gradients = [
-        torch.zeros_like(x) if x is not None and need else None for x, need in zip(inputs, needed, strict=True)
-    ]
+    gradients = _Gradients(student, needed)
     found: list[tuple[Tensor, ...]] = []
-    n = student.shape.numel()
+    n, memory = student.shape.numel(), _Memory(student)
+    # Nothing happens to logits before the softmax: what `fn` overwrites are they themselves.
+    in_place = student.temperature == 1 and student.softcap is None and student.rows.dtype in _WIDE
     for a in range(0, max(n, 1), size):  # no rows: one empty slice, which says what fn returns
         b = min(n, a + size)
         hidden = student._rows(a, b)
-        logits = student._head(hidden)
-        x, tanh = _scaled(logits, student.temperature, student.softcap)
-        if student.weight is None and x is logits:
-            x = x.clone()  # the caller's own
-        values = fn(x, *[o[a:b] if isinstance(o, Tensor) else o(a, b) for o in others])
-        found.append(values)
+        logits = memory.head(hidden)
+        parts = [o[a:b] if isinstance(o, Tensor) else o.made(a, b) for o in others]
+        scale = (weights[a:b] / student.temperature)[:, None]
+        for c, d in blocks(b - a, student.vocab_size, logits.device):
+            x, tanh = _scaled(logits[c:d], student.temperature, student.softcap)
+            if in_place and student.weight is None:
+                x = x.clone()  # the caller's own
+            values = fn(x, *[p[c:d] if isinstance(p, Tensor) else p.slice(c, d) for p in parts])
+            found.append(values)
+            if any(needed):
+                if tanh is not None:
+                    x.mul_(1 - tanh * tanh)
+                useless = ~torch.isfinite(values[0]) | (weights[a + c : a + d] == 0)
+                if useless.device.type != "cpu" or bool(useless.any()):  # only the CPU can be asked
+                    x.masked_fill_(useless[:, None], 0)
+                    scale[c:d].masked_fill_(useless[:, None], 0)
+                gradients.block(a + c, a + d, x, scale[c:d])
+                if student.weight is not None and not in_place:
+                    logits[c:d] = x
         if any(needed):
-            if tanh is not None:
-                x.mul_(1 - tanh * tanh)
-            useless = ~torch.isfinite(values[0]) | (weights[a:b] == 0)
-            if useless.device.type != "cpu" or bool(useless.any()):  # only the CPU can be asked
-                x.masked_fill_(useless[:, None], 0)
-                hidden = hidden.masked_fill(useless[:, None], 0)
-            _add(gradients, student, a, b, x, hidden, weights[a:b] / student.temperature)
-    return tuple(torch.cat(x) for x in zip(*found, strict=True)), gradients
+            gradients.slice(a, b, logits, hidden, scale)
+    return tuple(torch.cat(x) for x in zip(*found, strict=True)), gradients.found()
 
 
-def _add(
-    gradients: list[Tensor | None], student: Logits, a: int, b: int, d: Tensor, hidden: Tensor, weights: Tensor
-) -> None:
-    """Adds what rows a to b, of gradient `d` in their logits, give to the gradients of rows, head and bias."""
-    to_rows, to_head, to_bias = gradients
-    dtype = student.rows.dtype
-    if to_bias is not None:
-        to_bias.add_((weights.to(d.dtype) @ d).to(dtype))
-    d, column = d.to(dtype), weights.to(dtype)[:, None]
-    if to_rows is not None:
-        per_row = d.mul_(column) if student.weight is None else (d @ student.weight).mul_(column)
-        if student.positions is None:
-            to_rows.view(-1, to_rows.shape[-1])[a:b] = per_row
+class _Memory:
+    """Logits of one slice after the other in the same memory: on the CPU new memory costs more than a pass over it."""
+
+    def __init__(self, student: Logits) -> None:
+        self._student = student
+        self._held: Tensor | None = None
+
+    def head(self, hidden: Tensor) -> Tensor:
+        weight, bias = self._student.weight, self._student.bias
+        if weight is None:
+            return hidden
+        if self._held is None or len(hidden) > len(self._held):
+            self._held = self._student._head(hidden)
+            return self._held
+        out = self._held[: len(hidden)]
+        if bias is None:
+            return torch.mm(hidden, weight.t(), out=out)
+        return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+class _Gradients:
+    """The gradients of rows, head and bias that are needed, added up from those in the logits."""
+
+    def __init__(self, student: Logits, needed: list[bool]) -> None:
+        self._student = student
+        rows, head, bias = needed
+        like, empty = student.rows, torch.zeros if student.positions is not None else torch.empty
+        self._rows = empty(like.shape, dtype=like.dtype, device=like.device).view(-1, like.shape[-1]) if rows else None
+        # The first slice writes all of it.
+        self._head = torch.empty_like(student.weight) if student.weight is not None and head else None
+        self._bias = torch.zeros_like(_widened(student.bias)) if student.bias is not None and bias else None
+
+    def block(self, a: int, b: int, d: Tensor, scale: Tensor) -> None:
+        """Rows a to b, of gradient `d` in their logits, times `scale`: what is not a product with the head."""
+        if self._bias is not None:
+            self._bias.add_(scale[:, 0].to(d.dtype) @ d)
+        if self._rows is not None and self._student.weight is None:
+            self._add(a, b, d.mul_(scale))
+
+    def slice(self, a: int, b: int, d: Tensor, hidden: Tensor, scale: Tensor) -> None:
+        """The products with the head."""
+        weight, scale = self._student.weight, scale.to(d.dtype)
+        if weight is None:
+            return
+        if self._rows is not None:
+            self._add(a, b, (d @ weight).mul_(scale))
+        if self._head is not None:
+            # A row that counts for nothing may hold anything.
+            scaled = (hidden * scale).masked_fill_(scale == 0, 0)
+            self._head.addmm_(d.T, scaled, beta=0 if a == 0 else 1)
+
+    def _add(self, a: int, b: int, per_row: Tensor) -> None:
+        assert self._rows is not None
+        if self._student.positions is None:
+            self._rows[a:b] = per_row
         else:
-            to_rows.view(-1, to_rows.shape[-1]).index_add_(0, student._at(a, b), per_row)
-    if to_head is not None:
-        to_head.addmm_(d.T, hidden * column)
+            self._rows.index_add_(0, self._student._at(a, b), per_row.to(self._rows.dtype))
+
+    def found(self) -> list[Tensor | None]:
+        """Of rows, head and bias."""
+        rows, bias = self._rows, self._bias
+        dtype = self._student.rows.dtype
+        return [
+            None if rows is None else rows.view(self._student.rows.shape),
+            self._head,
+            None if bias is None else bias.to(dtype),
+        ]

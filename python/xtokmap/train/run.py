@@ -102,6 +102,8 @@ class Run:
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.95),
+            # One pass over a parameter instead of ten, and no copies of it.
+            fused=all(p.device.type in ("cpu", "cuda") for p in parameters),
         )
         self.optimizer.register_step_post_hook(write_back)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.rate)

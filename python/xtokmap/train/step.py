@@ -21,8 +21,8 @@ from xtokmap.train.rollouts import Rollouts
 from xtokmap.train.sampling import Roller
 from xtokmap.train.support.distributed import Gradients
 
-#: Looks at the student's rows of every micro-batch, of the policy before the update.
-Watch = Callable[[Logits], None]
+#: Looks at the student's rows of every micro-batch, of the policy before the update, and at what is known of them.
+Watch = Callable[[Logits, Tensor | None], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def update(
                     nats[at], nbytes[at] = gap if config.method == "opd" else -gap, bytes_.long()
                 sums = {name: sums.get(name, 0) + value for name, value in found.sums.items()}
                 if watch is not None:
-                    watch(flat)
+                    watch(flat, found.entropy)
         for _ in range(missing):
             (roller.rows(batch.select(micro_batches[0][:1])).rows.sum() * 0).backward()  # type: ignore[no-untyped-call]
         loss = gradients.total(total)

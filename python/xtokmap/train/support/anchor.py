@@ -45,15 +45,14 @@ class Anchor:
             ids = (batch.student_prompt_ids, batch.student_ids)
             start = completion_rows(self._start, *ids, temperature=self.temperature)
         weights = torch.full((rows.shape.numel(),), self.weight, device=rows.rows.device) / denominator
-        total, values = sum_rows(_reverse_kl, rows, weights, start.slice)
+        total, values = sum_rows(_reverse_kl, rows, weights, start)
         return total, torch.where(torch.isfinite(values), values, 0).sum()
 
 
 def _reverse_kl(x: Tensor, start: Tensor) -> tuple[Tensor, ...]:
     """KL(softmax(x) || softmax(start)) of rows; `x` becomes its gradient."""
-    x.sub_(x.logsumexp(-1, keepdim=True))
-    gap = x - start.log_softmax(-1)
-    p = x.exp_()
+    gap = x.log_softmax(-1).sub_(start.log_softmax(-1))
+    p = x.softmax(-1)
     value = (p * gap).sum(-1)
-    p.mul_(gap.sub_(value[:, None]))
+    torch.mul(p, gap.sub_(value[:, None]), out=x)
     return (value,)

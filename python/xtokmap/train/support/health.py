@@ -25,14 +25,15 @@ from torch import Tensor
 
 from xtokmap.alignment import Kind
 from xtokmap.losses.queries import boundary_leak
-from xtokmap.torch.completions import batched_logprobs, padded_logprobs
-from xtokmap.torch.logits import Logits
+from xtokmap.torch.completions import batched_logprobs
+from xtokmap.torch.logits import _SLICE, Logits, blocks, entropy_of, softmax_and_sums
 from xtokmap.train.config import Config
 from xtokmap.train.rollouts import Rollouts
 from xtokmap.train.sampling import Roller
 from xtokmap.train.step import StepResult
 
-#: Rows of the student whose entropy is worked out in a step, evenly spaced over its tokens: each costs a head pass.
+#: Rows of the student whose entropy counts in a step, evenly spaced over its tokens: each costs a head pass, unless
+#: the loss has come by it.
 ENTROPY_ROWS = 1024
 #: Rows of the teacher looked at in a step, likewise: `boundary_leak` and the fit of neighbors.
 TEACHER_ROWS = 64
@@ -54,24 +55,39 @@ class Entropy:
         self.every = max(1, math.ceil(tokens / ENTROPY_ROWS))
         self.total: Tensor | None = None
 
-    def __call__(self, rows: Logits) -> None:
-        """Looks at the flat rows of one more micro-batch."""
-        found = entropy_sum(rows, self.every)
+    def __call__(self, rows: Logits, known: Tensor | None) -> None:
+        """Looks at the flat rows of one more micro-batch, whose entropies its loss may know."""
+        found = entropy_sum(rows, self.every, known)
         self.total = found if self.total is None else self.total + found
 
 
 @torch.no_grad()
-def entropy_sum(rows: Logits, every: int) -> Tensor:
-    """The entropies of every so manieth of the flat rows, a slice at a time: float64 `[2]`, sum in nats and number."""
-    total = torch.zeros(2, dtype=torch.float64, device=rows.rows.device)
-    picked = rows.detach().at(torch.arange(0, rows.shape.numel(), every, device=rows.rows.device))
-    n, size = picked.shape.numel(), max(1, 2**24 // rows.vocab_size)
+def entropy_sum(rows: Logits, every: int, known: Tensor | None = None) -> Tensor:
+    """The entropies of every so manieth of the flat rows: float64 `[2]`, sum in nats and number.
+
+    Args:
+        rows: N, flat.
+        every: see above.
+        known: `[N]`, of a loss that came by them (`PairLoss.entropy`): only what is NaN in it is worked out.
+    """
+    device = rows.rows.device
+    at = torch.arange(0, rows.shape.numel(), every, device=device)
+    found = [torch.zeros(0, dtype=torch.float64, device=device)]
+    if known is not None:
+        found.append(known[at].double())
+        # Which are missing can be asked of the CPU alone; elsewhere a loss knows all or says nothing.
+        at = at[known[at].isnan()] if device.type == "cpu" else at[:0]
+    picked = rows.detach().at(at)
+    n, size = len(at), max(1, _SLICE // rows.vocab_size)
     for a in range(0, n, size):
-        log_p = picked.slice(a, min(n, a + size)).log_softmax(-1)
-        entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1).double()  # 0 * -inf would be NaN
-        finite = torch.isfinite(entropy)
-        total += torch.stack([torch.where(finite, entropy, 0).sum(), finite.sum().double()])
-    return total
+        logits = picked.made(a, min(n, a + size))
+        for c, d in blocks(min(n, a + size) - a, rows.vocab_size, device):
+            x = logits.slice(c, d)
+            p, log_sum = softmax_and_sums(x)
+            found.append(entropy_of(p, x, log_sum).double())
+    entropy = torch.cat(found)
+    finite = torch.isfinite(entropy)
+    return torch.stack([torch.where(finite, entropy, 0).sum(), finite.sum().double()])
 
 
 #: Figures of some rows, numbers or lists of them, and how many things each is the mean of.
@@ -125,9 +141,9 @@ def together(parts: Sequence[Figures]) -> dict[str, Any]:
         `student_nats` and `teacher_nats`, mean negative logprobs, `lag`, the correlations of the student's logprobs
         with the teacher's one chunk earlier, at the same and one later, and `lag_pairs`, how many neighbors these are
         of; `row_fit`, mean logprobs of the teacher's tokens in the row before their own, in their own and in the row
-        after, and `row_fit_error`, the standard error of the difference of own and better neighbor; `prompt_gain`, how
-        many nats a response is likelier after its own prompt than after another's, to student and teacher, and
-        `prompt_gain_error` of both.
+        after (not of a response's first and last token), and `row_fit_error`, the standard error of the difference of
+        own and better neighbor; `prompt_gain`, how many nats a response is likelier after its own prompt than after
+        another's, to student and teacher, and `prompt_gain_error` of both.
     """
     figures: dict[str, Any] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
@@ -176,6 +192,8 @@ def _correlation(x: Tensor, y: Tensor) -> float:
 
 def _teacher_rows(roller: Roller, rollouts: Rollouts, rows: Logits) -> Figures:
     """Rows lie flat, one more for each response than it has tokens."""
+    assert rollouts.teacher is not None
+    own, logprobs = rollouts.batch.teacher_ids, rollouts.teacher.logprobs
     device = rows.rows.device
     places = [(b, i) for b, ids in enumerate(rollouts.batch.teacher_ids) for i in range(1, len(ids))]
     places = places[:: max(1, math.ceil(len(places) / TEACHER_ROWS))]
@@ -186,9 +204,16 @@ def _teacher_rows(roller: Roller, rollouts: Rollouts, rows: Logits) -> Figures:
         first.append(before)
         before += len(row) + 1
     at = torch.tensor([first[b] + i for b, i in places], device=device)
-    ids = torch.tensor([rollouts.batch.teacher_ids[b][i] for b, i in places], device=device)
-    near = (replace(rows, rows=rows.rows[at + step]) for step in (-1, 0, 1))
-    fit = torch.cat([padded_logprobs(part, [ids.tolist()]) for part in near]).double()
+    ids = torch.tensor([own[b][i] for b, i in places], device=device)
+
+    def near(b: int, i: int, k: int) -> Tensor:
+        """The logprob of token i in the row of token k, where there is one, from that of token k."""
+        if k == len(own[b]):
+            return logprobs.new_tensor(torch.nan)
+        x = rows.some(first[b] + k, torch.tensor([own[b][i], own[b][k]], device=device))
+        return logprobs[b, k] + x[0] - x[1]
+
+    fit = torch.stack([torch.stack([near(b, i, i + step) for b, i in places]) for step in (-1, 0, 1)]).double()
     fit = fit[:, torch.isfinite(fit).all(0)]
     found: Figures = {}
     if (n := fit.shape[1]) > 1:
