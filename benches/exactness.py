@@ -61,7 +61,7 @@ def boundaries(case: Case) -> Iterator[Boundary]:
     ids_of = {bytes_: i for i in range(len(table)) if (bytes_ := table[i])}
     for b, teacher_ids in enumerate(case.teacher_ids):
         first = int(q.teacher_cu[b]) + b
-        rows = case.logprobs[first : first + len(teacher_ids) + 1]
+        rows = case.logprobs[first : first + len(teacher_ids) + 1].numpy()
         spelled = [table[t] or b"" for t in teacher_ids]
         starts = np.cumsum([0, *map(len, spelled)])
         text = b"".join(spelled)
@@ -81,9 +81,9 @@ def boundaries(case: Case) -> Iterator[Boundary]:
             decided = 0.0
             if r + 1 < len(rows) and z and not q.flags[flat]:
                 usual = encoding.joined(s, encoding.encode(z)[0])
-                found = rows[r + 1].topk(LIKELIEST)
+                likeliest = np.argpartition(-rows[r + 1], LIKELIEST)[:LIKELIEST].tolist()
                 other = [
-                    p for p, v in zip(found.values.exp().tolist(), found.indices.tolist(), strict=True)
+                    float(np.exp(rows[r + 1, v])) for v in likeliest
                     if (more := table[v]) and encoding.joined(s, encoding.encode(z + more)[0]) != usual
                 ]  # fmt: skip
                 reached = float(values.before[first + r + 1])
@@ -95,7 +95,7 @@ def boundaries(case: Case) -> Iterator[Boundary]:
                 for n in range(1, len(rest) + (k < j)):
                     v = ids_of.get(rest[:n])
                     if v is not None and v != teacher_ids[k]:
-                        mass = share * float(rows[k][v].exp())
+                        mass = share * float(np.exp(rows[k, v]))
                         if mass > LEAST:
                             beginnings.append((k, v, mass))
             yield Boundary(b, i, decided, tuple(beginnings))
@@ -125,7 +125,7 @@ def written(student: Any, teacher: Any, rows: int, tokens: int) -> Case:
     prompts = read_prompts(str(questions))[0][:rows]
     torch.manual_seed(0)
     batch = roller.roll(prompts).batch
-    queries = roller.aligner.cover_queries(batch.alignment)
+    queries = roller.aligner.cover_queries(roller.aligner.align_batch(batch.student_ids, batch.teacher_ids))
     own = judge.render(prompts)
     found = judge.rows(own, batch.teacher_ids)
     values = transfer(found, torch.tensor([t for row in batch.teacher_ids for t in row]), queries)
@@ -155,7 +155,8 @@ def report(name: str, case: Case) -> str:
             masses[b.row, k, v] = max(masses.get((b.row, k, v), 0), mass)
     wanted = sorted(masses, key=lambda key: -masses[key])[: rows // 20]
     behind = extra_rows(case, wanted)
-    table, changed = case.aligner.teacher, []
+    table, changed, order = case.aligner.teacher, [], case.aligner.vocab_map.teacher_order.astype(np.int64)
+    spelled = [table[i] or b"" for i in order.tolist()]
     for b in found:
         end = len(b"".join(case.aligner.student[s] or b"" for s in case.student_ids[b.row][: b.student + 1]))
         text = b"".join(table[t] or b"" for t in case.teacher_ids[b.row])
@@ -165,8 +166,8 @@ def report(name: str, case: Case) -> str:
             row = behind.get((b.row, k, v))
             if row is not None:
                 rest = text[starts[k] + len(table[v] or b"") : end]
-                ids = case.aligner.vocab_map.teacher_order[slice(*prefix_range(case, rest))]
-                gained += mass * float(row[torch.from_numpy(ids.astype(np.int64))].exp().sum())
+                ids = order[bisect_left(spelled, rest) : bisect_left(spelled, rest + b"\xff" * 8)]
+                gained += mass * float(row[torch.from_numpy(ids)].exp().sum())
         changed.append(math.log1p(gained))
     change = np.array(changed)
     cells = [
@@ -175,13 +176,6 @@ def report(name: str, case: Case) -> str:
         f"{len(wanted)} of {rows}", f"{change.mean():.4f}", f"{change.max():.2f}",
     ]  # fmt: skip
     return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def prefix_range(case: Case, prefix: bytes) -> tuple[int, int]:
-    """Which of the byte-sorted teacher tokens begin with some bytes."""
-    table, order = case.aligner.teacher, case.aligner.vocab_map.teacher_order
-    spelled = [table[int(i)] or b"" for i in order]
-    return bisect_left(spelled, prefix), bisect_left(spelled, prefix + b"\xff" * 8)
 
 
 def main() -> None:

@@ -384,7 +384,7 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path):
         train(Config(**values), models=tiny.pair())
 
 
-@pytest.mark.parametrize("at", [1, 9, 24, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 15, 18, 21, 31))])
+@pytest.mark.parametrize("at", [1, 24, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 9, 15, 18, 21, 31))])
 def test_a_process_that_dies_while_it_saves(tmp_path, whole, at):
     """At several of the moments around every write, flush, rename and removal; the others are marked slow."""
     values = killable.settings(tmp_path)
@@ -413,7 +413,7 @@ def test_a_process_that_dies_at_any_moment_while_it_saves(tmp_path, whole):
     assert max(lost) <= 2
 
 
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(range(2, 60), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, pytest.param(range(1, 60), marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_at_a_random_moment(tmp_path, whole, seed):
     for one in seed if isinstance(seed, range) else (seed,):
         values = killable.settings(tmp_path / str(one), save_every=1)

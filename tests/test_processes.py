@@ -66,7 +66,9 @@ def url():
         yield server.url
 
 
-@pytest.mark.parametrize("how", ["plain", "sharded", pytest.param("overlap", marks=pytest.mark.slow), "states"])
+@pytest.mark.parametrize(
+    "how", ["plain", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sharded", "overlap", "states"))]
+)
 def test_two_processes_stop_together_and_resume_to_the_bit(tmp_path, how, url):
     sharded = how == "sharded"
     prompts = tmp_path / "p.jsonl"

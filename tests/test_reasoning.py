@@ -434,6 +434,7 @@ def test_real_tokenizers_get_the_ids_that_they_would_make(one, other):
     assert batch[0].coverage > 0.9
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_page_is_what_the_example_prints():
     spec = importlib.util.spec_from_file_location("reasoning", ROOT / "examples" / "reasoning.py")
     example = importlib.util.module_from_spec(spec)

@@ -224,6 +224,7 @@ def test_what_is_held_beside_another_method_has_its_rate_and_is_not_swept():
     assert {s.seed for s in made if "anchor" in s.method} == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_a_student_is_annealed_and_judged_as_such(monkeypatch):
     monkeypatch.setattr(families, "ANNEALED", 3)
     trained, judged = [], []
@@ -284,6 +285,7 @@ class HereExecutor:
         return future
 
 
+@pytest.mark.slow
 def test_all_of_it_once_and_going_on_where_it_was(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(reproduce, "ProcessPoolExecutor", HereExecutor)
     first = dict.fromkeys(runs.METHODS, (1,)) | {"sft": (1, 2), "right answers": (2,)}
