@@ -50,8 +50,8 @@ class Boundary(NamedTuple):
     student: int
     #: Mass of the realized teacher token that turns out to merge, or not to, by the row behind it.
     decided: float
-    #: Beginnings that other teacher tokens make: place, token, mass.
-    beginnings: tuple[tuple[int, int, float], ...]
+    #: Beginnings that other teacher tokens make: place, token, mass with anything behind it, and with the text's likelihood.
+    beginnings: tuple[tuple[int, int, float, float], ...]
 
 
 def boundaries(case: Case) -> Iterator[Boundary]:
@@ -67,6 +67,8 @@ def boundaries(case: Case) -> Iterator[Boundary]:
         text = b"".join(spelled)
         end = 0
         ids = case.student_ids[b]
+        ends = np.cumsum([len(case.aligner.student[s] or b"") for s in ids])
+        phis = values.phi[int(q.student_cu[b]) : int(q.student_cu[b + 1])].numpy()
         for i, s in enumerate(ids):
             flat = int(q.student_cu[b]) + i
             own = case.aligner.student[s] or b""
@@ -96,8 +98,10 @@ def boundaries(case: Case) -> Iterator[Boundary]:
                     v = ids_of.get(rest[:n])
                     if v is not None and v != teacher_ids[k]:
                         mass = share * float(np.exp(rows[k, v]))
-                        if mass > LEAST:
-                            beginnings.append((k, v, mass))
+                        known = int(np.searchsorted(ends, starts[k] + n))
+                        likely = mass * float(np.exp(phi - phis[known]))
+                        if likely > LEAST:
+                            beginnings.append((k, v, mass, likely))
             yield Boundary(b, i, decided, tuple(beginnings))
 
 
@@ -147,12 +151,12 @@ def report(name: str, case: Case) -> str:
     found = list(boundaries(case))
     rows = sum(map(len, case.teacher_ids))
     decided = np.array([b.decided for b in found])
-    bound = np.array([sum(mass for *_, mass in b.beginnings) for b in found])
+    bound = np.array([sum(likely for *_, likely in b.beginnings) for b in found])
     # The rows that promise most, a twentieth of those of the pass.
     masses: dict[tuple[int, int, int], float] = {}
     for b in found:
-        for k, v, mass in b.beginnings:
-            masses[b.row, k, v] = max(masses.get((b.row, k, v), 0), mass)
+        for k, v, _, likely in b.beginnings:
+            masses[b.row, k, v] = max(masses.get((b.row, k, v), 0), likely)
     wanted = sorted(masses, key=lambda key: -masses[key])[: rows // 20]
     behind = extra_rows(case, wanted)
     table, changed, order = case.aligner.teacher, [], case.aligner.vocab_map.teacher_order.astype(np.int64)
@@ -162,7 +166,7 @@ def report(name: str, case: Case) -> str:
         text = b"".join(table[t] or b"" for t in case.teacher_ids[b.row])
         starts = np.cumsum([0, *(len(table[t] or b"") for t in case.teacher_ids[b.row])])
         gained = 0.0
-        for k, v, mass in b.beginnings:
+        for k, v, mass, _ in b.beginnings:
             row = behind.get((b.row, k, v))
             if row is not None:
                 rest = text[starts[k] + len(table[v] or b"") : end]
@@ -210,7 +214,7 @@ def main() -> None:
 
 
 COLUMNS = (
-    "student <- teacher", "ends", "look-ahead", "> .05", "beginnings, at most", "> .05", "rows that takes",
+    "student <- teacher", "ends", "look-ahead", "> .05", "beginnings", "> .05", "rows that takes",
     "extra rows", "change", "largest",
 )  # fmt: skip
 LEGEND = f"""\
@@ -218,9 +222,9 @@ The student's own answers at temperature 1; nats of Phi, mean over the ends of i
 realized teacher token behind which the next row (its {LIKELIEST} likeliest tokens) says otherwise of whether the
 student's token merges than that token alone did; `> .05`: how often it is more than a twentieth of exp Phi. Beginnings:
 the mass of other teacher tokens with which the text before the end could have begun, from {BACK} tokens back, each
-above {LEAST:g}: all that the rows behind them could bring, if every text went on so; and how many rows that takes, as a
-share of the pass. Extra rows: those of the likeliest of them, a twentieth of the pass, looked up, and by how much that
-changes Phi."""
+above {LEAST:g} of exp Phi, if the text went on behind them as likely as behind its own tokens (a model gives less to
+what its tokenizer never writes); and how many rows that takes, as a share of the pass. Extra rows: those of the
+likeliest of them, a twentieth of the pass, looked up, and by how much that changes Phi."""
 
 
 if __name__ == "__main__":
