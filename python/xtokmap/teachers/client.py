@@ -6,6 +6,7 @@ survived (asked again) or named (`TeacherError`); an answer that contradicts its
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -751,6 +752,8 @@ class Client:
             return f"; set a longer {self.role}_timeout, or ask for less at a time ({self.role}_concurrency)"
         if error.kind == "status 429":
             return f"; ask for less at a time ({self.role}_concurrency)"
+        if error.gone:
+            return f"; is it started, and is this its address? teacher_patience is {self.patience:g} seconds"
         return ""
 
     def _caught(self, http: http1.Connections, question: Question) -> tuple[Any, _AgainError | None]:
@@ -921,7 +924,12 @@ def _said(content: bytes) -> str:
         body = None
     error = body.get("error", body) if isinstance(body, dict) else body
     text = error.get("message", error.get("detail")) if isinstance(error, dict) else error
-    return text if isinstance(text, str) else content.decode(errors="replace")
+    text = text if isinstance(text, str) else content.decode(errors="replace")
+    # A page for people, of a proxy or of a server that is none, without its markup.
+    return html.unescape(_MARKUP.sub(" ", text)) if text.lstrip().startswith("<") else text
+
+
+_MARKUP = re.compile("<[^<>]*>?")
 
 
 def _models_in(body: Any) -> dict[str, int]:
