@@ -48,7 +48,7 @@ _GONE, _UNFIT = (502, 503, 504), (400, 413, 422)
 
 #: Seconds without an answer, and since the last look, after which there may be another model behind the URL; and how
 #: far from before the known text's logprobs may be then, in nats, in the mean. From float32, bfloat16 is .03 to .07,
-#: 8 bits a weight .05 to .1, 4 bits 2; 16 steps of AdamW at 1e-6 are .1, and the first no further than rounding.
+#: 8 bits a weight .05 to .1, 4 bits 2; 16 steps of AdamW at 1e-6 are .08, and the first no further than rounding.
 _UNHEARD, _LOOKED, SAME = 10.0, 60.0, 0.1
 
 #: Bytes that may come back: for each of a row's k likeliest tokens, a few times what any protocol writes of one; and
