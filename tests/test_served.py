@@ -710,8 +710,22 @@ def test_nobody_there_is_named():
 
     for protocol in ("auto", "sglang"):
         teacher = teacher_of(Gone, protocol=protocol, retries=1)
-        with pytest.raises(TeacherError, match=r"http://127\.0\.0\.1:9/.*gave up after 2 attempts.*connection failed"):
+        with pytest.raises(
+            TeacherError, match=r"http://127\.0\.0\.1:9/.*gave up after 2 attempts.*connection failed.*; is it st"
+        ):
             teacher.self_test()
+
+
+def test_a_page_for_people_is_repeated_without_its_markup(model):
+    """Of a proxy, or of a server that is none."""
+    page = b"<!DOCTYPE html>\n<html><head><title>Not here</title></head>\n<body><h1 class='a'>Go &amp; away</h1><p<"
+    plan = faults.Plan()
+    with faults.serving(model, tiny.teacher_tokenizer(), plan) as server:
+        client = teacher_of(server, protocol="vllm").client
+        plan.lists = [faults.plain(page + b"<" * 9, status="403 No")]
+        with pytest.raises(TeacherError) as caught:
+            client.name_model()
+    assert ": refused with status 403: Not here Go & away; set XTOKMAP_TEACHER_KEY" in str(caught.value)
 
 
 def test_no_protocol_gives_every_ones_reason(model):

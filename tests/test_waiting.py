@@ -201,6 +201,17 @@ def test_a_server_that_nobody_heard_of_for_a_while_is_asked_again(model, monkeyp
             teacher.score(PROMPTS, COMPLETIONS)
 
 
+def test_a_model_that_is_replaced_without_a_pause_is_noticed_after_a_while(model):
+    """A proxy that lets one server take the place of another."""
+    with faults.serving(model, tiny.teacher_tokenizer()) as server:
+        teacher = ServerTeacher(server.url, tiny.teacher_tokenizer(), **FAST)
+        teacher.self_test()
+        swapped(server, tiny.teacher_model(seed=2))
+        teacher.client._looked -= 2 * served._LOOKED
+        with pytest.raises(OtherTeacherError):
+            teacher.score(PROMPTS, COMPLETIONS)
+
+
 @pytest.mark.parametrize("two", [False, True])
 def test_another_model_behind_the_url_of_the_states_is_noticed(model, monkeypatch, two):
     with (

@@ -6,6 +6,7 @@ survived (asked again) or named (`TeacherError`); an answer that contradicts its
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -45,10 +46,10 @@ _LONGEST_LOOK, _SAID_EVERY = 5.0, 60.0
 #: Statuses of a proxy or a server that has nobody to answer yet, and of a server that does not take this row.
 _GONE, _UNFIT = (502, 503, 504), (400, 413, 422)
 
-#: Seconds without an answer after which there may be another model behind the URL, and how far from before the known
-#: text's logprobs may be then, in nats, in the mean. From float32, bfloat16 is .03 to .04, 8 bits a weight .05, 4 bits
-#: 2; 16 steps of AdamW at 1e-6 are .1, and the first of these steps no further than rounding.
-_UNHEARD, SAME = 10.0, 0.1
+#: Seconds without an answer, and since the last look, after which there may be another model behind the URL; and how
+#: far from before the known text's logprobs may be then, in nats, in the mean. From float32, bfloat16 is .03 to .07,
+#: 8 bits a weight .05 to .1, 4 bits 2; 16 steps of AdamW at 1e-6 are .08, and the first no further than rounding.
+_UNHEARD, _LOOKED, SAME = 10.0, 60.0, 0.1
 
 #: Bytes that may come back: for each of a row's k likeliest tokens, a few times what any protocol writes of one; and
 #: for everything else, headers included. One in `_STRUCTURE` may be a comma or open a list or an object: a megabyte of
@@ -506,8 +507,8 @@ class Client:
     answer that is no JSON or fails its checks; after a pause that doubles each time, half of it by chance, or as long
     as the server's Retry-After says (a minute at most), which then holds for all requests. Other statuses are for good.
     A server that cannot be connected to, or is not there behind its proxy (502, 503, 504), is waited for as long as
-    `patience` says. When it is back, and when nobody has heard of it for a while, it must say of a known text what it
-    said before.
+    `patience` says. When it is back, when nobody has heard of it for a while, and once a minute it must say of a known
+    text what it said before.
 
     A server is believed in nothing: a request's time and the bytes that come back are bounded as a whole, whatever
     comes is checked, and what is repeated of it in a message is escaped.
@@ -565,6 +566,7 @@ class Client:
         self._known: tuple[Question, Callable[[Any], Floats]] | None = None
         self.known: Floats | None = None
         self._heard, self._doubted, self._looking = time.monotonic(), False, threading.Lock()
+        self._looked = self._heard
         self._gone: float | None = None
         self._said = 0.0
         self._dialect = PROTOCOLS.get(protocol)
@@ -751,6 +753,8 @@ class Client:
             return f"; set a longer {self.role}_timeout, or ask for less at a time ({self.role}_concurrency)"
         if error.kind == "status 429":
             return f"; ask for less at a time ({self.role}_concurrency)"
+        if error.gone:
+            return f"; is it started, and is this its address? teacher_patience is {self.patience:g} seconds"
         return ""
 
     def _caught(self, http: http1.Connections, question: Question) -> tuple[Any, _AgainError | None]:
@@ -787,7 +791,7 @@ class Client:
             gone, self._gone = self._gone, None if self._gone is not None and start >= self._gone else self._gone
             back = gone is not None and self._gone is None
             says = back and self._said > -math.inf
-            self._doubted |= back or now - self._heard > _UNHEARD
+            self._doubted |= back or now - self._heard > _UNHEARD or now - self._looked > _LOOKED
             self._heard = now
         if says and gone is not None:
             self.say(f"{self.url} answers, after {now - gone:.0f} s")
@@ -801,6 +805,7 @@ class Client:
             logprobs: of the text's tokens, by an answer.
         """
         self._known, self.known, self._doubted = (question, logprobs), logprobs(answer), False
+        self._looked = time.monotonic()
 
     def _look_again(self, stop: threading.Event) -> None:
         """Whether the model is the same, and how long its rows may be now, where that is in doubt; answers wait for it.
@@ -815,7 +820,7 @@ class Client:
                 return
             question, logprobs = self._known
             assert self.known is not None
-            self._doubted = False
+            self._doubted, self._looked = False, time.monotonic()
             try:
                 with self._connections() as http:
                     apart = nats_apart(self.known, logprobs(self._again(http, question, stop)))
@@ -921,7 +926,12 @@ def _said(content: bytes) -> str:
         body = None
     error = body.get("error", body) if isinstance(body, dict) else body
     text = error.get("message", error.get("detail")) if isinstance(error, dict) else error
-    return text if isinstance(text, str) else content.decode(errors="replace")
+    text = text if isinstance(text, str) else content.decode(errors="replace")
+    # A page for people, of a proxy or of a server that is none, without its markup.
+    return html.unescape(_MARKUP.sub(" ", text)) if text.lstrip().startswith("<") else text
+
+
+_MARKUP = re.compile("<[^<>]*>?")
 
 
 def _models_in(body: Any) -> dict[str, int]:
