@@ -50,7 +50,7 @@ class Boundary(NamedTuple):
     student: int
     #: Mass of the realized teacher token that turns out to merge, or not to, by the row behind it.
     decided: float
-    #: Beginnings that other teacher tokens make: place, token, mass with anything behind it, and with the text's likelihood.
+    #: Beginnings that other teacher tokens make: place, token, mass with anything behind it, and as likely as the text.
     beginnings: tuple[tuple[int, int, float, float], ...]
 
 
