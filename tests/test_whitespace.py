@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import whitespace
 from enumeration import Model, Pair, cosine
+from oracle import Side
 from whitespace import EXPECTED, SIDES, TASK, TEXTS, Real, World
 
 #: Where each token of the student's says of one space more whether it goes on, or a word takes the last.
@@ -78,6 +81,30 @@ def test_a_run_whose_cut_depends_on_what_comes_behind_it(sides):
     # A line's end behind spaces that are not the text's own is taken for a word's beginning.
     assert (rows[:, : exact.shape[1]] - exact).abs().sum(1)[known].max() < 0.1, sides
     assert rest[known].max() < 0.05
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_numbers_that_are_grouped_from_the_right_are_warned_of(side):
+    """Of a number's first digits the student's cut is known only when the number has ended."""
+    pattern = {"left": r"[0-9]{1,2}|[^0-9]", "right": r"[0-9](?=(?:[0-9]{2})+(?![0-9]))|[0-9]{1,2}|[^0-9]"}[side]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(zip("12+", range(3), strict=True)), merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=8, special_tokens=["</s>"], show_progress=False)
+    made.train_from_iterator(["1+2", "11", "12", "21", "22"] * 9, trainer)
+    made.decoder = tokenizers.decoders.Fuse()
+    texts = ["".join(x).encode() for n in range(5) for x in product("12+", repeat=n)]
+    teacher = Side.bpe(alphabet="12+")
+
+    def look():
+        pair = Pair(Real(made), teacher, texts=texts)
+        model = pair.model(np.random.default_rng(0), leak=1e-9)
+        return (model.transferred - model.log_q_star).abs()[pair.is_token].max()
+
+    if side == "left":
+        assert look() < 1e-4
+    else:
+        with pytest.warns(UserWarning, match="groups digits from the right"):
+            assert look() > 0.5
 
 
 def test_a_student_that_follows_cover_or_transfer_kl_learns_to_indent(world):

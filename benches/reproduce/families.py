@@ -33,7 +33,7 @@ ARRANGEMENTS = {
 _CUTS: dict[str, tuple[str, int]] = {
     "digits": (r"[0-9]", 102),
     "numbers": (r"[0-9]+", 400),
-    "pairs": (r"[0-9](?=(?:[0-9]{2})+(?![0-9]))|[0-9]{1,2}", 188),
+    "pairs": (r"[0-9]{1,2}", 188),
     "before": (r"[-+=;#]?[0-9]", 160),
     "after": (r"[0-9][-+=;#]?", 160),
 }
@@ -55,7 +55,7 @@ def tokenizer(cut: str, task: str) -> Any:
     """A BPE tokenizer learned from solutions in all ways: a transformers fast tokenizer whose end of turn is `<end>`.
 
     Args:
-        cut: `digits`, `numbers` (merged, up to whole ones), `pairs` of digits, counted from the right, `before` (a sign
+        cut: `digits`, `numbers` (merged, up to whole ones), `pairs` of digits, counted from the left, `before` (a sign
             joins the digit behind it), `after`.
         task: name of the task.
     """

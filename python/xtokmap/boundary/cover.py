@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,6 +209,7 @@ class Transfer:
             for name in ("student_to_teacher", "teacher_first"):
                 arrays[name][s] = t
         ends = student_table.stop_ids, teacher_table.stop_ids
+        self._doubt = not self.core.same and self.rule.counts_from_the_right()
         self.vocab_map = VocabMap(
             **arrays,
             student_stops=tuple(i for i in ends[0] if i not in {s for s, _ in pairs}),
@@ -219,6 +221,14 @@ class Transfer:
         self, batch: Any, students: npt.NDArray[np.uint32], teachers: npt.NDArray[np.uint32], threads: int | None
     ) -> CoverQueries:
         """The queries of an `AlignmentBatch` whose flat ids are given."""
+        if self._doubt:
+            self._doubt = False
+            warnings.warn(
+                "the student's tokenizer groups digits from the right (1|11, 11|11), so that how it cuts a number is "
+                "decided by digits that are still to come: cover and transfer_kl are wrong inside numbers, where a "
+                "student can unlearn to count; give it a tokenizer that groups them from the left, or take prior",
+                stacklevel=3,
+            )
         self.rule.learn(students)
         arrays, cu = batch._core_arguments()
         found = self.core.queries(arrays, cu, students, teachers, threads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,13 @@ class EncodingRule:
         cut = max(self._cuts(text), default=0) if self._cuts is not None else 0
         last = self._table[self.core.encode(text[cut:].encode())[-1]] or b""
         return last[:1].isspace()
+
+    def counts_from_the_right(self) -> bool:
+        """Whether the pre-tokenizer groups digits from the last one on, so that a further digit moves all cuts."""
+        if self._cuts is None:
+            return False
+        first = [min(self._cuts("1" * n), default=n) for n in range(2, 8)]
+        return any(longer < shorter for shorter, longer in pairwise(first))
 
     def pieces(self, table: ByteTable, letter: str = "") -> UInt32 | None:
         """For every token of a table how many of its bytes the pre-tokenizer puts in its first piece.
