@@ -616,6 +616,27 @@ def test_the_head_inside_is_the_head_outside(name, dtype):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("block", [1, 40])
+def test_blocks_of_a_slice_change_nothing(name, block, monkeypatch):
+    scored = 0
+    for seed in range(5):
+        case, g = random_case(seed), torch.Generator().manual_seed(seed)
+        shape, v = case.student_ids.shape, len(case.vm.student)
+        inputs = [torch.randn(*n, generator=g, dtype=torch.float64) for n in ((*shape, 5), (v, 5), (v,))]
+        inputs = [x.requires_grad_() for x in inputs]
+        z = random_logits(case, 0)[1]
+        found = []
+        for size in (2**20, block):
+            monkeypatch.setattr(xtokmap.torch.logits, "_BLOCK", size)
+            loss = loss_of(name, case, Logits(*inputs, temperature=0.8), z, size=7)
+            found.append((loss.loss, loss.terms, *torch.autograd.grad(loss.loss, inputs)))
+        scored += int((found[0][1] != 0).sum())
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, **TOLERANCE)
+    assert scored > 3
+
+
 @every_loss
 @a_few
 @given(seeds)

@@ -515,6 +515,24 @@ def test_slices_change_nothing(size):
         torch.testing.assert_close(a, torch.cat(b))
 
 
+@pytest.mark.parametrize("block", [1, 40])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_blocks_of_a_slice_change_nothing(block, temperature, monkeypatch):
+    teacher, g = MIXED.random_rows(0), torch.Generator().manual_seed(0)
+    shape = MIXED.student_logits(1).shape
+    inputs = [torch.randn(*n, generator=g, dtype=torch.float64) for n in ((*shape[:2], 5), (shape[2], 5), shape[2:])]
+    inputs = [x.requires_grad_() for x in inputs]
+    found = []
+    for size in (2**20, block):
+        monkeypatch.setattr(xtokmap.torch.logits, "_BLOCK", size)
+        values, target = evaluated(MIXED, teacher)
+        sampled = {"student_ids": MIXED.student_ids(), "transferred": MIXED.padded(values.transferred)}
+        loss = transfer_kl(Logits(*inputs, temperature=temperature), target, MIXED.index, **sampled, size=7)
+        found.append((*values, loss.terms, loss.entropy, *torch.autograd.grad(loss.loss, inputs)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
 @pytest.mark.parametrize("parts", [[[0], [1], [2], [3], [4]], [[0, 1], [2, 3, 4]], [[4, 2, 0], [3, 1]]])
 def test_micro_batches_add_up(parts):
     teacher, x = MIXED.random_rows(0), MIXED.student_logits(1)

@@ -113,8 +113,8 @@ def byte_kl(
 
     Returns:
         The loss; figures `residual` (mean mass), `inside`, `spanning` (shares of the scored tokens) and `whitespace`
-        (tokens left out). A head pass of either side, two more of the student's for a gradient, and one more of the
-        teacher's for the spanning tokens.
+        (tokens left out). A head pass of either side, no more with a gradient, and one more of the teacher's for
+        the spanning tokens.
 
     Raises:
         XTokMapError: shapes or vocabularies that do not fit; unknown options; a `TopK` teacher; a spelling with queries

@@ -69,7 +69,7 @@ def strict_kl(
 
     Returns:
         The loss; figures `student_rest` and `teacher_rest`, the mass outside of U. It costs a head pass of either
-        side for the scored rows, and two more of the student's for a gradient.
+        side for the scored rows, no more with a gradient.
 
     Raises:
         XTokMapError: shapes or vocabularies that do not fit, unknown support, beta outside [0, 1].

@@ -63,8 +63,8 @@ def transfer_kl(
 
     Returns:
         The loss; figures `undetermined` (mass known of several tokens together), `rest` (mass known of none), `shared`
-        (share of the scored tokens whose event has several). It costs a head pass (two with a gradient) of either side
-        beside that of `transfer`.
+        (share of the scored tokens whose event has several). It costs a head pass of either side, no more with a
+        gradient, beside that of `transfer`.
 
     Raises:
         XTokMapError: shapes that do not fit, beta outside [0, 1].
