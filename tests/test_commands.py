@@ -20,7 +20,13 @@ INLINE = re.compile(r"`((?:xtokmap|make|python|--)[^`\n]*)`")
 #: Commands of others; what they are given is not checked here.
 OTHERS = {"accelerate", "cargo", "cd", "git", "torchrun", "vllm"}
 #: Flags in the text that are vLLM's.
-FOREIGN_FLAGS = {"--chunked-prefill-size", "--logprobs-mode", "--max-model-len", "--max-num-batched-tokens"}
+FOREIGN_FLAGS = {
+    "--allow-auto-truncate",
+    "--chunked-prefill-size",
+    "--logprobs-mode",
+    "--max-model-len",
+    "--max-num-batched-tokens",
+}
 #: What `...` stands for.
 LEFT_OUT = {
     "train": "--student A --teacher B --prompts F",
