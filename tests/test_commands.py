@@ -19,7 +19,7 @@ INLINE = re.compile(r"`((?:xtokmap|make|python|--)[^`\n]*)`")
 
 #: Commands of others; what they are given is not checked here.
 OTHERS = {"accelerate", "cargo", "cd", "git", "torchrun", "vllm"}
-#: Flags in the text that are vLLM's.
+#: Flags in the text that are vLLM's or SGLang's.
 FOREIGN_FLAGS = {
     "--allow-auto-truncate",
     "--chunked-prefill-size",
