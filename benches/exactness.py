@@ -43,15 +43,25 @@ LIKELIEST, LEAST = 256, 1e-4
 BACK = 6
 
 
+class Beginning(NamedTuple):
+    """Another teacher token with which the text may go on at a place."""
+
+    place: int
+    token: int
+    #: As shares of exp Phi: with anything behind it, and as likely as the text.
+    mass: float
+    likely: float
+    #: Bytes from its end to the boundary.
+    rest: bytes
+
+
 class Boundary(NamedTuple):
-    """The end of a student token: where it lies, and what the pass misses there, as shares of exp Phi."""
+    """The end of a student token: its batch row, and what the pass misses there, as shares of exp Phi."""
 
     row: int
-    student: int
     #: Mass of the realized teacher token that turns out to merge, or not to, by the row behind it.
     decided: float
-    #: Beginnings that other teacher tokens make: place, token, mass with anything behind it, and as likely as the text.
-    beginnings: tuple[tuple[int, int, float, float], ...]
+    beginnings: tuple[Beginning, ...]
 
 
 def boundaries(case: Case) -> Iterator[Boundary]:
@@ -101,8 +111,8 @@ def boundaries(case: Case) -> Iterator[Boundary]:
                         known = int(np.searchsorted(ends, starts[k] + n))
                         likely = mass * float(np.exp(phi - phis[known]))
                         if likely > LEAST:
-                            beginnings.append((k, v, mass, likely))
-            yield Boundary(b, i, decided, tuple(beginnings))
+                            beginnings.append(Beginning(k, v, mass, likely, rest[n:]))
+            yield Boundary(b, decided, tuple(beginnings))
 
 
 class Case(NamedTuple):
@@ -151,27 +161,24 @@ def report(name: str, case: Case) -> str:
     found = list(boundaries(case))
     rows = sum(map(len, case.teacher_ids))
     decided = np.array([b.decided for b in found])
-    bound = np.array([sum(likely for *_, likely in b.beginnings) for b in found])
+    bound = np.array([sum(other.likely for other in b.beginnings) for b in found])
     # The rows that promise most, a twentieth of those of the pass.
     masses: dict[tuple[int, int, int], float] = {}
     for b in found:
-        for k, v, _, likely in b.beginnings:
-            masses[b.row, k, v] = max(masses.get((b.row, k, v), 0), likely)
+        for other in b.beginnings:
+            key = b.row, other.place, other.token
+            masses[key] = max(masses.get(key, 0), other.likely)
     wanted = sorted(masses, key=lambda key: -masses[key])[: rows // 20]
     behind = extra_rows(case, wanted)
     table, changed, order = case.aligner.teacher, [], case.aligner.vocab_map.teacher_order.astype(np.int64)
     spelled = [table[i] or b"" for i in order.tolist()]
     for b in found:
-        end = len(b"".join(case.aligner.student[s] or b"" for s in case.student_ids[b.row][: b.student + 1]))
-        text = b"".join(table[t] or b"" for t in case.teacher_ids[b.row])
-        starts = np.cumsum([0, *(len(table[t] or b"") for t in case.teacher_ids[b.row])])
         gained = 0.0
-        for k, v, mass, _ in b.beginnings:
-            row = behind.get((b.row, k, v))
+        for other in b.beginnings:
+            row = behind.get((b.row, other.place, other.token))
             if row is not None:
-                rest = text[starts[k] + len(table[v] or b"") : end]
-                ids = order[bisect_left(spelled, rest) : bisect_left(spelled, rest + b"\xff" * 8)]
-                gained += mass * float(row[torch.from_numpy(ids)].exp().sum())
+                ids = order[bisect_left(spelled, other.rest) : bisect_left(spelled, other.rest + b"\xff" * 8)]
+                gained += other.mass * float(row[torch.from_numpy(ids)].exp().sum())
         changed.append(math.log1p(gained))
     change = np.array(changed)
     cells = [

@@ -913,19 +913,27 @@ impl Cover {
     /// Of white space behind `s` the student token that comes next, with a word behind it and with more white space:
     /// `None` where `s` would not stay, -1 where the token is not known. `None` where it makes no difference.
     fn undecided(&self, s: u32, z: &[u8]) -> Option<[Option<i32>; 2]> {
-        let letter = self.letter.filter(|_| is_white(z))?;
         let rest = self.rest(z, false);
-        let word = (!self.merges(s, z, rest.white.unwrap_or(-1), Some(letter))).then_some(rest.next);
+        rest.white?;
+        let word = (!self.rest_merges(s, z, &rest)).then_some(rest.next);
         let next = self.student.first(z).map_or(-1, |u| u as i32);
         let space = (!self.merges(s, z, asked(&self.student, z, next), None)).then_some(next);
         (word != space).then_some([word, space])
     }
 
-    /// Whether `s` would merge with white space, before a letter or before nothing.
+    /// Whether `s` would merge with these bytes, before a letter or before nothing.
     fn merges(&self, s: u32, z: &[u8], asked: i32, letter: Option<u8>) -> bool {
         let asked = u32::try_from(asked).ok();
-        let behind = if letter.is_some() { Behind::Word } else { Behind::Nothing };
-        s < BEFORE_SPACE && self.student.merges(s, &[z, letter.as_slice()].concat(), asked, behind)
+        s < BEFORE_SPACE
+            && match letter {
+                Some(letter) => self.student.merges(s, &[z, &[letter]].concat(), asked, Behind::Word),
+                None => self.student.merges(s, z, asked, Behind::Nothing),
+            }
+    }
+
+    /// Whether `s` would merge with what is left of a teacher token, a word behind it where it is white space.
+    fn rest_merges(&self, s: u32, z: &[u8], rest: &Rest) -> bool {
+        self.merges(s, z, rest.white.unwrap_or(rest.next), rest.white.and(self.letter))
     }
 
     /// What is left of a teacher token; the id is not known here. `longest`: the longest student token comes next.
@@ -1003,8 +1011,7 @@ impl Cover {
                 u32::try_from(asked).is_ok_and(|u| word.contains(u))
             }
             (Some(joined), _) => u32::try_from(rest.next).is_ok_and(|u| joined.any.contains(u)),
-            (None, Some(asked)) => self.merges(s, rest_of(rest), asked, self.letter),
-            (None, None) => self.student.merges(s, rest_of(rest), u32::try_from(rest.next).ok(), Behind::Nothing),
+            (None, _) => self.rest_merges(s, rest_of(rest), rest),
         };
         // White space that ends where the student's token does has a word behind it.
         let before_word = |letter| {
@@ -1031,11 +1038,9 @@ impl Cover {
                 all.insert(v);
             }
         }
-        for &(v, asked) in joined.word.iter().flat_map(|_| &self.white) {
-            let merges = |word: &Bits| u32::try_from(asked).is_ok_and(|u| word.contains(u));
-            if joined.word.as_ref().is_some_and(merges) {
-                all.insert(v as u32);
-            }
+        if let Some(word) = &joined.word {
+            let merging = |asked: i32| u32::try_from(asked).is_ok_and(|u| word.contains(u));
+            self.white.iter().filter(|white| merging(white.1)).for_each(|&(v, _)| all.insert(v as u32));
         }
         all.iter().map(|v| v as i32).collect()
     }
@@ -1065,11 +1070,8 @@ impl Cover {
         candidates.sort_unstable();
         candidates.dedup();
         candidates.retain(|&v| {
-            let next = self.map.canonical[v as usize];
-            let bytes = teachers.bytes(v as u32);
-            let letter = self.letter.filter(|_| is_white(bytes));
-            let asked = if letter.is_some() { asked(&self.student, bytes, next) } else { next };
-            !bytes.is_empty() && self.merges(s, bytes, asked, letter)
+            let z = teachers.bytes(v as u32);
+            !z.is_empty() && self.rest_merges(s, z, &self.rest(z, false))
         });
         candidates
     }

@@ -198,7 +198,8 @@ class Transfer:
         n = min(len(student_table), len(teacher_table))
         same = bool(np.array_equal(student_table.lengths[:n], teacher_table.lengths[:n]))
         teacher_rule = EncodingRule(teacher if same else teacher_table, teacher_table)
-        letter = _letter(self.rule, student_table, teacher, teacher_table)
+        own = teacher_rule if same else EncodingRule(teacher, teacher_table, classes=False)
+        letter = _letter((self.rule, student_table), (own, teacher_table))
         pieces = self.rule.pieces(teacher_table, letter)
         self.core = _core.Cover(self.rule.core, teacher_rule.core, pieces, ord(letter) if letter else None)
         names = _names(student), _names(teacher)
@@ -244,18 +245,16 @@ class Transfer:
         )
 
 
-def _letter(student: EncodingRule, student_table: ByteTable, teacher: Any, teacher_table: ByteTable) -> str:
+def _letter(student: tuple[EncodingRule, ByteTable], teacher: tuple[EncodingRule, ByteTable]) -> str:
     """A letter that says how white space is cut where a word stands behind it; none where that makes no difference.
 
     A teacher that keeps runs of spaces whole ("   ", "x") puts words behind them, and nothing else but the end of a
     line; a student that gives the last space to the word ("  ", " x") cuts them as what comes behind says.
     """
-    tables = student_table, teacher_table
-    single = [{table[i] for i in range(len(table)) if table.lengths[i] == 1} for table in tables]
+    single = [{table[i] for i in np.flatnonzero(table.lengths == 1).tolist()} for _, table in (student, teacher)]
     letter = next((c for c in ascii_lowercase if c.encode() in single[0] & single[1]), "")
-    if not letter or not student.takes_a_space(letter):
-        return ""
-    return "" if EncodingRule(teacher, teacher_table, classes=False).takes_a_space(letter) else letter
+    differs = letter and student[0].takes_a_space(letter) and not teacher[0].takes_a_space(letter)
+    return letter if differs else ""
 
 
 def _names(tokenizer: Any) -> Mapping[str, int] | None:
