@@ -26,8 +26,9 @@ from torch import Tensor
 
 import xtokmap
 from xtokmap import Aligner, demo
+from xtokmap.losses.events import _events
 from xtokmap.losses.queries import transfer
-from xtokmap.losses.target import TransferTarget, _events
+from xtokmap.losses.target import TransferTarget
 from xtokmap.losses.terms import divergence
 from xtokmap.losses.transfer import transfer_kl
 from xtokmap.models import load

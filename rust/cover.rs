@@ -47,6 +47,9 @@ pub struct Queries {
     pub base: Vec<i32>,
     /// Bits of [`Queries::NOT_CANONICAL`] and [`Queries::FORCED`].
     pub flags: Vec<u8>,
+    /// For student tokens that begin with a teacher token, after which longer student tokens go on, too: the set of
+    /// teacher tokens with which they do, a place in `sets`. -1 where there is none, or where it was not asked for.
+    pub within: Vec<i32>,
     /// The sets that these terms use.
     pub sets: Vec<Arc<Set>>,
 }
@@ -56,6 +59,15 @@ impl Queries {
     pub const NOT_CANONICAL: u8 = 1;
     /// The teacher token that really stands there would have been left out, and was put back.
     pub const FORCED: u8 = 2;
+}
+
+/// What the queries of a batch are to tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Of {
+    /// What the teacher thinks of the student's tokens.
+    Tokens,
+    /// Of all that could stand in their place, too: with [`Queries::within`].
+    Rows,
 }
 
 /// What can follow inside the teacher tokens of a batch.
@@ -104,6 +116,8 @@ const BEFORE_WORD: u32 = u32::MAX - 2;
 const BEFORE_SPACE: u32 = u32::MAX - 3;
 /// In the place of consumed bytes: the row after them.
 const AFTER: u32 = u32::MAX;
+/// The same, of the tokens that would merge with the student token, and with the one that they would make.
+const WITHIN: u32 = u32::MAX - 2;
 const FULL: u32 = u32::MAX;
 /// In the place of a set: one without elements.
 const NOTHING: u32 = u32::MAX;
@@ -200,6 +214,8 @@ pub struct Cover {
     white: Vec<(i32, i32)>,
     /// Teacher tokens that end in white space.
     ends_white: Bits,
+    /// Student tokens that the teacher may begin longer ones with.
+    open: Bits,
     /// One tokenizer on both sides: nothing has to be transferred.
     same: bool,
     limit: usize,
@@ -389,6 +405,7 @@ struct RowQueries {
     set: Vec<i32>,
     base: Vec<i32>,
     flags: Vec<u8>,
+    within: Vec<i32>,
 }
 
 /// One row of a batch, as slices.
@@ -451,6 +468,11 @@ impl<K: Known> Walk<'_, K> {
     fn after(&mut self, s: u32) -> u32 {
         let set = self.known.after(s);
         self.or(set, NOTHING)
+    }
+
+    fn within(&mut self, s: u32) -> i32 {
+        let set = self.known.set(s, WITHIN);
+        i32::try_from(self.or(set, NOTHING)).unwrap_or(-1)
     }
 
     /// The term of tokens that go on behind a node.
@@ -546,9 +568,16 @@ impl Cover {
             ids[at[u as usize] as usize] = v as u32;
             at[u as usize] += 1;
         }
+        let mut open = Bits::new(student.table().len());
+        for (r, &v) in map.teacher_first.iter().enumerate().filter(|(_, &v)| v >= 0) {
+            let first = teacher.table().bytes(v as u32);
+            if first.len() < student.table().bytes(r as u32).len() {
+                student.id(first).into_iter().for_each(|u| open.insert(u));
+            }
+        }
         let same = student.same_as(&teacher);
         let (by_first, limit, store) = ((ptr, ids), STORE_LIMIT, Shared::default());
-        Self { student, teacher, map, by_first, letter, white, ends_white, same, limit, store }
+        Self { student, teacher, map, by_first, letter, white, ends_white, open, same, limit, store }
     }
 
     /// The same, keeping no more than about this many elements of sets between batches.
@@ -566,17 +595,7 @@ impl Cover {
     /// For every student token the bits of whether a longer student token exists that the teacher would cut after it:
     /// mass on it may belong to that one.
     pub fn open(&self) -> Vec<bool> {
-        let (s, t) = (self.student.table(), self.teacher.table());
-        let mut open = vec![false; s.len()];
-        for (r, &v) in self.map.teacher_first.iter().enumerate().filter(|(_, &v)| v >= 0) {
-            let first = t.bytes(v as u32);
-            if first.len() < s.bytes(r as u32).len() {
-                if let Some(u) = self.student.id(first) {
-                    open[u as usize] = true;
-                }
-            }
-        }
-        open
+        (0..self.student.table().len()).map(|u| self.open.contains(u as u32)).collect()
     }
 
     /// The queries of a batch whose flat ids are given, its rows over the threads that [`crate::Aligner::align_batch`]
@@ -584,18 +603,31 @@ impl Cover {
     ///
     /// # Errors
     /// [`Error::Argument`] where the batch does not fit the ids or the vocabularies.
-    pub fn queries(&self, batch: &Batch, students: &[u32], teachers: &[u32]) -> Result<Queries, Error> {
-        self.queries_of(batch.into(), students, teachers)
+    pub fn queries(&self, batch: &Batch, students: &[u32], teachers: &[u32], of: Of) -> Result<Queries, Error> {
+        self.queries_of(batch.into(), students, teachers, of)
     }
 
-    pub(crate) fn queries_of(&self, batch: View<'_>, students: &[u32], teachers: &[u32]) -> Result<Queries, Error> {
+    pub(crate) fn queries_of(
+        &self,
+        batch: View<'_>,
+        students: &[u32],
+        teachers: &[u32],
+        of: Of,
+    ) -> Result<Queries, Error> {
         let rows = self.rows(batch, students, teachers)?;
         // Rows that are not worth a task of their own are done together.
         let at_once = 2048 * rows.len() / (students.len() + 1) + 1;
-        self.with_store(|lock| self.queries_in(lock, &rows, at_once, students.len()))
+        self.with_store(|lock| self.queries_in(lock, &rows, at_once, students.len(), of))
     }
 
-    fn queries_in(&self, lock: &RwLock<Store>, rows: &[Row<'_>], at_once: usize, tokens: usize) -> Option<Queries> {
+    fn queries_in(
+        &self,
+        lock: &RwLock<Store>,
+        rows: &[Row<'_>],
+        at_once: usize,
+        tokens: usize,
+        of: Of,
+    ) -> Option<Queries> {
         let mut resets = self.make_room(lock)?;
         let mut done: Vec<Option<RowQueries>> = vec![];
         done.resize_with(rows.len(), || None);
@@ -607,7 +639,7 @@ impl Cover {
             }
             let known = |done: &mut Option<RowQueries>, row: &Row<'_>| {
                 if done.is_none() {
-                    *done = self.walk(*row, &mut Stored(&store));
+                    *done = self.walk(*row, &mut Stored(&store), of);
                 }
             };
             pool::for_each(&mut done, at_once, |b, done| known(done, &rows[b]));
@@ -618,14 +650,14 @@ impl Cover {
             let mut store = write(lock)?;
             let mut discovery = Discovery { cover: self, store: &mut store, missing: vec![] };
             for (row, _) in rows.iter().zip(&done).filter(|(_, done)| done.is_none()) {
-                self.walk(*row, &mut discovery);
+                self.walk(*row, &mut discovery, of);
             }
             let mut missing = discovery.missing;
             self.fill(&mut missing, &mut store);
             // With all sets there, what is made of them.
             let mut discovery = Discovery { cover: self, store: &mut store, missing: vec![] };
             for (row, done) in rows.iter().zip(&mut done).filter(|(_, done)| done.is_none()) {
-                *done = self.walk(*row, &mut discovery);
+                *done = self.walk(*row, &mut discovery, of);
             }
             if resets != store.resets {
                 resets = store.resets;
@@ -744,7 +776,7 @@ impl Cover {
     }
 
     /// The queries of a row; `None` when something was not known (a discovery goes on to find the rest).
-    fn walk(&self, row: Row<'_>, known: &mut impl Known) -> Option<RowQueries> {
+    fn walk(&self, row: Row<'_>, known: &mut impl Known, of: Of) -> Option<RowQueries> {
         let m = row.students.len();
         let mut walk = Walk { known, complete: true, out: RowQueries::default() };
         for numbers in [&mut walk.out.row, &mut walk.out.set] {
@@ -753,10 +785,11 @@ impl Cover {
         walk.out.base.reserve(m);
         walk.out.counts.reserve(m);
         walk.out.flags.reserve(m);
+        walk.out.within.reserve(m);
         let mut stretch: Option<Stretch> = None;
         for i in 0..m {
             let before = walk.out.set.len();
-            let (mut base, mut flags) = (-2, 0);
+            let (mut base, mut flags, mut within) = (-2, 0, -1);
             let place = usize::try_from(row.of.teacher_pos[i]).ok().filter(|&place| place < row.teachers.len());
             match row.kind(i) {
                 Some(Kind::Stop | Kind::Marker) => {
@@ -768,6 +801,9 @@ impl Cover {
                 }
                 Some(kind) if kind != Kind::Rewritten => {
                     if let Some(place) = place.filter(|_| row.of.teacher_off[i] == 0) {
+                        if let Some(root) = self.root(row, i, place).filter(|_| of == Of::Rows) {
+                            within = walk.within(root);
+                        }
                         // Also where teacher tokens without bytes lie between the stretch so far and this token.
                         if stretch.as_ref().is_none_or(|stretch| stretch.j != place) {
                             stretch = Some(Stretch::start(row, i, place));
@@ -787,9 +823,19 @@ impl Cover {
             }
             walk.out.base.push(base);
             walk.out.flags.push(flags);
+            walk.out.within.push(within);
             walk.out.counts.push((walk.out.set.len() - before) as u32);
         }
         walk.complete.then_some(walk.out)
+    }
+
+    /// The student token that teacher token `j` is, where student token `i` begins with that and longer ones do, too.
+    fn root(&self, row: Row<'_>, i: usize, j: usize) -> Option<u32> {
+        let (s, t) = (row.students[i], row.teachers[j]);
+        let root = u32::try_from(self.map.teacher_to_student[t as usize]).ok()?;
+        let makes = self.map.canonical[t as usize] == root as i32 && self.open.contains(root);
+        let begins = s == root || self.map.teacher_first[s as usize] == t as i32;
+        (makes && begins && !self.same && !self.ends_white.contains(t)).then_some(root)
     }
 
     /// The terms of the boundary after student token `i`, and its flags; `None` where a teacher token without bytes
@@ -983,6 +1029,9 @@ impl Cover {
             }
             return Set { next: vec![node as i32; ids.len()], whole: vec![true; ids.len()], ids, ..Set::default() };
         }
+        if node == WITHIN {
+            return self.within(s, joined);
+        }
         if node == AFTER {
             let mut ids = match joined {
                 _ if s == NEVER => vec![],
@@ -1027,6 +1076,22 @@ impl Cover {
             set.whole.push(rest.whole);
         }
         set
+    }
+
+    /// The teacher tokens that would have merged with `s`, and the student token with which both together begin.
+    fn within(&self, s: u32, joined: Option<&Joined>) -> Set {
+        let ids = joined.map_or_else(|| self.merging_row(s), |joined| self.begins_with(joined));
+        let mut bytes = self.student.table().bytes(s).to_vec();
+        let own = bytes.len();
+        let mut set = Set::default();
+        for &v in &ids {
+            bytes.truncate(own);
+            bytes.extend_from_slice(self.teacher.table().bytes(v as u32));
+            let both = self.rest(&bytes, false);
+            set.next.push(both.next);
+            set.whole.push(both.whole);
+        }
+        Set { ids, ..set }
     }
 
     /// The teacher tokens that would have merged with a student token, had they come after it.
@@ -1102,15 +1167,18 @@ fn gather(rows: impl Iterator<Item = RowQueries>, store: &Store, tokens: usize) 
             terms += i64::from(count);
             all.indptr.push(terms);
         }
-        all.row.extend(row.row);
-        all.set.extend(row.set.into_iter().map(|set| {
+        let sets = &mut all.sets;
+        let mut numbered = |set: i32| {
             let Ok(place) = usize::try_from(set) else { return set };
             if number[place] < 0 {
-                number[place] = all.sets.len() as i32;
-                all.sets.push(store.sets[place].clone());
+                number[place] = sets.len() as i32;
+                sets.push(store.sets[place].clone());
             }
             number[place]
-        }));
+        };
+        all.row.extend(row.row);
+        all.set.extend(row.set.into_iter().map(&mut numbered));
+        all.within.extend(row.within.into_iter().map(numbered));
         all.base.extend(row.base);
         all.flags.extend(row.flags);
     }

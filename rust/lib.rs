@@ -49,7 +49,7 @@ mod vocab_map;
 
 pub use aligner::Aligner;
 pub use chunks::{Alignment, Batch, Kind};
-pub use cover::{Cover, Interior, Queries, Set};
+pub use cover::{Cover, Interior, Of, Queries, Set};
 pub use encoding::{Behind, Encoding, Rule, Splits};
 pub use error::{Error, Mismatch, Side};
 pub use rows::{Ids, Layout, Rows};

@@ -18,6 +18,8 @@ pub struct VocabMap {
     pub canonical: Vec<i32>,
     /// The first token of the teacher's own encoding of every student token.
     pub teacher_first: Vec<i32>,
+    /// The second one, where there is one.
+    pub teacher_second: Vec<i32>,
     /// The student's ids by bytes.
     pub student: Sorted,
     /// The teacher's ids by bytes.
@@ -34,6 +36,13 @@ impl VocabMap {
     pub fn new(student: &Encoding, teacher: &Encoding, pieces: &[u32], letter: Option<u8>) -> Self {
         let (s, t) = (student.table(), teacher.table());
         let (canonical, teacher_first) = (student.first_of_all(t, pieces, letter), teacher.first_of_all(s, &[], None));
+        let teacher_second = pool::map(s.len(), |id| {
+            let bytes = s.bytes(id as u32);
+            let first = u32::try_from(teacher_first[id]).map_or(bytes.len(), |first| t.bytes(first).len());
+            // What is left of an encoding behind its first token is the encoding of what is left.
+            let second = bytes.get(first..).filter(|rest| !rest.is_empty()).and_then(|rest| teacher.first(rest));
+            second.map_or(-1, |id| id as i32)
+        });
         let exact = |from: &ByteTable, to: &Encoding| -> Vec<i32> {
             pool::map(from.len(), |id| to.id(from.bytes(id as u32)).map_or(-1, |id| id as i32))
         };
@@ -62,6 +71,7 @@ impl VocabMap {
             prefix,
             canonical,
             teacher_first,
+            teacher_second,
             student: student.sorted().clone(),
             teacher: teacher.sorted().clone(),
             group,

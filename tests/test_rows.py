@@ -18,7 +18,8 @@ import xtokmap
 from test_serve import post, serving
 from xtokmap import Aligner, byte_table
 from xtokmap.chat import render
-from xtokmap.losses.queries import plan, transfer, transfer_masses
+from xtokmap.losses.plan import plan
+from xtokmap.losses.queries import transfer, transfer_masses
 from xtokmap.teachers import binary, sums
 from xtokmap.teachers.client import RowRefusedError, TeacherError
 from xtokmap.teachers.head import Head, read_head

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use proptest::prelude::*;
 use xtokmap::{
-    Aligner, Batch, Behind, ByteTable, Cover, Encoding, Ids, Layout, Queries, Rows, Rule, Sorted, Splits, VocabMap,
+    Aligner, Batch, Behind, ByteTable, Cover, Encoding, Ids, Layout, Of, Queries, Rows, Rule, Sorted, Splits, VocabMap,
 };
 
 type Bytes = Vec<u8>;
@@ -401,7 +401,7 @@ proptest! {
         let cover = Cover::new(student.clone(), teacher.clone(), map.clone(), letter);
         for s in (0..v as u32).filter(|&s| !bpe.tokens[s as usize].is_empty()) {
             let batch = one_row(&student, &teacher, &[s], &[s]);
-            let found = cover.queries(&batch, &[s], &[s]).unwrap();
+            let found = cover.queries(&batch, &[s], &[s], Of::Tokens).unwrap();
             let after = found.sets.iter().find(|set| set.complement).unwrap();
             let merges = |&v: &i32| {
                 let bytes = &bpe.tokens[v as usize];
@@ -457,7 +457,7 @@ proptest! {
         let cover = Cover::new(student.clone(), teacher_encoding.clone(), map, None);
         prop_assume!(!cover.same());
         let batch = one_row(&student, &teacher_encoding, &students, &teachers);
-        let found = cover.queries(&batch, &students, &teachers).unwrap();
+        let found = cover.queries(&batch, &students, &teachers, Of::Rows).unwrap();
 
         let ends = |tokens: &[Bytes], ids: &[u32]| {
             let lengths = ids.iter().map(|&id| tokens[id as usize].len());
@@ -505,6 +505,27 @@ proptest! {
             prop_assert_eq!(of_sets.collect::<Vec<_>>(), terms, "token {} of {:?}", i, students);
             prop_assert_eq!(single.collect::<Vec<_>>(), forced.clone());
             prop_assert_eq!(found.base[i], if i == 0 { 0 } else { -1 });
+            // Behind the teacher token with which it begins: what would merge with the student token that this is.
+            let starts = |ends: &[usize], i: usize| if i == 0 { 0 } else { ends[i - 1] };
+            let place = (0..teachers.len()).find(|&j| starts(&teacher_ends, j) == starts(&student_ends, i));
+            let root = place.and_then(|j| {
+                let own = &teacher[teachers[j] as usize];
+                let root = (0..tokens.len() as u32).find(|&u| tokens[u as usize] == *own)?;
+                let begins = |r: u32| longest_match(&teacher, &tokens[r as usize]).first() == Some(&teachers[j]);
+                let longer = (0..tokens.len() as u32).any(|r| tokens[r as usize].len() > own.len() && begins(r));
+                let here = s == root || !tokens[s as usize].is_empty() && begins(s);
+                (longer && here && first(own) == Some(root)).then_some(root)
+            });
+            let behind = root.map_or(vec![], |root| {
+                let both = |v: i32| [&tokens[root as usize][..], &teacher[v as usize]].concat();
+                let changing = (0..teacher.len() as i32).filter(|&v| !teacher[v as usize].is_empty() && merges(root, &teacher[v as usize]));
+                changing.map(|v| (v, first(&both(v)).map_or(-1, |u| u as i32))).collect::<Vec<_>>()
+            });
+            let shown = usize::try_from(found.within[i]).map_or(vec![], |set| {
+                let set = &found.sets[set];
+                set.ids.iter().copied().zip(set.next.iter().copied()).collect()
+            });
+            prop_assert_eq!(shown, behind, "behind token {} of {:?} and {:?}", i, students, teachers);
             prop_assert_eq!(found.flags[i] & Queries::NOT_CANONICAL > 0, never);
             prop_assert_eq!(found.flags[i] & Queries::FORCED > 0, !forced.is_empty());
             // What comes next in a set is the first token of what is left.
@@ -537,19 +558,19 @@ proptest! {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let batch = align(&s, &t, (&side(0), &cu(0)), (&side(1), &cu(1)));
         let cover = Cover::new(s.clone(), t.clone(), map.clone(), None);
-        let all = pool.install(|| cover.queries(&batch, &side(0), &side(1)).unwrap());
+        let all = pool.install(|| cover.queries(&batch, &side(0), &side(1), Of::Rows).unwrap());
         // Asked again, when everything is known; from the start; and by one that keeps nothing.
         let fresh = || Cover::new(s.clone(), t.clone(), map.clone(), None);
         let forgetful = fresh().with_limit(0);
         for again in [&cover, &fresh(), &forgetful, &forgetful] {
-            let found = again.queries(&batch, &side(0), &side(1)).unwrap();
+            let found = again.queries(&batch, &side(0), &side(1), Of::Rows).unwrap();
             prop_assert_eq!(format!("{found:?}"), format!("{all:?}"));
             let inside = [again, &cover].map(|c| format!("{:?}", c.interior(&batch, &side(0), &side(1)).unwrap()));
             prop_assert_eq!(&inside[0], &inside[1]);
         }
         let mut at = 0;
         for [one, other] in &rows {
-            let own = cover.queries(&one_row(&s, &t, one, other), one, other).unwrap();
+            let own = cover.queries(&one_row(&s, &t, one, other), one, other, Of::Tokens).unwrap();
             for i in 0..one.len() {
                 prop_assert_eq!(terms(&own, i), terms(&all, at + i));
             }
@@ -607,17 +628,19 @@ proptest! {
         if v > 0 {
             let [one, more] = [&ids[..3], &ids[3..]].map(|ids| ids.iter().map(|&id| u32::from(id) % v as u32).collect::<Vec<_>>());
             let batch = one_row(&student, &teacher, &one, &more);
-            let found = cover.queries(&batch, &one, &more).unwrap();
+            let found = cover.queries(&batch, &one, &more, Of::Tokens).unwrap();
             prop_assert_eq!(found.indptr.len(), 4);
+            prop_assert_eq!(found.within, vec![-1; 3]);
+            cover.queries(&batch, &one, &more, Of::Rows).unwrap();
             cover.interior(&batch, &one, &more).unwrap();
             cover.open();
             // A batch of other ids, and ids that no table has.
-            prop_assert!(cover.queries(&batch, &one[..2], &more).is_err());
-            prop_assert!(cover.queries(&batch, &[0, 0, v as u32], &more).is_err());
+            prop_assert!(cover.queries(&batch, &one[..2], &more, Of::Tokens).is_err());
+            prop_assert!(cover.queries(&batch, &[0, 0, v as u32], &more, Of::Tokens).is_err());
             prop_assert!(cover.interior(&batch, &one, &[0, 0, v as u32 + 1]).is_err());
             let mut odd = batch.clone();
             odd.student_cu = vec![0, 5, 3];
-            prop_assert!(cover.queries(&odd, &one, &more).is_err());
+            prop_assert!(cover.queries(&odd, &one, &more, Of::Tokens).is_err());
             // Numbers of a batch that were changed by hand.
             let mut odd = batch;
             for numbers in [&mut odd.flat.teacher_pos, &mut odd.flat.teacher_off, &mut odd.flat.student_end,
@@ -626,7 +649,7 @@ proptest! {
                     *number = number.wrapping_add(i32::from(*change) - 128);
                 }
             }
-            let _ = cover.queries(&odd, &one, &more);
+            let _ = cover.queries(&odd, &one, &more, Of::Rows);
             let _ = cover.interior(&odd, &one, &more);
         }
     }

@@ -151,6 +151,7 @@ class Cover:
         cu: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]],
         student_ids: npt.NDArray[np.uint32],
         teacher_ids: npt.NDArray[np.uint32],
+        rows: bool,
         threads: int | None = None,
     ) -> dict[str, Any]: ...
     def interior(

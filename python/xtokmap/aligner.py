@@ -201,7 +201,9 @@ class Aligner:
         """How the student's tokenizer cuts, as far as `cover_queries` follows it: bpe, unigram or longest match."""
         return self._transfer.rule.name
 
-    def cover_queries(self, batch: AlignmentBatch | Alignment, *, threads: int | None = None) -> CoverQueries:
+    def cover_queries(
+        self, batch: AlignmentBatch | Alignment, *, rows: bool = True, threads: int | None = None
+    ) -> CoverQueries:
         """For every student token, which teacher mass makes log q* of it: the teacher's view of the student's encoding.
 
         A teacher scores its own encoding of the finished text, whose boundaries say what did not come next; every
@@ -214,6 +216,7 @@ class Aligner:
 
         Args:
             batch: from this aligner.
+            rows: whether they are to tell of whole rows, for `transfer_kl`; a credit needs only the tokens.
             threads: as for `align_batch`.
 
         Raises:
@@ -222,7 +225,7 @@ class Aligner:
         self._check_own(batch, "cover_queries")
         if isinstance(batch, Alignment):
             batch = batch._as_batch()
-        return self._transfer.queries(batch, *batch._flat_ids(), threads)
+        return self._transfer.queries(batch, *batch._flat_ids(), rows, threads)
 
     def interior_queries(self, batch: AlignmentBatch, *, width: int | None = None) -> InteriorQueries:
         """What can follow inside the teacher tokens of a batch, for `losses.byte_kl`.

@@ -9,7 +9,7 @@ use pyo3::types::{PyDict, PyTuple};
 use super::arrays::{Cus, Given};
 use super::encoding::PyEncoding;
 use super::support::{caught, in_threads, values, Array};
-use crate::cover::{Cover, Queries, Set};
+use crate::cover::{Cover, Of, Queries, Set};
 use crate::table::Sorted;
 use crate::vocab_map::VocabMap;
 
@@ -57,6 +57,7 @@ impl PyCover {
                 ("prefix", &map.prefix),
                 ("canonical", &map.canonical),
                 ("teacher_first", &map.teacher_first),
+                ("teacher_second", &map.teacher_second),
                 ("group", &map.group),
                 ("student_order", &map.student.order),
                 ("teacher_order", &map.teacher.order),
@@ -71,8 +72,8 @@ impl PyCover {
         })
     }
 
-    /// The queries of a batch by name: `cu` are its `student_cu`, `teacher_cu` and `chunk_cu`.
-    #[pyo3(signature = (arrays, cu, student_ids, teacher_ids, threads=None))]
+    /// The queries of a batch by name: `cu` are its `student_cu`, `teacher_cu` and `chunk_cu`; `rows` with `within`.
+    #[pyo3(signature = (arrays, cu, student_ids, teacher_ids, rows, threads=None))]
     #[allow(clippy::needless_pass_by_value)]
     fn queries<'py>(
         &self,
@@ -81,17 +82,19 @@ impl PyCover {
         cu: Cus<'py>,
         student_ids: Array<'py, u32>,
         teacher_ids: Array<'py, u32>,
+        rows: bool,
         threads: Option<i64>,
     ) -> PyResult<Bound<'py, PyDict>> {
         caught(|| {
             let kinds = arrays.kinds()?;
             let batch = arrays.batch(&kinds, &cu)?;
             let (students, teachers) = (student_ids.as_slice()?, teacher_ids.as_slice()?);
-            let found = in_threads(py, threads, || self.cover.queries_of(batch, students, teachers))?;
+            let of = if rows { Of::Rows } else { Of::Tokens };
+            let found = in_threads(py, threads, || self.cover.queries_of(batch, students, teachers, of))?;
             let all = PyDict::new(py);
-            let Queries { indptr, row, set, base, flags, sets } = found;
+            let Queries { indptr, row, set, base, flags, within, sets } = found;
             all.set_item("indptr", indptr.into_pyarray(py))?;
-            for (name, values) in [("row", row), ("set", set), ("base", base)] {
+            for (name, values) in [("row", row), ("set", set), ("base", base), ("within", within)] {
                 all.set_item(name, values.into_pyarray(py))?;
             }
             all.set_item("flags", flags.into_pyarray(py))?;

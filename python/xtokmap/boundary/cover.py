@@ -79,10 +79,14 @@ class CoverQueries:
             is taken to merge there; bit 2: the teacher token that was really there would have been left out, and
             counts.
         student_ids: uint32 `[M]`, flat.
+        teacher_ids: uint32, flat.
         student_cu: int64 `[B+1]`.
         teacher_cu: int64 `[B+1]`.
         student_mask: as in the batch.
         vocab_map: of the two vocabularies.
+        within: int32 `[M]` or None; for a student token that begins with a teacher token, after which longer student
+            tokens may go on, the place in `sets` of the teacher tokens with which they do, each with the student token
+            with which both together begin; -1 where there is none. None: it was not asked for.
         identical: whether both sides are one tokenizer, so that the teacher's own rows are the answer.
     """
 
@@ -92,10 +96,12 @@ class CoverQueries:
     base: Int32
     flags: npt.NDArray[np.uint8]
     student_ids: npt.NDArray[np.uint32]
+    teacher_ids: npt.NDArray[np.uint32]
     student_cu: Int64
     teacher_cu: Int64
     student_mask: Bool | None
     vocab_map: VocabMap
+    within: Int32 | None = None
     identical: bool = False
     _sets: _core._Sets | Sets = field(kw_only=True)
 
@@ -110,6 +116,7 @@ class CoverQueries:
     def select(self, rows: Sequence[int]) -> CoverQueries:
         """The queries of some rows, for a micro-batch; the student tokens are then padded on the right."""
         spans = [(self.student_cu[b], self.student_cu[b + 1]) for b in rows]
+        others = [(self.teacher_cu[b], self.teacher_cu[b + 1]) for b in rows]
         tokens = np.concatenate([np.arange(a, b) for a, b in spans]) if spans else np.zeros(0, np.int64)
         counts = np.diff(self.indptr)[tokens]
         terms = [np.arange(self.indptr[a], self.indptr[b]) for a, b in spans]
@@ -126,6 +133,8 @@ class CoverQueries:
             base=self.base[tokens],
             flags=self.flags[tokens],
             student_ids=self.student_ids[tokens],
+            teacher_ids=np.concatenate([self.teacher_ids[:0], *(self.teacher_ids[a:b] for a, b in others)]),
+            within=None if self.within is None else self.within[tokens],
             student_cu=sums(np.diff(self.student_cu)[list(rows)]),
             teacher_cu=sums(np.diff(self.teacher_cu)[list(rows)]),
             student_mask=None,
@@ -219,9 +228,14 @@ class Transfer:
         )
 
     def queries(
-        self, batch: Any, students: npt.NDArray[np.uint32], teachers: npt.NDArray[np.uint32], threads: int | None
+        self,
+        batch: Any,
+        students: npt.NDArray[np.uint32],
+        teachers: npt.NDArray[np.uint32],
+        rows: bool,
+        threads: int | None,
     ) -> CoverQueries:
-        """The queries of an `AlignmentBatch` whose flat ids are given."""
+        """The queries of an `AlignmentBatch` whose flat ids are given; `rows`: with `within`."""
         if self._doubt:
             self._doubt = False
             warnings.warn(
@@ -232,10 +246,12 @@ class Transfer:
             )
         self.rule.learn(students)
         arrays, cu = batch._core_arguments()
-        found = self.core.queries(arrays, cu, students, teachers, threads)
+        found = self.core.queries(arrays, cu, students, teachers, rows, threads)
         return CoverQueries(
             **{name: found[name] for name in ("indptr", "row", "set", "base", "flags")},
             student_ids=students,
+            teacher_ids=teachers,
+            within=found["within"] if rows else None,
             student_cu=batch.student_cu,
             teacher_cu=batch.teacher_cu,
             student_mask=batch.student_mask,

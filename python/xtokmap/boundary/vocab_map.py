@@ -47,6 +47,7 @@ class VocabMap:
         prefix: int32 `[V_T]`; the longest student token that every teacher token begins with.
         canonical: int32 `[V_T]`; the first token of the student's own encoding of every teacher token.
         teacher_first: int32 `[V_S]`; the first teacher token of every student token's bytes.
+        teacher_second: int32 `[V_S]`; the second.
         student_order: int32 `[n_S]`; the student's ids that have bytes, sorted by them (equal bytes by id).
         teacher_order: int32 `[n_T]`; the teacher's.
         student_range: int32 `[V_S, 2]`; `[lo, hi)` in `student_order` of the tokens that begin with this one's bytes.
@@ -64,6 +65,7 @@ class VocabMap:
     prefix: Int32
     canonical: Int32
     teacher_first: Int32
+    teacher_second: Int32
     student_order: Int32
     teacher_order: Int32
     student_range: Int32

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +17,8 @@ from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.boundary.vocab_map import VocabMap
 from xtokmap.ids import Int64
+from xtokmap.losses.events import Within
+from xtokmap.losses.plan import Asked, Plan, on_device, plan
 from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened, blocks, softmax_and_sums
 
 _NONE = np.zeros(0, np.int64)
@@ -34,6 +34,7 @@ class Transferred(NamedTuple):
         before: float64 `[N + B]`; the sum of a row's teacher logprobs before each place.
         elements: float32 `[E]`; logprobs of the alternatives, in the order of the plan's parts.
         missing: float32 `[N + B]`; the mass of each row that top-k rows do not show; 0 for whole rows.
+        within: what `Within` asks of whole rows: logprobs, logs of masses, and probabilities that these are without.
     """
 
     logprobs: Tensor
@@ -42,96 +43,7 @@ class Transferred(NamedTuple):
     before: Tensor
     elements: Tensor
     missing: Tensor
-
-
-class Plan:
-    """The queries as positions in the flat teacher rows: made on the CPU, so that the device is never asked.
-
-    Row k of batch row b is flat row `teacher_cu[b] + b + k`: one more a row than there are tokens.
-    """
-
-    def __init__(self, q: CoverQueries) -> None:
-        lengths, counts = np.diff(q.teacher_cu), np.diff(q.student_cu)
-        self.rows = int(q.teacher_cu[-1]) + len(q)
-        self.students = len(q.base)
-        #: Flat row that predicts each teacher token.
-        self.token_row = np.arange(int(q.teacher_cu[-1]), dtype=np.int64) + np.repeat(np.arange(len(q)), lengths)
-        self.first_row = q.teacher_cu[:-1] + np.arange(len(q))
-        self.row_of_batch = np.repeat(np.arange(len(q)), lengths + 1)
-        first = np.repeat(self.first_row, counts)  # of every student token's batch row
-        owner = np.repeat(np.arange(self.students, dtype=np.int64), np.diff(q.indptr))
-        row = q.row + first[owner]
-        sets = q.sets
-        kept = np.zeros(len(q.set), np.bool_)
-        kept[q.set >= 0] = sets.complement[q.set[q.set >= 0]]
-        # Terms by row, so that a slice of rows has its terms side by side.
-        order = np.argsort(row, kind="stable")
-        self.owner, self.row, self.set, self.kept = owner[order], row[order], q.set[order], kept[order]
-        self.sets = sets
-        #: Sum before `base` where a stretch begins; the token before it elsewhere.
-        self.base = np.where(q.base >= 0, q.base + first, -1)
-        self.known = q.base > -2
-        #: Terms that are elements one by one, and their elements.
-        self.sparse = np.flatnonzero(~self.kept)
-        self.element_term, at = expand(sets.indptr, self.set[self.sparse])
-        one = self.set[self.sparse][self.element_term] < 0
-        at = np.where(one, 0, at)
-        self.element_id = np.where(
-            one, -1 - self.set[self.sparse][self.element_term].astype(np.int64), take(sets.ids, at)
-        )
-        self.element_next = np.where(one, -2, take(sets.next, at))  # -2: the student token that really comes next
-        self.element_whole = ~one & take(sets.whole, at)
-        self.element_row = self.row[self.sparse][self.element_term]
-        #: Complements of which one student token comes next, and those whose tokens say what comes next.
-        fixed = np.where(self.kept, take(sets.fixed, np.maximum(self.set, 0)), -2)
-        self.fixed = np.flatnonzero(fixed > -2)
-        self.mapped = np.flatnonzero(self.kept & (fixed == -2))
-        #: Parts: the elements, and behind them each such complement as one.
-        self.part_owner = self.owner[np.concatenate([self.sparse[self.element_term], self.fixed])]
-        self.part_row = np.concatenate([self.element_row, self.row[self.fixed]])
-        self.part_next = np.concatenate([self.element_next, fixed[self.fixed]])
-        self.part_whole = np.concatenate([self.element_whole, np.zeros(len(self.fixed), np.bool_)])
-
-    def holes(self, terms: Int64) -> tuple[Int64, Int64]:
-        """For complement terms: which term (counted in `terms`) leaves which teacher id out."""
-        owner, at = expand(self.sets.indptr, self.set[terms])
-        return owner, take(self.sets.ids, at).astype(np.int64)
-
-
-def take(values: npt.NDArray[Any], at: Int64) -> npt.NDArray[Any]:
-    """Some values; zeros of nothing."""
-    return values[at] if len(values) else np.zeros(len(at), values.dtype)
-
-
-def expand(indptr: Int64, sets: npt.NDArray[Any]) -> tuple[Int64, Int64]:
-    """Owner and place of every element of some sets; a negative set has one, whose place means nothing."""
-    known, one = np.append(indptr, indptr[-1]), sets < 0
-    at = np.maximum(sets, 0)
-    starts = np.where(one, 0, known[at])
-    return _spread(starts, np.where(one, starts + 1, known[at + 1]))
-
-
-def _spread(starts: Int64, stops: Int64) -> tuple[Int64, Int64]:
-    """Owner and place of every element of the ranges `[starts, stops)`."""
-    lengths = stops - starts
-    owner = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
-    return owner, np.arange(len(owner)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-
-
-def on_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor, without waiting for it."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-
-def plan(queries: CoverQueries) -> Plan:
-    """Where the queries' terms lie; kept as long as the queries are."""
-    made = _PLANS.get(queries)
-    if made is None:
-        made = _PLANS[queries] = Plan(queries)
-    return made
-
-
-_PLANS: WeakKeyDictionary[CoverQueries, Plan] = WeakKeyDictionary()
+    within: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @torch.no_grad()
@@ -164,28 +76,36 @@ def transfer(
     on = partial(on_device, device=device)
     size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
     dtype = _widened((teacher.rows if isinstance(teacher, Logits) else teacher.logprobs)[:0]).dtype
-    kept_terms = np.flatnonzero(p.kept)
-    logprobs, elements, kept, missing = (
+    within = Within.of(queries) if isinstance(teacher, Logits) else None
+    asked, orders = Asked.joined([p.asked, *([] if within is None else [within.asked])])
+    logprobs, elements, kept, left, missing = (
         torch.zeros(n, device=device, dtype=dtype)
-        for n in (len(p.token_row), len(p.element_id), len(kept_terms), p.rows)
+        for n in (len(p.token_row), len(asked.row), len(asked.mass_row), len(asked.mass_id), p.rows)
     )
     for a in range(0, p.rows, size):
         b = min(p.rows, a + size)
-        k0, k1 = np.searchsorted(p.row[kept_terms], (a, b))
-        terms = kept_terms[k0:k1]
-        rows = _Rows(teacher, a, b, p.row[terms] - a, *p.holes(terms))
+        k0, k1 = np.searchsorted(asked.mass_row, (a, b))
+        ptr = asked.mass_ptr[k0 : k1 + 1]
+        owner = np.repeat(np.arange(k1 - k0), np.diff(ptr))
+        rows = _Rows(teacher, a, b, asked.mass_row[k0:k1] - a, owner, asked.mass_id[ptr[0] : ptr[-1]])
         missing[a:b] = rows.missing
         t0, t1 = np.searchsorted(p.token_row, (a, b))
         logprobs[t0:t1] = rows.logprobs(on(p.token_row[t0:t1] - a), teacher_ids[t0:t1])
-        e0, e1 = np.searchsorted(p.element_row, (a, b))
-        elements[e0:e1] = rows.logprobs(on(p.element_row[e0:e1] - a), on(p.element_id[e0:e1]))
-        kept[k0:k1] = rows.kept
+        e0, e1 = np.searchsorted(asked.row, (a, b))
+        elements[e0:e1] = rows.logprobs(on(asked.row[e0:e1] - a), on(asked.id[e0:e1]))
+        kept[k0:k1], left[ptr[0] : ptr[-1]] = rows.kept, rows.left
 
+    elements, kept, left = (
+        torch.empty_like(x).index_copy_(0, on(order), x)
+        for x, order in zip((elements, kept, left), orders, strict=True)
+    )
+    n, m, k = len(p.asked.row), len(p.asked.mass_row), len(p.asked.mass_id)
     # Terms: those that are one row but some tokens, and those that are elements.
     values = torch.zeros(len(p.row), device=device, dtype=dtype)
-    values[on(kept_terms)] = kept
-    values[on(p.sparse)] = _logsumexp(elements, on(p.element_term), len(p.sparse))
-    return _joined(p, logprobs, values, torch.cat([elements, values[on(p.fixed)]]), missing)
+    values[on(np.flatnonzero(p.kept))] = kept[:m]
+    values[on(p.sparse)] = _logsumexp(elements[:n], on(p.element_term), len(p.sparse))
+    found = _joined(p, logprobs, values, torch.cat([elements[:n], values[on(p.fixed)]]), missing)
+    return found if within is None else found._replace(within=(elements[n:], kept[m:], left[k:]))
 
 
 @torch.no_grad()
@@ -279,6 +199,7 @@ class _Rows:
     Attributes:
         missing: the mass of each row that is not shown.
         kept: log of the mass of each of `row` without its tokens.
+        left: the probabilities of these.
     """
 
     def __init__(
@@ -298,12 +219,12 @@ class _Rows:
             place = self._places(at, tokens)
             left_out = torch.where(self._ids[at, place] == tokens, self._x[at, place].double().exp(), 0)
             kept = (mass + self.missing)[on(row)].index_add(0, on(owner), left_out, alpha=-1)
-            self.kept = kept.clamp(min=1e-38).log().to(self._x.dtype)
+            self.kept, self.left = kept.clamp(min=1e-38).log().to(self._x.dtype), left_out.to(self._x.dtype)
             return
         self._logits = teacher.made(a, b)
         device = self._logits.logits.device
         of, at, tokens, owners = (on_device(x, device) for x in (row, row[owner], ids, owner))
-        sums, masses = [], []
+        sums, masses, left = [], [], []
         for c, d in blocks(b - a, teacher.vocab_size, device):
             p, log_sum = softmax_and_sums(self._logits.slice(c, d))
             sums.append(log_sum)
@@ -312,11 +233,12 @@ class _Rows:
                 lo, hi = np.searchsorted(owner, (first, last))
                 # The same float32 numbers are added up and taken away, so that little cancels.
                 whole = p.sum(-1, dtype=torch.float64)[of[first:last] - c]
-                left_out = p[at[lo:hi] - c, tokens[lo:hi]].double()
-                masses.append(whole.index_add(0, owners[lo:hi] - first, left_out, alpha=-1))
+                left.append(p[at[lo:hi] - c, tokens[lo:hi]])
+                masses.append(whole.index_add(0, owners[lo:hi] - first, left[-1].double(), alpha=-1))
         self._lse = torch.cat(sums)
         kept = torch.cat([self._lse.new_zeros(0, dtype=torch.float64), *masses])
         self.kept = kept.clamp(min=1e-38).log().to(self._lse.dtype)
+        self.left = torch.cat([self._lse.new_zeros(0), *left])
 
     def logprobs(self, row: Tensor, ids: Tensor) -> Tensor:
         if self._ids is None:

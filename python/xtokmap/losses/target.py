@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
-from xtokmap.boundary.vocab_map import VocabMap
 from xtokmap.ids import Int64
-from xtokmap.losses.queries import Transferred, expand, on_device, plan, take
+from xtokmap.losses.events import EventMaps, Groups, Within
+from xtokmap.losses.plan import Plan, expand, on_device, plan, rows_of, take
+from xtokmap.losses.queries import Transferred
 from xtokmap.torch.logits import Logits, Made
 
 
@@ -34,15 +33,13 @@ class TransferTarget:
     teacher: Logits
     values: Transferred
     queries: CoverQueries
-    #: On the CPU: the positions (flat student tokens), dense row and its complement term of each (-1: none), and the
-    #: alternatives of each, as compressed rows of the plan's parts.
-    _at: Int64
-    _dense: tuple[Int64, Int64]
-    _elements: tuple[Int64, Int64]
     #: What tokens of the two vocabularies stand for; on the device.
     maps: EventMaps
     #: log probability of everything before each position, float64 `[P]`.
     _before: Tensor
+    #: Where rows behind say more of events, and the masses (see `_group_masses`).
+    _within: Within | None = None
+    _masses_within: tuple[Tensor, Tensor] | None = None
     #: Batch rows of a selection, and which positions those are.
     _rows: tuple[int, ...] | None = None
     _chosen: Int64 | None = None
@@ -61,53 +58,34 @@ class TransferTarget:
             )
         p = plan(queries)
         device = values.logprobs.device
-        at = np.flatnonzero(p.known)
-        # What stands behind a position are the terms of the token before it; where a stretch begins, a whole row.
-        inside = p.base[at] < 0
-        context = at[inside] - 1
-        term_of = np.full(p.students, -1, np.int64)
-        term_of[p.owner[p.mapped]] = p.mapped
-        term, row = np.full(len(at), -1, np.int64), p.base[at].copy()
-        term[inside] = term_of[context]
-        row[term >= 0] = p.row[term[term >= 0]]
-        position = np.full(p.students, -1, np.int64)
-        position[context] = np.flatnonzero(inside)
-        owner = position[p.part_owner]
-        order = np.argsort(owner, kind="stable")
-        order = order[np.searchsorted(owner[order], 0) :]
-        ptr = np.searchsorted(owner[order], np.arange(len(at) + 1))
+        at = p.at
         before = values.before.new_zeros(len(at))
-        before[torch.from_numpy(np.flatnonzero(inside)).to(device)] = values.phi[torch.from_numpy(context).to(device)]
-        start = torch.from_numpy(np.flatnonzero(~inside)).to(device)
-        before[start] = values.before[torch.from_numpy(p.base[at][~inside]).to(device)]
-        return cls(
-            teacher,
-            values,
-            queries,
-            at,
-            (row, term),
-            (ptr, order),
-            EventMaps.of(queries, device),
-            before,
-        )
+        inside = torch.from_numpy(np.flatnonzero(p.inside)).to(device)
+        before[inside] = values.phi[torch.from_numpy(at[p.inside] - 1).to(device)]
+        start = torch.from_numpy(np.flatnonzero(~p.inside)).to(device)
+        before[start] = values.before[torch.from_numpy(p.base[at][~p.inside]).to(device)]
+        within = None if values.within is None else Within.of(queries)
+        masses = None if within is None else _group_masses(within, p, values, before)
+        return cls(teacher, values, queries, EventMaps.of(queries, device), before, within, masses)
 
     def __len__(self) -> int:
-        return len(self._at if self._chosen is None else self._chosen)
+        return len(plan(self.queries).at if self._chosen is None else self._chosen)
 
     def select(self, rows: Sequence[int]) -> TransferTarget:
         """The target of some rows of the batch, in this order, for a micro-batch."""
-        bounds = np.searchsorted(self._at, self.queries.student_cu)
+        bounds = np.searchsorted(plan(self.queries).at, self.queries.student_cu)
         chosen = [np.arange(bounds[b], bounds[b + 1]) for b in rows]
         return replace(self, _rows=tuple(rows), _chosen=np.concatenate([np.zeros(0, np.int64), *chosen]))
 
     def places(self) -> tuple[Int64, tuple[int, int]]:
         """Where the positions lie in `[B, Ts]`: flat, and (B, Ts); a selection in its rows, as wide as the batch."""
         places, (rows, width) = self.queries.places()
+        at = plan(self.queries).at
         if self._rows is None or self._chosen is None:
-            return places[self._at], (rows, width)
+            return places[at], (rows, width)
         moved = np.full(rows, 0, np.int64)
         moved[list(self._rows)] = np.arange(len(self._rows))
-        row, column = np.divmod(places[self._at[self._chosen]], max(width, 1))
+        row, column = np.divmod(places[at[self._chosen]], max(width, 1))
         return moved[row] * width + column, (len(self._rows), width)
 
     def slice(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +94,7 @@ class TransferTarget:
         Undetermined: on student tokens of which a longer one exists that the teacher would cut after them, and, inside
         a teacher token, in `rest`.
         """
-        target, undetermined = self._masses(a, b, self.maps.to_student, None).slice(0, b - a)
+        target, undetermined, _ = self._masses(a, b, self.maps.to_student, None).slice(0, b - a)
         return target[:, :-1], target[:, -1], undetermined
 
     def made(self, a: int, b: int) -> Masses:
@@ -140,17 +118,17 @@ class TransferTarget:
         width = size if named is None else self.maps.count
         dtype = values.logprobs.dtype
         before = self._before[on(which)]
-        row, term = self._dense[0][which], self._dense[1][which]
+        row, term = p.dense_row[which], p.dense_term[which]
         dense = np.flatnonzero(row >= 0)
         rows = on(row[dense])
         with_holes = np.flatnonzero(term[dense] >= 0)
         hole, ids = p.holes(term[dense][with_holes])
-        owner, place = expand(self._elements[0], which)
-        element, at = take(self._elements[1], place), on(owner)
+        owner, place = expand(p.behind_ptr, which)
+        element, at = take(p.behind, place), on(owner)
         behind = on(p.part_row[element])
         mass = torch.exp(values.before[behind] - before[at] + values.elements[on(element)]).to(dtype)
         following = p.part_next[element].astype(np.int64)
-        real = self.queries.student_ids[self._at[which[owner]]].astype(np.int64)
+        real = self.queries.student_ids[p.at[which[owner]]].astype(np.int64)
         following = np.where(following == -2, real, np.where(following < 0, size, following))
         column = following if named is None else np.append(named, width)[following]
         # A token that ends at the boundary: its mass is known, what comes next is not.
@@ -163,6 +141,29 @@ class TransferTarget:
             (bins, self.maps.open.to(dtype)),
             (owner, at, on(column)),
             (mass, mass * on(opened)),
+            None if self._within is None or named is None else self._groups(which, dtype),
+        )
+
+    def _groups(self, which: Int64, dtype: torch.dtype) -> Groups:
+        """The groups of the positions `which`."""
+        w, device = self._within, self._before.device
+        assert w is not None
+        assert self._masses_within is not None
+        masses, known = self._masses_within
+        on = partial(on_device, device=device)
+        row, k = w.at(which)
+        group_ptr, group = rows_of(w.group_ptr, k)
+        member_ptr, member = rows_of(w.member_ptr, k)
+        place = np.repeat(np.arange(len(k)), np.diff(group_ptr))
+        of_member = np.repeat(np.arange(len(k)), np.diff(member_ptr))
+        local = (group_ptr[:-1] - w.group_ptr[k])[of_member] + w.member_group[member]
+        own = w.own[k] + group_ptr[:-1] - w.group_ptr[k]
+        several = np.bincount(local, minlength=len(group))[own] > 1
+        return Groups(
+            (row, group_ptr, member_ptr),
+            (on(row), on(own), on(several).to(dtype), known[on(k)].to(dtype)),
+            (on(place), masses[on(group)].to(dtype)),
+            (on(row[of_member]), on(w.member_id[member]), on(local)),
         )
 
 
@@ -177,6 +178,7 @@ class Masses(NamedTuple):
         bins: the bin of every teacher token, and 1 where its mass is undetermined.
         at: of every alternative the position, rising, on the CPU and on the device, and its bin.
         mass: of every alternative, and how much of it is undetermined.
+        groups: of events that rows behind say more of.
     """
 
     width: int
@@ -186,9 +188,10 @@ class Masses(NamedTuple):
     bins: tuple[Tensor, Tensor]
     at: tuple[Int64, Tensor, Tensor]
     mass: tuple[Tensor, Tensor]
+    groups: Groups | None
 
-    def slice(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """Of the positions a to b among these: `[b-a, width + 1]`, the rest last, and undetermined mass `[b-a]`."""
+    def slice(self, a: int, b: int) -> tuple[Tensor, Tensor, Groups | None]:
+        """Of the positions a to b among these: `[b-a, width + 1]`, the rest last, undetermined mass `[b-a]`, groups."""
         target = self.scale.new_zeros(b - a, self.width + 1)
         undetermined = self.scale.new_zeros(b - a)
         rows, logits = self.dense
@@ -211,91 +214,36 @@ class Masses(NamedTuple):
         at, column = (x[first:last] for x in self.at[1:])
         target.index_put_((at - a, column), self.mass[0][first:last], accumulate=True)
         undetermined.index_add_(0, at - a, self.mass[1][first:last])
-        return target, undetermined
+        return target, undetermined, None if self.groups is None else self.groups.slice(a, b)
 
 
-@dataclass(frozen=True, eq=False)
-class EventMaps:
-    """What tokens of two vocabularies stand for, where a teacher is asked about the student's tokens.
+def _group_masses(w: Within, p: Plan, values: Transferred, before: Tensor) -> tuple[Tensor, Tensor]:
+    """The mass of every group, divided by that of all before its place: float64 `[G]`, and `[K]` whether to use it.
 
-    A student token stands for itself, but for one that the teacher would begin with a shorter student token: its mass
-    on the shorter may go on to any of them, so that it is known of them together, their event.
-
-    Attributes:
-        to_student: int64 `[V_T]`; the student token that a teacher token's mass belongs to, V_S for none.
-        open: bool `[V_T]`; whether it may belong to a longer one.
-        event: int64 `[V_S]`, on the CPU; the event of every student token.
-        student_event: the same on the device.
-        members: int64 `[V_S]`; how many tokens that event has.
-        teacher_event: int64 `[V_T]`; the event that a teacher token's mass belongs to, E for none.
-        stops: int64; the student's tokens that end a turn.
-        stop_events: int64; their events.
-        count: E, the number of events.
+    What comes behind other teacher tokens of the event is not known, and their mass stays with the group that they
+    begin with; some of what comes behind leaves the event. Where that is more than `_UNKNOWN`, the groups mean little.
     """
-
-    to_student: Tensor
-    open: Tensor
-    event: Int64
-    student_event: Tensor
-    members: Tensor
-    teacher_event: Tensor
-    stops: Tensor
-    stop_events: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, queries: CoverQueries, device: torch.device) -> EventMaps:
-        """Of the two vocabularies of some queries; kept as long as their map is."""
-        known = _MAPS.setdefault(queries.vocab_map, {})
-        key = (device, queries.identical)
-        if key not in known:
-            to_student, opened = _dense_map(queries)
-            names, event = np.unique(_events(queries), return_inverse=True)
-            members, teacher = np.bincount(event)[event], np.append(event, len(names))[to_student]
-            stops = np.array(queries.vocab_map.student_stops, np.int64)
-
-            def there(part: npt.NDArray[Any]) -> Tensor:
-                return torch.from_numpy(part).to(device)
-
-            known[key] = cls(
-                *(there(to_student), there(opened), event, there(event), there(members), there(teacher)),
-                *(there(stops), there(np.unique(event[stops])), len(names)),
-            )
-        return known[key]
+    assert values.within is not None
+    on = partial(on_device, device=before.device)
+    logprobs, kept, left = (x.double() for x in values.within)
+    scale = values.before[on(p.dense_row[w.position])] - before[on(w.position)]
+    behind = scale + values.logprobs[on(w.teacher)]
+    (group, place), (other, at), (part, reached, reaching) = w.behind, w.others, w.reaching
+    root = (kept + behind).exp()
+    going_on = left * behind.exp()[on(place)]
+    others = (logprobs + scale[on(at)]).exp()
+    known = np.flatnonzero(group >= 0)
+    fellows = np.flatnonzero(other >= 0)
+    beyond = (values.before[on(p.part_row[part])] - before[on(w.position[reaching])] + values.elements[on(part)]).exp()
+    found = before.new_zeros(int(w.group_ptr[-1])).index_add_(0, on(w.root), root)
+    found.index_add_(0, on(group[known]), going_on[on(known)])
+    found.index_add_(0, on(other[fellows]), others[on(fellows)]).index_add_(0, on(reached), beyond)
+    unknown = torch.zeros_like(root).index_add_(0, on(at[fellows]), others[on(fellows)])
+    outside = np.flatnonzero(group < 0)
+    unknown.index_add_(0, on(reaching), beyond).index_add_(0, on(place[outside]), going_on[on(outside)])
+    every = behind.exp() + unknown
+    return found, unknown <= _UNKNOWN * every
 
 
-_MAPS: WeakKeyDictionary[VocabMap, dict[tuple[torch.device, bool], EventMaps]] = WeakKeyDictionary()
-
-
-def _dense_map(queries: CoverQueries) -> tuple[Int64, npt.NDArray[np.bool_]]:
-    """Student id for every teacher id (V_S where there is none), and whether its mass may belong to a longer token."""
-    vm = queries.vocab_map
-    size = len(vm.student_to_teacher)
-    if queries.identical:
-        same = np.minimum(np.arange(len(vm.canonical), dtype=np.int64), size)
-        return same, np.zeros(len(same), np.bool_)
-    to_student = np.where(vm.canonical >= 0, vm.canonical, size).astype(np.int64)
-    opened = (vm.teacher_to_student == vm.canonical) & np.append(vm.open, False)[to_student]
-    opened |= (vm.canonical < 0) & (vm.prefix >= 0)  # white space, of which the word behind it takes the last
-    if vm.student_stops:
-        to_student[list(vm.teacher_stops)] = vm.student_stops[0]
-    return to_student, opened
-
-
-def _events(queries: CoverQueries) -> Int64:
-    """The event of every student token: a token stands for itself and for those that the teacher would begin with it.
-
-    The teacher's mass on such a beginning may go on to any of them, so that it is known of them together.
-    """
-    vm = queries.vocab_map
-    events = np.arange(len(vm.student_to_teacher), dtype=np.int64)
-    if queries.identical:
-        return events
-    first = np.append(vm.canonical, -1)[vm.teacher_first]
-    split = (vm.student_to_teacher < 0) & (first >= 0)
-    events[split] = first[split]
-    if vm.student_stops:
-        events[list(vm.student_stops)] = vm.student_stops[0]
-    while (events[events] != events).any():  # each is shorter than what it stands for
-        events = events[events]
-    return events
+#: Share of an event's mass of which the row behind may say nothing.
+_UNKNOWN = 0.05

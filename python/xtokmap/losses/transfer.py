@@ -9,8 +9,9 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.losses import terms as of_terms
+from xtokmap.losses.events import EventMaps, Groups
 from xtokmap.losses.rule import Computed, LossInput, but_markers, sums_of, there
-from xtokmap.losses.target import EventMaps, TransferTarget
+from xtokmap.losses.target import TransferTarget
 from xtokmap.losses.terms import STOP, Loss, check_beta, check_mask, reduce_terms
 from xtokmap.torch.index import ChunkIndex
 from xtokmap.torch.logits import _SLICE, Logits, _widened, entropy_of, softmax_and_sums
@@ -37,34 +38,34 @@ def transfer_kl(
 
     The target is q*(u | s_<i), see `TransferTarget`. Mass on a token that the teacher may go on from to a longer
     student token is known of the two together, so the divergence is over such events e; and over the rest, the student
-    tokens that get no mass. Which token of the event it is, is learned from the sampled one: its term is
+    tokens that get no mass. Of the sampled token's event e the row behind its first teacher token knows groups g
+    (`Within`), and which token of the group it is, is learned from the sampled one. The term is
 
-        D(p(e) || q*(e)) - A log p(s_i),   A = log q*(s_i | e) - log p(s_i | e), clipped,
+        D(p(e) || q*(e)) + K - A log p(s_i),   K = KL(p(g | e) || q*(g | e)),   A = log q*(s_i | g) - log p(s_i | g),
 
-    whose expected gradient for beta = 1 is that of KL(p || q*), by the chain rule of the divergence. Events of one
-    token have A = 0: with one tokenizer on both sides it is the exact per-token KL.
+    clipped; K has also the gradient of K log p(e), K held. In the mean over samples that is the gradient of KL(p || q*)
+    for beta = 1, by the chain rule. Where the row behind says nothing, the event is the group. Events of one token have
+    neither K nor A: with one tokenizer on both sides it is the exact per-token KL.
 
     Args:
         student: `[B, Ts]` rows.
         target: of the same batch.
         index: of the same batch.
         student_ids: int64 `[B, Ts]`; the sampled tokens, needed with `transferred`.
-        transferred: `[B, Ts]`, from `LocalTeacher.score` or `transfer`; None leaves the second part out.
+        transferred: `[B, Ts]`, from `LocalTeacher.score` or `transfer`; None leaves K and A out.
         beta: 1 is KL(p || q*), 0 is KL(q* || p), between them the generalized Jensen-Shannon divergence.
-        clamp: largest absolute A.
+        clamp: largest absolute A, and log ratio in K.
         stops: whether the end of a turn counts; False leaves its mass out on both sides.
-        stop_bridge: weight of a further KL(q* || p) of the event {stop, no stop}, whatever beta is: where the student
-            hardly ever ends its turn, a reverse KL hardly teaches it to.
-        floor: least probability of the rest, so that mass which the student has where the teacher has none costs no
-            more than -log floor nats.
+        stop_bridge: weight of a further KL(q* || p) of {stop, no stop}, whatever beta is: a reverse KL hardly teaches a
+            student to end its turns that hardly ever does.
+        floor: least probability of the rest: what the student has where the teacher has none costs -log floor nats.
         mask: bool or 0/1 `[B, Ts]`; the response tokens.
         size: rows of a slice; None takes 64 MiB of float32 for the larger vocabulary.
         denominator: what to divide by instead of the number of scored tokens, so that micro-batches add up.
 
     Returns:
         The loss; figures `undetermined` (mass known of several tokens together), `rest` (mass known of none), `shared`
-        (share of the scored tokens whose event has several). It costs a head pass of either side, no more with a
-        gradient, beside that of `transfer`.
+        (share of the scored tokens whose group has several). It costs a head pass of either side beside `transfer`'s.
 
     Raises:
         XTokMapError: shapes that do not fit, beta outside [0, 1].
@@ -90,8 +91,7 @@ def transfer_kl(
         scored &= index.kind_of_student() != STOP
     response = index.student_chunk >= 0 if mask is None else mask.bool()
     weights = (scored & response).view(-1)[rows].to(_widened(student.rows[:0]).dtype)
-    if denominator is not None:
-        weights = weights / denominator
+    weights = weights if denominator is None else weights / denominator
     row_loss = partial(
         _row_loss,
         maps=target.maps,
@@ -114,7 +114,7 @@ def transfer_kl(
 
 def _row_loss(
     x: Tensor,
-    part: tuple[Tensor, Tensor],
+    part: tuple[Tensor, Tensor, Groups | None],
     ids: Tensor,
     sampled: Tensor,
     *,
@@ -124,24 +124,22 @@ def _row_loss(
     floor: float,
     bridge: float | None,
 ) -> tuple[Tensor, ...]:
-    """Rows of `transfer_kl`: value, undetermined, rest, whether the token's event has several, its logprob, entropy.
+    """Rows of `transfer_kl`: value, undetermined, rest, whether the token's group has several, its logprob, entropy.
 
-    `bridge` is None where ends of turns do not count.
-    `x` becomes the gradient. With p = softmax(x) and G(e) = dD / dp(e) that is p(u) (G(e(u)) - sum of p G), so that
-    each row of the vocabulary is gone over a few times, and everything else is worked out by event. Masks are factors:
-    a choice (`where`) takes as long as eight products.
+    `bridge` is None where ends of turns do not count. `x` becomes the gradient. With p = softmax(x) and
+    G(e) = dD / dp(e) that is p(u) (G(e(u)) - sum of p G): each row of the vocabulary is gone over a few times, and all
+    else is worked out by event. Masks are factors: a choice (`where`) takes as long as eight products.
     """
-    q, undetermined = (y.to(x.dtype) for y in part)
+    (q, undetermined), groups = (y.to(x.dtype) for y in part[:2]), part[2]
     rest = q[:, -1].clone()
     own, every = ids[:, None], maps.student_event
     each, log_total = softmax_and_sums(x)
     logprobs = chosen = x.gather(1, own)[:, 0] - log_total
     entropy = entropy_of(each, x, log_total)
-    bins = maps.stop_events
+    bins, left = maps.stop_events, q.new_ones(len(q))
     if bridge is None:
         left = (1 - q.index_select(1, bins).sum(-1)).clamp(min=floor)
         q.index_fill_(1, bins, 0).div_(left[:, None])
-        sampled = sampled - left.log()
         total = each.index_fill_(1, maps.stops, 0).sum(-1)
         each.div_(total[:, None])
         chosen = chosen - total.log()
@@ -165,17 +163,24 @@ def _row_loss(
     event = every[own]
     bin_of = torch.where(there.gather(1, event) > 0, event, q.shape[1] - 1)
     several = (maps.members[ids] > 1) | (bin_of[:, 0] == q.shape[1] - 1)
+    of_p, of_q = (y.gather(1, bin_of)[:, 0] for y in (p, q))
+    k, shared = torch.zeros_like(value), several.to(x.dtype)
+    if groups is not None:
+        met = there.gather(1, event)[:, 0] * torch.isfinite(sampled)
+        to_members = groups.join(known, met, floor, clamp, into=(of_p, of_q, k, shared))
     tiny = torch.finfo(x.dtype).tiny
-    a = (sampled - q.gather(1, bin_of)[:, 0].log()) - (chosen - p.gather(1, bin_of)[:, 0].clamp(min=tiny).log())
+    a = (sampled - left.log() - of_q.log()) - (chosen - of_p.clamp(min=tiny).log())
     a = torch.where(several & torch.isfinite(sampled) & torch.isfinite(a), a, 0).clamp(-clamp, clamp)
     # The gradient. Elsewhere it is that of the rest.
     mean = value if beta == 1 and not bridge else (p * slope).sum(-1)
-    value = value - a * chosen
-    slope.addcmul_(elsewhere, slope[:, -1:].clone()).sub_((mean - a)[:, None])
+    value = value + k - a * chosen
+    slope.addcmul_(elsewhere, slope[:, -1:].clone()).sub_((mean - a + k)[:, None])
     torch.mul(known, slope.index_select(1, every), out=x[:, : len(every)])
     x[:, len(every) :] = 0
     x.scatter_add_(1, own, -a[:, None])
-    return value, undetermined, rest, several.to(x.dtype), logprobs, entropy
+    if groups is not None:
+        x.index_put_(groups.members[:2], to_members, accumulate=True)
+    return value, undetermined, rest, shared, logprobs, entropy
 
 
 def computed(x: LossInput) -> Computed:

@@ -21,7 +21,7 @@ from torch import Tensor
 from xtokmap._core import ByteTable, XTokMapError
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.ids import Int32
-from xtokmap.losses.queries import plan
+from xtokmap.losses.plan import plan
 from xtokmap.teachers import binary, http1
 from xtokmap.teachers.client import _ABOVE, BadAnswerError, Question
 from xtokmap.torch.logits import _SLICE, Logits

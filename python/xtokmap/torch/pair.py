@@ -239,7 +239,8 @@ class Pair:
         if not self.rule.queries:
             return None
         # Aligned again: that costs less than to hand queries from a DataLoader's worker to here.
-        return self.aligner.cover_queries(self.aligner.align_batch(batch.student_ids, batch.teacher_ids))
+        alignment = self.aligner.align_batch(batch.student_ids, batch.teacher_ids)
+        return self.aligner.cover_queries(alignment, rows=self.rule.keep)
 
     def _interior(self, batch: PairBatch) -> Any:
         alignment = self.aligner.align_batch(batch.student_ids, batch.teacher_ids)
