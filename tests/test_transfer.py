@@ -689,8 +689,14 @@ def test_a_student_that_never_stops_is_pulled_by_the_bridge_alone():
     assert pulled == pytest.approx(-1, abs=1e-3)
 
 
+def without_rows_behind(values: Transferred, teacher: Logits, case: Case | Pair) -> TransferTarget:
+    """What there is where the row behind a teacher token is not asked."""
+    return TransferTarget.of(teacher, values._replace(within=None), case.queries)
+
+
 def test_the_sampled_part_is_held():
-    values, target = evaluated(V9, V9_ROWS)
+    values, _ = evaluated(V9, V9_ROWS)
+    target = without_rows_behind(values, V9_ROWS, V9)
     x = V9.student_logits(0)
     sampled = {"student_ids": V9.student_ids(), "transferred": V9.padded(values.transferred)}
     with_it = transfer_kl(Logits(x), target, V9.index, **sampled, denominator=1)
@@ -709,6 +715,126 @@ def test_the_sampled_part_is_held():
     (c,) = torch.autograd.grad(held.loss, x)
     signed = 0.01 * advantage.sign()
     torch.testing.assert_close((c - b)[0, 0], signed * (log_p.exp() - one_hot), atol=1e-6, rtol=1e-5)
+
+
+# ---- which token of an event it is ---------------------------------------------------------------------------------
+
+
+def test_the_row_behind_says_which_token_of_an_event_it_is():
+    """V9: of .9 on "1" and "12" together, .7 goes on with "2"."""
+    values, target = evaluated(V9, V9_ROWS)
+    x = V9.student_logits(0)
+    sampled = {"student_ids": V9.student_ids(), "transferred": V9.padded(values.transferred)}
+    loss = transfer_kl(Logits(x), target, V9.index, **sampled, denominator=1)
+    (found,) = torch.autograd.grad(loss.loss, x)
+    vocabulary = V9.vocabularies[0]
+    p = x.detach()[0, 0].softmax(-1)
+    q = torch.full_like(p, torch.nan)
+    q[[vocabulary.index(t) for t in (b"1", b"12", b"x")]] = torch.tensor([0.27, 0.63, 0.1], dtype=q.dtype)
+    rest = torch.isnan(q)  # together, at least .01
+    log_q = torch.where(rest, p / p[rest].sum() * 0.01, q).log()
+    divergence = (p * (p.log() - log_q)).sum()
+    event = [vocabulary.index(t) for t in (b"1", b"12")]
+    share = p[event] / p[event].sum()
+    inside = (share * (share / torch.tensor([0.3, 0.7])).log()).sum()
+    # The gradient of the divergence, but for that inside the event: of one sample the whole of it, not p(event) of it.
+    outside = divergence - p[event].sum() * inside
+    one = torch.zeros_like(p)
+    one[event] = share * (share / torch.tensor([0.3, 0.7], dtype=p.dtype)).log()
+    of_events = p.log() - log_q
+    of_events[event] = (p[event].sum() / 0.9).log()
+    torch.testing.assert_close(found[0, 0], p * (of_events - outside - inside) + one, atol=1e-6, rtol=1e-5)
+    assert loss.terms[0, 0].item() == pytest.approx((outside + inside).item(), abs=1e-6)
+    assert loss.figures["shared"] == 0
+
+
+FINER = {name: pair for name, pair in EXACT.items() if name.startswith("teacher")}
+
+
+@pytest.mark.parametrize("pair", FINER.values(), ids=FINER)
+def test_groups_have_the_mass_of_the_texts(pair):
+    checked = 0
+    for model in models(pair, 3):
+        target = model.target
+        groups = target.made(0, len(target)).slice(0, len(target))[2]
+        (at, own, several, known), (row, mass), (of, ids, group) = groups.rows, groups.groups, groups.members
+        node = pair.student_nodes[pair.is_token][at]
+        assert (known == 1).all()
+        real = pair.student_ids[pair.is_token]
+        for k in range(len(at)):
+            members = (of == at[k]).nonzero()[:, 0]
+            names = group[members].unique()
+            assert torch.equal(names, (row == k).nonzero()[:, 0])
+            for name in names:
+                q = sum(model.q_star[node[k], ids[m]] for m in members if group[m] == name)
+                assert mass[name].item() == pytest.approx(q, abs=1e-9)
+            (mine,) = (group[m] for m in members if ids[m] == real[at[k]])
+            assert own[k] == mine
+            assert several[k] == ((group[members] == mine).sum() > 1)
+            checked += len(members) > 1
+    assert checked > 10
+
+
+@exact_pairs
+def test_a_row_behind_changes_no_mean_and_makes_samples_agree(pair):
+    for model in models(pair, 2):
+        with_it = model.loss_gradients("transfer_kl", **model.sampled())
+        model.target = without_rows_behind(model.values, model.flat_teacher, pair)
+        without = model.loss_gradients("transfer_kl", **model.sampled())
+        np.testing.assert_allclose(model.expected(with_it), model.expected(without), atol=1e-6)
+        ratio = model.variance(with_it) / model.variance(without)
+        assert ratio < 0.8 if pair in FINER.values() else ratio < 1.001
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.one_of(st.tuples(vocabularies, vocabularies), st.tuples(merge_lists(), merge_lists())), seeds)
+def test_groups_are_used_where_their_masses_are_known(sides, seed):
+    """At every place they add up to what the teacher's row gives the event, less what leaves it."""
+    pair = Pair(*sides, length=4)
+    assume(not pair.queries.identical)
+    model = pair.model(np.random.default_rng(seed))
+    target = model.target
+    bins, _, groups = target.made(0, len(target)).slice(0, len(target))
+    assume(groups is not None)
+    (at, _, _, known), (row, mass), (of, ids, group) = groups.rows, groups.groups, groups.members
+    assert ((known == 0) | (known == 1)).all()
+    total = torch.zeros(len(at), dtype=mass.dtype).index_add(0, row, mass)
+    event = target.maps.student_event[pair.student_ids[pair.is_token][at]]
+    given = bins[at, event]
+    assert (total <= given + 1e-9).all()
+    assert (total >= given * 0.95 - 1e-9)[known == 1].all()
+    assert (mass >= 0).all()
+    # Each member of each event once, in a group of its own place.
+    assert torch.equal(target.maps.student_event[ids], event[torch.searchsorted(at, of)])
+    assert torch.equal(at[row[group]], of)
+    for k in range(len(at)):
+        assert sorted(ids[of == at[k]].tolist()) == (target.maps.student_event == event[k]).nonzero()[:, 0].tolist()
+
+
+def test_groups_of_no_mass_cost_the_floor():
+    """What the teacher never makes, in an event, is one group, of the least probability."""
+    case = Case([*SINGLE, b"12", b"1x", b"1y"], SINGLE, [tokens("1|+")], [tokens("1|+")])
+    rows = rows_of(SINGLE, {"1": 1.0}, {"2": 0.5, "+": 0.5})
+    values, target = evaluated(case, rows)
+    x = torch.zeros(1, 2, len(case.vocabularies[0]), dtype=torch.float64, requires_grad=True)
+    sampled = {"student_ids": case.student_ids(), "transferred": case.padded(values.transferred)}
+    loss = transfer_kl(Logits(x), target, case.index, **sampled, floor=0.01, denominator=1)
+    (gradient,) = torch.autograd.grad(loss.loss, x)
+    inside = 0.5 * math.log(0.25 / 0.5) + 0.5 * math.log(0.5 / 0.01)
+    outside = 0.5 * math.log(0.5) + 0.5 * math.log(0.5 / 0.01)
+    assert loss.terms[0, 0].item() == pytest.approx(inside + outside)
+    never = [case.vocabularies[0].index(t) for t in (b"1x", b"1y")]
+    assert (gradient[0, 0, never] > 0.3).all()
+    assert torch.isfinite(gradient).all()
+
+
+def test_queries_of_tokens_alone_ask_no_row_behind():
+    queries = V9.aligner.cover_queries(V9.batch, rows=False)
+    assert queries.within is None
+    values = transfer(V9_ROWS, V9.flat_ids, queries)
+    assert values.within is None
+    assert values.transferred.tolist() == evaluated(V9, V9_ROWS)[0].transferred.tolist()
+    assert TransferTarget.of(V9_ROWS, values, queries).made(0, 2).slice(0, 2)[2] is None
 
 
 def test_what_no_tokenizer_would_have_put_side_by_side_is_no_log_0():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -138,10 +139,8 @@ class Within:
     All on the CPU. K places, M members, G groups, A alternatives.
 
     Attributes:
-        token: int64 `[K]`; the student tokens, flat, rising.
-        position: int64 `[K]`; which of the plan's positions each is.
+        position: int64 `[K]`; which of the plan's positions each is, rising.
         teacher: int64 `[K]`; the teacher token with which each begins, flat.
-        event: int64 `[K]`.
         group_ptr: int64 `[K+1]`; the groups of each place.
         member_ptr: int64 `[K+1]`; the members of each place.
         member_id: int64 `[M]`; their student ids, rising.
@@ -155,10 +154,8 @@ class Within:
         reaching: the plan's parts that stand at a place as well, and the group and the place of each.
     """
 
-    token: Int64
     position: Int64
     teacher: Int64
-    event: Int64
     group_ptr: Int64
     member_ptr: Int64
     member_id: Int64
@@ -201,20 +198,27 @@ class Within:
         event = maps.event[root]
         fits = event == maps.event[take(q.student_ids, token).astype(np.int64)]
         fits &= (maps.members[root].numpy() > 1) & ~np.isin(root, vm.student_stops)
-        term = p.dense_term[position]
-        held = _Elements(q)
-        fits &= (term < 0) | (held.place(np.where(term >= 0, take(p.set, np.maximum(term, 0)), -1), ids) < 0)
-        position, row, token, teacher, ids, root, event = (
-            x[fits] for x in (position, row, token, teacher, ids, root, event)
-        )
-        kinds, kind = np.unique(np.stack([q.within[token], ids]), axis=1, return_inverse=True)
-        return cls._spread(q, p, _Kinds.of(q, maps, held, *kinds.astype(np.int64)), kind, position, teacher, maps)
+        held, term = _Elements(q), p.dense_term[position]
+        without = np.where(term < 0, -1, take(p.set, np.maximum(term, 0)))  # the set that its row leaves out
+        fits &= held.place(without, ids) < 0
+        position, teacher, without = position[fits], teacher[fits], without[fits]
+        names, kind = np.unique(np.stack([q.within[token[fits]], ids[fits]]), axis=1, return_inverse=True)
+        kinds = _Kinds.of(q, maps, held, *names.astype(np.int64))
+        return cls._spread(q, p, kinds, kind, position, teacher, lambda at, ids: held.place(without[at], ids) < 0)
 
     @classmethod
     def _spread(
-        cls, q: CoverQueries, p: Plan, kinds: _Kinds, kind: Int64, position: Int64, teacher: Int64, maps: EventMaps
+        cls,
+        q: CoverQueries,
+        p: Plan,
+        kinds: _Kinds,
+        kind: Int64,
+        position: Int64,
+        teacher: Int64,
+        stands: Callable[[Int64, Int64], npt.NDArray[np.bool_]],
     ) -> Within:
-        """Places from what is the same at all places of a kind."""
+        """Places from what is the same at all of a kind; `stands`: whether teacher tokens are in the rows of places."""
+        maps = EventMaps.of(q, torch.device("cpu"))
         group_ptr = sums(kinds.groups[kind])
         row, every = p.dense_row[position], np.arange(len(kind))
 
@@ -228,6 +232,8 @@ class Within:
         behind_ptr, b = rows_of(kinds.behind_ptr, kind)
         behind = np.repeat(every, np.diff(behind_ptr))
         there, t = expand(kinds.there_ptr, kind)
+        counts = stands(there, kinds.there_id[t])
+        there, t = there[counts], t[counts]
         asked = Asked(row[there], kinds.there_id[t], row + 1, behind_ptr, kinds.behind_id[b])
         # Teacher tokens that began before, and reach into the event.
         place, o = expand(p.behind_ptr, position)
@@ -239,7 +245,7 @@ class Within:
         reached = kinds.member_group[kinds.member_ptr[kind][place] + maps.rank[following]]
         own: Int64 = kinds.member_group[kinds.member_ptr[kind] + maps.rank[q.student_ids[p.at[position]]]]
         return cls(
-            *(p.at[position], position, teacher, kinds.event[kind], group_ptr, member_ptr, member_id, member_group),
+            *(position, teacher, group_ptr, member_ptr, member_id, member_group),
             *(moved(kinds.root_group[kind], every), moved(own, every), asked),
             (moved(kinds.behind_group[b], behind), behind),
             (moved(kinds.there_group[t], there), there),
