@@ -70,6 +70,7 @@ class Plan:
         #: Sum before `base` where a stretch begins; the token before it elsewhere.
         self.base = np.where(q.base >= 0, q.base + first, -1)
         self.known = q.base > -2
+        self.complements = np.flatnonzero(self.kept)
         #: Terms that are elements one by one, and their elements.
         self.sparse = np.flatnonzero(~self.kept)
         self.element_term, at = expand(sets.indptr, self.set[self.sparse])
@@ -90,6 +91,12 @@ class Plan:
         self.part_row = np.concatenate([self.element_row, self.row[self.fixed]])
         self.part_next = np.concatenate([self.element_next, fixed[self.fixed]])
         self.part_whole = np.concatenate([self.element_whole, np.zeros(len(self.fixed), np.bool_)])
+        #: The terms of every student token, and how many rows must have been read for Phi of it and of those before.
+        self.by_owner = np.argsort(self.owner, kind="stable")
+        self.owner_ptr = sums(np.bincount(self.owner, minlength=self.students))
+        last = np.full(self.students, -1, np.int64)
+        np.maximum.at(last, self.owner, self.row)
+        self.rows_for = np.maximum.accumulate(last) + 1
         #: Tokens with a query, the row behind which each whole begins (-1: inside a teacher token), and the complement
         #: term that this row is (-1: all of it, where a stretch begins).
         self.at = np.flatnonzero(self.known)
@@ -111,7 +118,7 @@ class Plan:
     @once
     def asked(self) -> Asked:
         """The elements, and the complements as masses."""
-        terms = np.flatnonzero(self.kept)
+        terms = self.complements
         ptr, at = rows_of(self.sets.indptr, self.set[terms])
         return Asked(self.element_row, self.element_id, self.row[terms], ptr, take(self.sets.ids, at).astype(np.int64))
 

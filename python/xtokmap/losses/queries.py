@@ -6,8 +6,9 @@ encoding (tokenization bias, arXiv 2406.16829 and 2410.09303): a boundary says w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,8 +21,6 @@ from xtokmap.ids import Int64
 from xtokmap.losses.events import Within
 from xtokmap.losses.plan import Asked, Plan, on_device, plan
 from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened, blocks, softmax_and_sums
-
-_NONE = np.zeros(0, np.int64)
 
 
 class Transferred(NamedTuple):
@@ -43,7 +42,7 @@ class Transferred(NamedTuple):
     before: Tensor
     elements: Tensor
     missing: Tensor
-    within: tuple[Tensor, Tensor, Tensor] | None = None
+    within: tuple[Tensor, ...] | None = None
 
 
 @torch.no_grad()
@@ -65,47 +64,90 @@ def transfer(
     Raises:
         XTokMapError: another number of rows or ids.
     """
-    p = plan(queries)
-    if tuple(teacher.shape) != (p.rows,) or tuple(teacher_ids.shape) != (len(p.token_row),):
-        raise XTokMapError(
-            f"teacher rows {tuple(teacher.shape)} and ids {tuple(teacher_ids.shape)}; these queries need ({p.rows},) "
-            f"rows (one more than tokens for each of {len(queries)} completions) and ({len(p.token_row)},) ids"
-        )
-    device = teacher_ids.device
+    reading = Reading(teacher, teacher_ids, queries, size=size)
+    reading.read(reading.plan.rows)
+    return reading.values
 
-    on = partial(on_device, device=device)
-    size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
-    dtype = _widened((teacher.rows if isinstance(teacher, Logits) else teacher.logprobs)[:0]).dtype
-    within = Within.of(queries) if isinstance(teacher, Logits) else None
-    asked, orders = Asked.joined([p.asked, *([] if within is None else [within.asked])])
-    logprobs, elements, kept, left, missing = (
-        torch.zeros(n, device=device, dtype=dtype)
-        for n in (len(p.token_row), len(asked.row), len(asked.mass_row), len(asked.mass_id), p.rows)
-    )
-    for a in range(0, p.rows, size):
-        b = min(p.rows, a + size)
+
+#: What looks at probabilities of rows: their first, and float32 (float64) `[n, V]`, which are overwritten next.
+Sink: TypeAlias = Callable[[int, Tensor], None]
+
+
+class Reading:
+    """Cover queries, evaluated as the teacher's rows come: each is made once, from the first to the last.
+
+    Args:
+        teacher: as `transfer`.
+        teacher_ids: as `transfer`.
+        queries: as `transfer`.
+        size: as `transfer`.
+
+    Attributes:
+        plan: of the queries.
+        values: what was found so far; the tensors fill up.
+        rows: how many rows have been read.
+    """
+
+    def __init__(
+        self, teacher: Logits | TopK, teacher_ids: Tensor, queries: CoverQueries, *, size: int | None = None
+    ) -> None:
+        p = self.plan = plan(queries)
+        if tuple(teacher.shape) != (p.rows,) or tuple(teacher_ids.shape) != (len(p.token_row),):
+            raise XTokMapError(
+                f"teacher rows {tuple(teacher.shape)} and ids {tuple(teacher_ids.shape)}; these queries need "
+                f"({p.rows},) rows (one more than tokens for each of {len(queries)} completions) and "
+                f"({len(p.token_row)},) ids"
+            )
+        self._teacher, self._ids = teacher, teacher_ids
+        self._on = partial(on_device, device=teacher_ids.device)
+        self._size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
+        within = Within.of(queries) if isinstance(teacher, Logits) else None
+        self._asked, (order, *others) = Asked.joined([p.asked, *([] if within is None else [within.asked])])
+        # Elements of the plan, its complements that are parts, and what `within` asks, in one tensor.
+        n, parts = len(p.asked.row), len(p.part_row)
+        self._order = np.where(order < n, order, order + parts - n), *others
+        dtype = _widened((teacher.rows if isinstance(teacher, Logits) else teacher.logprobs)[:0]).dtype
+        sizes = parts + len(order) - n, len(self._asked.mass_row), len(self._asked.mass_id)
+        self._found = [torch.zeros(size, device=teacher_ids.device, dtype=dtype) for size in sizes]
+        self._terms = torch.zeros(len(p.row), device=teacher_ids.device, dtype=dtype)
+        behind = parts, len(p.asked.mass_row), len(p.asked.mass_id)
+        every = tuple(x[k:] for x, k in zip(self._found, behind, strict=True))
+        self._sums = _Sums(p, self._found[0][:parts], None if within is None else every)
+        self.values, self.rows = self._sums.values, 0
+
+    @torch.no_grad()
+    def read(self, to: int, sink: Sink | None = None) -> None:
+        """Reads on until so many rows have been read; `sink` is handed the whole rows of a local teacher."""
+        while self.rows < to:
+            b = min(to, self.rows + self._size)
+            self._slice(self.rows, b, sink)
+            self.rows = b
+
+    def _slice(self, a: int, b: int, sink: Sink | None) -> None:
+        p, asked, on, found, values = self.plan, self._asked, self._on, self._found, self.values
         k0, k1 = np.searchsorted(asked.mass_row, (a, b))
         ptr = asked.mass_ptr[k0 : k1 + 1]
         owner = np.repeat(np.arange(k1 - k0), np.diff(ptr))
-        rows = _Rows(teacher, a, b, asked.mass_row[k0:k1] - a, owner, asked.mass_id[ptr[0] : ptr[-1]])
-        missing[a:b] = rows.missing
+        mass_ids = asked.mass_id[ptr[0] : ptr[-1]]
+        rows = _Rows(self._teacher, a, b, asked.mass_row[k0:k1] - a, owner, mass_ids, sink)
+        values.missing[a:b] = rows.missing
         t0, t1 = np.searchsorted(p.token_row, (a, b))
-        logprobs[t0:t1] = rows.logprobs(on(p.token_row[t0:t1] - a), teacher_ids[t0:t1])
+        values.logprobs[t0:t1] = rows.logprobs(on(p.token_row[t0:t1] - a), self._ids[t0:t1])
         e0, e1 = np.searchsorted(asked.row, (a, b))
-        elements[e0:e1] = rows.logprobs(on(asked.row[e0:e1] - a), on(asked.id[e0:e1]))
-        kept[k0:k1], left[ptr[0] : ptr[-1]] = rows.kept, rows.left
-
-    elements, kept, left = (
-        torch.empty_like(x).index_copy_(0, on(order), x)
-        for x, order in zip((elements, kept, left), orders, strict=True)
-    )
-    n, m, k = len(p.asked.row), len(p.asked.mass_row), len(p.asked.mass_id)
-    # Terms: those that are one row but some tokens, and those that are elements.
-    values = torch.zeros(len(p.row), device=device, dtype=dtype)
-    values[on(np.flatnonzero(p.kept))] = kept[:m]
-    values[on(p.sparse)] = _logsumexp(elements[:n], on(p.element_term), len(p.sparse))
-    found = _joined(p, logprobs, values, torch.cat([elements[:n], values[on(p.fixed)]]), missing)
-    return found if within is None else found._replace(within=(elements[n:], kept[m:], left[k:]))
+        logprobs = rows.logprobs(on(asked.row[e0:e1] - a), on(asked.id[e0:e1]))
+        for x, order, bounds, new in zip(
+            found, self._order, ((e0, e1), (k0, k1), (ptr[0], ptr[-1])), (logprobs, rows.kept, rows.left), strict=True
+        ):
+            x[on(order[slice(*bounds)])] = new
+        # Terms: those that are one row but some tokens, and those that are elements.
+        c0, c1 = np.searchsorted(p.row[p.complements], (a, b))
+        self._terms[on(p.complements[c0:c1])] = found[1][c0:c1]
+        s0, s1 = np.searchsorted(p.row[p.sparse], (a, b))
+        e0, e1 = np.searchsorted(p.element_row, (a, b))
+        self._terms[on(p.sparse[s0:s1])] = _logsumexp(found[0][e0:e1], on(p.element_term[e0:e1] - s0), s1 - s0)
+        f0, f1 = np.searchsorted(p.row[p.fixed], (a, b))
+        found[0][len(p.element_id) + f0 : len(p.element_id) + f1] = self._terms[on(p.fixed[f0:f1])]
+        self._sums.add(a, b, self._terms)
 
 
 @torch.no_grad()
@@ -126,19 +168,42 @@ def transfer_masses(logprobs: Tensor, masses: Tensor, queries: CoverQueries) -> 
             f"{tuple(logprobs.shape)} logprobs and {tuple(masses.shape)} masses; these queries have "
             f"{len(p.token_row)} teacher tokens and {len(p.row)} terms"
         )
-    return _joined(p, logprobs, masses, logprobs.new_zeros(0), logprobs.new_zeros(p.rows))
+    sums = _Sums(p, logprobs.new_zeros(0))
+    sums.values.logprobs.copy_(logprobs)
+    sums.add(0, p.rows, masses)
+    return sums.values
 
 
-def _joined(p: Plan, logprobs: Tensor, values: Tensor, elements: Tensor, missing: Tensor) -> Transferred:
-    """What follows from the masses of the terms."""
-    on = partial(on_device, device=logprobs.device)
-    before = _sums_before(logprobs, p, on)
-    phi = _logsumexp(before[on(p.row)] + values, on(p.owner), p.students)
-    previous = torch.cat([phi.new_zeros(1), phi[:-1]])
-    base = on(p.base)
-    previous = torch.where(base >= 0, before[base.clamp(min=0)], previous) if p.rows else previous
-    transferred = torch.where(on(p.known), phi - previous, torch.nan).to(logprobs.dtype)
-    return Transferred(logprobs, transferred, phi, before, elements, missing)
+class _Sums:
+    """Phi and log q* from the masses of the terms, as far as rows have been read."""
+
+    def __init__(self, p: Plan, elements: Tensor, within: tuple[Tensor, ...] | None = None) -> None:
+        self._plan, self._on = p, partial(on_device, device=elements.device)
+        #: Sums of the teacher's logprobs before each row, over all rows. Long ones add up to thousands of nats.
+        self._total = torch.zeros(p.rows + 1, dtype=torch.float64, device=elements.device)
+        self._tokens = 0
+        logprobs, missing = elements.new_zeros(len(p.token_row)), elements.new_zeros(p.rows)
+        transferred = elements.new_full((p.students,), torch.nan)
+        phi, before = self._total.new_zeros(p.students), self._total.new_zeros(p.rows)
+        self.values = Transferred(logprobs, transferred, phi, before, elements, missing, within)
+
+    def add(self, a: int, b: int, terms: Tensor) -> None:
+        """Takes rows a to b, of which the logprobs are there; `terms`: log of the mass of every term."""
+        p, on, values = self._plan, self._on, self.values
+        t0, t1 = np.searchsorted(p.token_row, (a, b))
+        steps = self._total.new_zeros(b - a)
+        steps[on(p.token_row[t0:t1] - a)] = values.logprobs[t0:t1].double()
+        self._total[a + 1 : b + 1] = self._total[a] + steps.cumsum(0)
+        values.before[a:b] = self._total[a:b] - self._total[on(p.first_row[p.row_of_batch[a:b]])]
+        i, j = self._tokens, int(np.searchsorted(p.rows_for, b, side="right"))
+        own = on(p.by_owner[p.owner_ptr[i] : p.owner_ptr[j]])
+        of = np.repeat(np.arange(j - i), np.diff(p.owner_ptr[i : j + 1]))
+        values.phi[i:j] = phi = _logsumexp(values.before[on(p.row)[own]] + terms[own], on(of), j - i)
+        previous = torch.cat([phi.new_zeros(1), values.phi])[i:j]
+        base = on(p.base[i:j])
+        previous = torch.where(base >= 0, values.before[base.clamp(min=0)], previous)
+        values.transferred[i:j] = torch.where(on(p.known[i:j]), phi - previous, torch.nan).to(terms.dtype)
+        self._tokens = j
 
 
 @torch.no_grad()
@@ -169,15 +234,6 @@ def boundary_leak(teacher: Logits, teacher_ids: Tensor, vocab_map: VocabMap) -> 
     return leaks.clamp(min=0)
 
 
-def _sums_before(logprobs: Tensor, p: Plan, on: Any) -> Tensor:
-    """float64 `[N + B]`: sums of a row's logprobs before each place. Long rows add up to thousands of nats."""
-    steps = torch.zeros(p.rows + 1, dtype=torch.float64, device=logprobs.device)
-    steps[on(p.token_row + 1)] = logprobs.double()
-    total = steps.cumsum(0)[:-1]
-    # The step into a batch row's first place is the last token of the row before.
-    return total - total[on(p.first_row)][on(p.row_of_batch)] if p.rows else total
-
-
 def _logsumexp(values: Tensor, owner: Tensor, n: int) -> Tensor:
     """Of the values of every owner: `[n]`, -inf where there are none."""
     top = values.new_full((n,), -torch.inf).scatter_reduce(0, owner, values, "amax")
@@ -195,6 +251,7 @@ class _Rows:
         row: of every mass that is wanted, its row counted from a, rising.
         owner: of every token that is left out of such a mass, which of them it is, rising.
         ids: the tokens.
+        sink: is handed whole rows.
 
     Attributes:
         missing: the mass of each row that is not shown.
@@ -203,7 +260,7 @@ class _Rows:
     """
 
     def __init__(
-        self, teacher: Logits | TopK, a: int, b: int, row: Int64 = _NONE, owner: Int64 = _NONE, ids: Int64 = _NONE
+        self, teacher: Logits | TopK, a: int, b: int, row: Int64, owner: Int64, ids: Int64, sink: Sink | None = None
     ) -> None:
         self.missing: Tensor | float = 0.0
         self._ids = None
@@ -235,6 +292,8 @@ class _Rows:
                 whole = p.sum(-1, dtype=torch.float64)[of[first:last] - c]
                 left.append(p[at[lo:hi] - c, tokens[lo:hi]])
                 masses.append(whole.index_add(0, owners[lo:hi] - first, left[-1].double(), alpha=-1))
+            if sink is not None:
+                sink(a + c, p)
         self._lse = torch.cat(sums)
         kept = torch.cat([self._lse.new_zeros(0, dtype=torch.float64), *masses])
         self.kept = kept.clamp(min=1e-38).log().to(self._lse.dtype)
