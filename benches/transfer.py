@@ -27,7 +27,6 @@ from torch import Tensor
 import xtokmap
 from xtokmap import Aligner, demo
 from xtokmap.losses.events import _events
-from xtokmap.losses.queries import transfer
 from xtokmap.losses.target import TransferTarget
 from xtokmap.losses.terms import divergence
 from xtokmap.losses.transfer import transfer_kl
@@ -93,21 +92,17 @@ def measure(what: str, tokens: int) -> dict[str, float]:
         with torch.no_grad():
             own = completion_rows(student, [[0]] * len(ids), completions)
         if what == "transfer_kl":
-            values = transfer(rows, flat, queries)
-            target = TransferTarget.of(rows, values, queries)
+            target = TransferTarget(rows, flat, queries)
             places, shape = target.places()
             at = torch.zeros(shape[0] * shape[1], dtype=torch.long)
             at[torch.from_numpy(places)] = torch.arange(len(places))
             sampled = torch.zeros(shape[0] * shape[1], dtype=torch.long)
             sampled[torch.from_numpy(places)] = torch.tensor([i for row in completions for i in row])
-            seen = torch.zeros(shape[0] * shape[1])
-            seen[torch.from_numpy(places)] = values.transferred
             index = ChunkIndex.from_alignment(batch)
             leaf = Logits(own.rows.clone().requires_grad_(), own.weight.detach().clone().requires_grad_())
 
             def work() -> None:
-                given = {"student_ids": sampled.view(shape), "transferred": seen.view(shape)}
-                transfer_kl(leaf.at(at.view(shape)), target, index, **given).loss.backward()
+                transfer_kl(leaf.at(at.view(shape)), target, index, student_ids=sampled.view(shape)).loss.backward()
         else:
             # A student of the teacher's family, on as many positions: KL of the two heads' whole distributions.
             n = len(own.rows)

@@ -119,7 +119,7 @@ class Model:
 
     @cached_property
     def target(self) -> TransferTarget:
-        return TransferTarget.of(self.flat_teacher, self.values, self.pair.queries)
+        return TransferTarget(self.flat_teacher, self.pair.flat_ids, self.pair.queries)
 
     @property
     def student_rows(self) -> Tensor:
@@ -186,8 +186,8 @@ class Model:
         return gradient.numpy()
 
     def sampled(self) -> dict[str, Tensor]:
-        """What `transfer_kl` needs to know of the sampled tokens."""
-        return {"student_ids": self.pair.student_ids, "transferred": self.transferred}
+        """What `transfer_kl` is told of the sampled tokens."""
+        return {"student_ids": self.pair.student_ids}
 
     def expected(self, gradients: Floats) -> Floats:
         """The mean over the student's own samples, by the logits of every node: `[nodes, V]`."""

@@ -16,7 +16,7 @@ from enumeration import Model, Pair, cosine
 from oracle import SPECIAL, STOP, Side, Tokens, mass_of_start, prefix_closed, spelled
 from xtokmap.losses.credit import CREDITS, chunk_credit
 from xtokmap.losses.queries import Transferred, boundary_leak, transfer
-from xtokmap.losses.target import TransferTarget
+from xtokmap.losses.target import Stream, TransferTarget
 from xtokmap.losses.transfer import transfer_kl
 from xtokmap.torch.index import ChunkIndex
 from xtokmap.torch.logits import Logits, TopK
@@ -68,7 +68,7 @@ class Case:
 
 def evaluated(case: Case, teacher: Logits) -> tuple[Transferred, TransferTarget]:
     values = transfer(teacher, case.flat_ids, case.queries)
-    return values, TransferTarget.of(teacher, values, case.queries)
+    return values, TransferTarget(teacher, case.flat_ids, case.queries)
 
 
 def rows_of(vocabulary: Tokens, *rows: dict[str, float]) -> Logits:
@@ -464,19 +464,17 @@ def test_rows_that_do_not_fit_are_refused():
     rows = MIXED.random_rows(0)
     with pytest.raises(xtokmap.XTokMapError, match="one more than tokens"):
         transfer(Logits(rows.rows[1:]), MIXED.flat_ids, MIXED.queries)
-    values, target = evaluated(MIXED, rows)
+    _, target = evaluated(MIXED, rows)
     x = MIXED.student_logits(0)
     with pytest.raises(xtokmap.XTokMapError, match="the queries"):
         transfer_kl(Logits(x[:, 1:]), target, MIXED.index)
-    with pytest.raises(xtokmap.XTokMapError, match="needs student_ids"):
-        transfer_kl(Logits(x), target, MIXED.index, transferred=MIXED.padded(values.transferred))
     with pytest.raises(xtokmap.XTokMapError, match="beta"):
         transfer_kl(Logits(x), target, MIXED.index, beta=2)
 
 
 def loss_of(case: Case, x: torch.Tensor, teacher: Logits, **options):
-    values, target = evaluated(case, teacher)
-    sampled = {"student_ids": case.student_ids(), "transferred": case.padded(values.transferred)}
+    _, target = evaluated(case, teacher)
+    sampled = {"student_ids": case.student_ids()}
     return transfer_kl(Logits(x), target, case.index, **{**sampled, **options})
 
 
@@ -526,7 +524,7 @@ def test_blocks_of_a_slice_change_nothing(block, temperature, monkeypatch):
     for size in (2**20, block):
         monkeypatch.setattr(xtokmap.torch.logits, "_BLOCK", size)
         values, target = evaluated(MIXED, teacher)
-        sampled = {"student_ids": MIXED.student_ids(), "transferred": MIXED.padded(values.transferred)}
+        sampled = {"student_ids": MIXED.student_ids()}
         loss = transfer_kl(Logits(*inputs, temperature=temperature), target, MIXED.index, **sampled, size=7)
         found.append((*values, loss.terms, loss.entropy, *torch.autograd.grad(loss.loss, inputs)))
     for one, other in zip(*found, strict=True):
@@ -537,8 +535,8 @@ def test_blocks_of_a_slice_change_nothing(block, temperature, monkeypatch):
 def test_micro_batches_add_up(parts):
     teacher, x = MIXED.random_rows(0), MIXED.student_logits(1)
     values, target = evaluated(MIXED, teacher)
-    transferred, ids = MIXED.padded(values.transferred), MIXED.student_ids()
-    want = transfer_kl(Logits(x), target, MIXED.index, student_ids=ids, transferred=transferred, denominator=7)
+    ids = MIXED.student_ids()
+    want = transfer_kl(Logits(x), target, MIXED.index, student_ids=ids, denominator=7)
     (gradient_of_all,) = torch.autograd.grad(want.loss, x)
     cu, student_cu = MIXED.queries.teacher_cu, MIXED.queries.student_cu
     total, sums = torch.zeros_like(x), 0.0
@@ -556,7 +554,6 @@ def test_micro_batches_add_up(parts):
             target.select(rows),
             MIXED.index.rows(torch.tensor(rows)),
             student_ids=ids[rows],
-            transferred=transferred[rows],
             denominator=7,
         )
         torch.testing.assert_close(loss.terms, want.terms[rows])
@@ -584,7 +581,7 @@ def test_all_tokens_listed_are_whole_rows():
     torch.testing.assert_close(listed.logprobs, whole_rows.logprobs)
     assert listed.missing.max() < 1e-12
     with pytest.raises(xtokmap.XTokMapError, match="not top-k"):
-        TransferTarget.of(top(teacher, 3), whole_rows, MIXED.queries)
+        TransferTarget(top(teacher, 3), MIXED.flat_ids, MIXED.queries)
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
@@ -689,16 +686,16 @@ def test_a_student_that_never_stops_is_pulled_by_the_bridge_alone():
     assert pulled == pytest.approx(-1, abs=1e-3)
 
 
-def without_rows_behind(values: Transferred, teacher: Logits, case: Case | Pair) -> TransferTarget:
+def without_rows_behind(teacher: Logits, case: Case | Pair) -> TransferTarget:
     """What there is where the row behind a teacher token is not asked."""
-    return TransferTarget.of(teacher, values._replace(within=None), case.queries)
+    return TransferTarget(teacher, case.flat_ids, case.aligner.cover_queries(case.batch, rows=False))
 
 
 def test_the_sampled_part_is_held():
-    values, _ = evaluated(V9, V9_ROWS)
-    target = without_rows_behind(values, V9_ROWS, V9)
+    values = transfer(V9_ROWS, V9.flat_ids, V9.queries)
+    target = without_rows_behind(V9_ROWS, V9)
     x = V9.student_logits(0)
-    sampled = {"student_ids": V9.student_ids(), "transferred": V9.padded(values.transferred)}
+    sampled = {"student_ids": V9.student_ids()}
     with_it = transfer_kl(Logits(x), target, V9.index, **sampled, denominator=1)
     without = transfer_kl(Logits(x), target, V9.index, denominator=1)
     (a,), (b,) = (torch.autograd.grad(loss.loss, x) for loss in (with_it, without))
@@ -722,9 +719,9 @@ def test_the_sampled_part_is_held():
 
 def test_the_row_behind_says_which_token_of_an_event_it_is():
     """V9: of .9 on "1" and "12" together, .7 goes on with "2"."""
-    values, target = evaluated(V9, V9_ROWS)
+    _, target = evaluated(V9, V9_ROWS)
     x = V9.student_logits(0)
-    sampled = {"student_ids": V9.student_ids(), "transferred": V9.padded(values.transferred)}
+    sampled = {"student_ids": V9.student_ids()}
     loss = transfer_kl(Logits(x), target, V9.index, **sampled, denominator=1)
     (found,) = torch.autograd.grad(loss.loss, x)
     vocabulary = V9.vocabularies[0]
@@ -756,7 +753,7 @@ def test_groups_have_the_mass_of_the_texts(pair):
     checked = 0
     for model in models(pair, 3):
         target = model.target
-        groups = target.made(0, len(target)).slice(0, len(target))[2]
+        groups = Stream(target).made(0, len(target)).slice(0, len(target)).groups
         (at, own, several, known), (row, mass), (of, ids, group) = groups.rows, groups.groups, groups.members
         node = pair.student_nodes[pair.is_token][at]
         assert (known == 1).all()
@@ -779,7 +776,7 @@ def test_groups_have_the_mass_of_the_texts(pair):
 def test_a_row_behind_changes_no_mean_and_makes_samples_agree(pair):
     for model in models(pair, 2):
         with_it = model.loss_gradients("transfer_kl", **model.sampled())
-        model.target = without_rows_behind(model.values, model.flat_teacher, pair)
+        model.target = without_rows_behind(model.flat_teacher, pair)
         without = model.loss_gradients("transfer_kl", **model.sampled())
         np.testing.assert_allclose(model.expected(with_it), model.expected(without), atol=1e-6)
         ratio = model.variance(with_it) / model.variance(without)
@@ -794,7 +791,7 @@ def test_groups_are_used_where_their_masses_are_known(sides, seed):
     assume(not pair.queries.identical)
     model = pair.model(np.random.default_rng(seed))
     target = model.target
-    bins, _, groups = target.made(0, len(target)).slice(0, len(target))
+    bins, _, _, groups = Stream(target).made(0, len(target)).slice(0, len(target))
     assume(groups is not None)
     (at, _, _, known), (row, mass), (of, ids, group) = groups.rows, groups.groups, groups.members
     assert ((known == 0) | (known == 1)).all()
@@ -815,9 +812,9 @@ def test_groups_of_no_mass_cost_the_floor():
     """What the teacher never makes, in an event, is one group, of the least probability."""
     case = Case([*SINGLE, b"12", b"1x", b"1y"], SINGLE, [tokens("1|+")], [tokens("1|+")])
     rows = rows_of(SINGLE, {"1": 1.0}, {"2": 0.5, "+": 0.5})
-    values, target = evaluated(case, rows)
+    _, target = evaluated(case, rows)
     x = torch.zeros(1, 2, len(case.vocabularies[0]), dtype=torch.float64, requires_grad=True)
-    sampled = {"student_ids": case.student_ids(), "transferred": case.padded(values.transferred)}
+    sampled = {"student_ids": case.student_ids()}
     loss = transfer_kl(Logits(x), target, case.index, **sampled, floor=0.01, denominator=1)
     (gradient,) = torch.autograd.grad(loss.loss, x)
     inside = 0.5 * math.log(0.25 / 0.5) + 0.5 * math.log(0.5 / 0.01)
@@ -834,7 +831,7 @@ def test_queries_of_tokens_alone_ask_no_row_behind():
     values = transfer(V9_ROWS, V9.flat_ids, queries)
     assert values.within is None
     assert values.transferred.tolist() == evaluated(V9, V9_ROWS)[0].transferred.tolist()
-    assert TransferTarget.of(V9_ROWS, values, queries).made(0, 2).slice(0, 2)[2] is None
+    assert Stream(TransferTarget(V9_ROWS, V9.flat_ids, queries)).made(0, 2).slice(0, 2).groups is None
 
 
 def test_what_no_tokenizer_would_have_put_side_by_side_is_no_log_0():

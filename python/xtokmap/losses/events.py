@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.boundary.vocab_map import VocabMap
 from xtokmap.ids import Int64
-from xtokmap.losses.plan import Asked, Plan, expand, plan, rows_of, sums, take
+from xtokmap.losses.plan import Asked, Plan, Transferred, expand, on_device, plan, rows_of, sums, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +141,7 @@ class Within:
 
     Attributes:
         position: int64 `[K]`; which of the plan's positions each is, rising.
+        row: int64 `[K]`; the row that predicts that token.
         teacher: int64 `[K]`; the teacher token with which each begins, flat.
         group_ptr: int64 `[K+1]`; the groups of each place.
         member_ptr: int64 `[K+1]`; the members of each place.
@@ -150,11 +152,12 @@ class Within:
         asked: of the rows: the mass that leaves the student the root, without what changes it, and other teacher tokens
             of the event.
         behind: int64, of every token that a mass is without its group (-1: none), and its place.
-        others: int64, the same of the other teacher tokens.
-        reaching: the plan's parts that stand at a place as well, and the group and the place of each.
+        others: int64, the same of the other teacher tokens; each is in a group.
+        reaching: the plan's parts that stand at a place as well, and the row, the group and the place of each.
     """
 
     position: Int64
+    row: Int64
     teacher: Int64
     group_ptr: Int64
     member_ptr: Int64
@@ -165,15 +168,59 @@ class Within:
     asked: Asked
     behind: tuple[Int64, Int64]
     others: tuple[Int64, Int64]
-    reaching: tuple[Int64, Int64, Int64]
+    reaching: tuple[Int64, Int64, Int64, Int64]
 
-    def at(self, positions: Int64) -> tuple[Int64, Int64]:
-        """Which of some positions are places, counted in them, and which places those are."""
-        if not len(self.position):
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        place = np.minimum(np.searchsorted(self.position, positions), len(self.position) - 1)
-        there = np.flatnonzero(self.position[place] == positions)
-        return there, place[there]
+    def groups(self, found: Transferred, positions: tuple[int, int], before: Tensor) -> Groups:
+        """The groups of some positions in a row.
+
+        Args:
+            found: what was asked, of all places up to there.
+            positions: the first, and behind the last.
+            before: float64, of every position the log probability of everything before it.
+        """
+        c, d = np.searchsorted(self.position, positions)
+        on = partial(on_device, device=before.device)
+        group_ptr, member_ptr = (ptr[c : d + 1] - ptr[c] for ptr in (self.group_ptr, self.member_ptr))
+        members, first = slice(self.member_ptr[c], self.member_ptr[d]), self.group_ptr[c]
+        group, own, row = self.member_group[members] - first, self.own[c:d] - first, self.position[c:d] - positions[0]
+        place = np.repeat(np.arange(d - c), np.diff(group_ptr))
+        several = np.bincount(group, minlength=len(place))[own] > 1
+        masses, known = self._masses(found, c, d, before[on(row)])
+        dtype = found.logprobs.dtype
+        return Groups(
+            (row, group_ptr, member_ptr),
+            (on(row), on(own), on(several).to(dtype), known.to(dtype)),
+            (on(place), masses.to(dtype)),
+            (on(np.repeat(row, np.diff(member_ptr))), on(self.member_id[members]), on(group)),
+        )
+
+    def _masses(self, found: Transferred, c: int, d: int, before: Tensor) -> tuple[Tensor, Tensor]:
+        """The mass of every group of places c to d, divided by that of all before: `[G]`; and whether to use it, `[K]`.
+
+        What comes behind other teacher tokens of the event is not known, and their mass stays with the group that they
+        begin with; some of what comes behind leaves the event. Where that is more than `_UNKNOWN`, groups mean little.
+        """
+        on, first = partial(on_device, device=before.device), self.group_ptr[c]
+        assert found.within is not None
+        logprobs, kept, left = found.within
+        scale = found.before[on(self.row[c:d])] - before
+        behind = scale + found.logprobs[on(self.teacher[c:d])]
+        (group, place), (b0, b1) = self.behind, self.asked.mass_ptr[[c, d]]
+        (other, at), (o0, o1) = self.others, np.searchsorted(self.others[1], (c, d))
+        (part, part_row, reached, reaching), (r0, r1) = self.reaching, np.searchsorted(self.reaching[-1], (c, d))
+        group, place, other, at = group[b0:b1] - first, place[b0:b1] - c, other[o0:o1] - first, at[o0:o1] - c
+        part, part_row, reached, reaching = part[r0:r1], part_row[r0:r1], reached[r0:r1] - first, reaching[r0:r1] - c
+        going_on = left[b0:b1] * behind.exp()[on(place)]
+        others = (logprobs[o0:o1] + scale[on(at)]).exp()
+        beyond = (found.before[on(part_row)] - before[on(reaching)] + found.elements[on(part)]).exp()
+        inside, outside = np.flatnonzero(group >= 0), np.flatnonzero(group < 0)
+        masses = before.new_zeros(int(self.group_ptr[d] - first))
+        masses.index_add_(0, on(self.root[c:d] - first), (kept[c:d] + behind).exp())
+        masses.index_add_(0, on(group[inside]), going_on[on(inside)])
+        masses.index_add_(0, on(other), others).index_add_(0, on(reached), beyond)
+        unknown = torch.zeros_like(behind).index_add_(0, on(at), others).index_add_(0, on(reaching), beyond)
+        unknown.index_add_(0, on(place[outside]), going_on[on(outside)])
+        return masses, unknown <= _UNKNOWN * (behind.exp() + unknown)
 
     @classmethod
     def of(cls, queries: CoverQueries) -> Within | None:
@@ -232,7 +279,7 @@ class Within:
         behind_ptr, b = rows_of(kinds.behind_ptr, kind)
         behind = np.repeat(every, np.diff(behind_ptr))
         there, t = expand(kinds.there_ptr, kind)
-        counts = stands(there, kinds.there_id[t])
+        counts = (kinds.there_group[t] >= 0) & stands(there, kinds.there_id[t])
         there, t = there[counts], t[counts]
         asked = Asked(row[there], kinds.there_id[t], row + 1, behind_ptr, kinds.behind_id[b])
         # Teacher tokens that began before, and reach into the event.
@@ -245,11 +292,11 @@ class Within:
         reached = kinds.member_group[kinds.member_ptr[kind][place] + maps.rank[following]]
         own: Int64 = kinds.member_group[kinds.member_ptr[kind] + maps.rank[q.student_ids[p.at[position]]]]
         return cls(
-            *(position, teacher, group_ptr, member_ptr, member_id, member_group),
+            *(position, row, teacher, group_ptr, member_ptr, member_id, member_group),
             *(moved(kinds.root_group[kind], every), moved(own, every), asked),
             (moved(kinds.behind_group[b], behind), behind),
             (moved(kinds.there_group[t], there), there),
-            (part, moved(reached, place), place),
+            (part, p.part_row[part], moved(reached, place), place),
         )
 
 
@@ -356,6 +403,10 @@ class _Kinds:
             *(event, groups, group[place(np.arange(len(event)), root)], ptr, member, group),
             *(behind_ptr, take(sets.ids, at).astype(np.int64), behind_group, there_ptr, there_id, there_group),
         )
+
+
+#: Share of an event's mass of which the row behind may say nothing.
+_UNKNOWN = 0.05
 
 
 class Groups(NamedTuple):

@@ -1,4 +1,4 @@
-"""Plan: cover queries as positions in the flat teacher rows."""
+"""Plan: cover queries as positions in the flat teacher rows, what is asked there, and what is found."""
 
 from __future__ import annotations
 
@@ -41,6 +41,28 @@ class Asked(NamedTuple):
         ptr, at = rows_of(sums(lengths), mass_order)
         every = np.concatenate([part.mass_id for part in parts])
         return Asked(row[order], ids[order], mass_row[mass_order], ptr, every[at]), (order, mass_order, at)
+
+
+class Transferred(NamedTuple):
+    """What `transfer` finds; flat, as the batch of the queries lies.
+
+    Attributes:
+        logprobs: float32 `[N]`; of the teacher's own tokens.
+        transferred: float32 `[M]`; log q*(s_i | s_<i) of every student token, NaN where there is no query.
+        phi: float64 `[M]`; log probability of the student's encoding up to each token, from the start of its row.
+        before: float64 `[N + B]`; the sum of a row's teacher logprobs before each place.
+        elements: float32 `[E]`; logprobs of the alternatives, in the order of the plan's parts.
+        missing: float32 `[N + B]`; the mass of each row that top-k rows do not show; 0 for whole rows.
+        within: what `Within` asks of whole rows: logprobs, logs of masses, and probabilities that these are without.
+    """
+
+    logprobs: Tensor
+    transferred: Tensor
+    phi: Tensor
+    before: Tensor
+    elements: Tensor
+    missing: Tensor
+    within: tuple[Tensor, ...] | None = None
 
 
 class Plan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,30 +19,8 @@ from xtokmap.boundary.cover import CoverQueries
 from xtokmap.boundary.vocab_map import VocabMap
 from xtokmap.ids import Int64
 from xtokmap.losses.events import Within
-from xtokmap.losses.plan import Asked, Plan, on_device, plan
+from xtokmap.losses.plan import Asked, Plan, Transferred, on_device, plan
 from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened, blocks, softmax_and_sums
-
-
-class Transferred(NamedTuple):
-    """What `transfer` finds; flat, as the batch of the queries lies.
-
-    Attributes:
-        logprobs: float32 `[N]`; of the teacher's own tokens.
-        transferred: float32 `[M]`; log q*(s_i | s_<i) of every student token, NaN where there is no query.
-        phi: float64 `[M]`; log probability of the student's encoding up to each token, from the start of its row.
-        before: float64 `[N + B]`; the sum of a row's teacher logprobs before each place.
-        elements: float32 `[E]`; logprobs of the alternatives, in the order of the plan's parts.
-        missing: float32 `[N + B]`; the mass of each row that top-k rows do not show; 0 for whole rows.
-        within: what `Within` asks of whole rows: logprobs, logs of masses, and probabilities that these are without.
-    """
-
-    logprobs: Tensor
-    transferred: Tensor
-    phi: Tensor
-    before: Tensor
-    elements: Tensor
-    missing: Tensor
-    within: tuple[Tensor, ...] | None = None
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor
 
 from xtokmap._core import XTokMapError
-from xtokmap.boundary.cover import CoverQueries
+from xtokmap.boundary.cover import CoverQueries, padded_places
 from xtokmap.ids import Int64
 from xtokmap.losses.events import EventMaps, Groups, Within
-from xtokmap.losses.plan import Plan, expand, on_device, plan, rows_of, take
-from xtokmap.losses.queries import Transferred
-from xtokmap.torch.logits import Logits, Made
+from xtokmap.losses.plan import Transferred, expand, on_device, plan, take
+from xtokmap.losses.queries import Reading, transfer
+from xtokmap.torch.logits import Logits
 
 
-@dataclass(frozen=True, eq=False)
 class TransferTarget:
     """q*(u | s_<i) over the student's vocabulary at every position with a query, worked out a slice at a time.
 
@@ -28,65 +26,77 @@ class TransferTarget:
     with which the encoding of its bytes begins, but for tokens that would have merged with the student token before; a
     teacher token that could have reached past the boundary gives its mass to what would be left of it. Divided by exp
     Phi(i - 1) that adds up to 1, with `rest` for what belongs to no one student token.
+
+    Args:
+        teacher: flat rows `[N + B]`, as `transfer`.
+        teacher_ids: int64 `[N]`, flat.
+        queries: of the same batch, from `Aligner.cover_queries`.
+
+    Attributes:
+        maps: what tokens of the two vocabularies stand for, on the device.
+
+    Raises:
+        XTokMapError: top-k rows, which do not show the whole distribution.
     """
 
-    teacher: Logits
-    values: Transferred
-    queries: CoverQueries
-    #: What tokens of the two vocabularies stand for; on the device.
-    maps: EventMaps
-    #: log probability of everything before each position, float64 `[P]`.
-    _before: Tensor
-    #: Where rows behind say more of events, and the masses (see `_group_masses`).
-    _within: Within | None = None
-    _masses_within: tuple[Tensor, Tensor] | None = None
-    #: Batch rows of a selection, and which positions those are.
-    _rows: tuple[int, ...] | None = None
-    _chosen: Int64 | None = None
-
-    @classmethod
-    def of(cls, teacher: Logits, values: Transferred, queries: CoverQueries) -> TransferTarget:
-        """The target of rows that `transfer` has been through.
-
-        Raises:
-            XTokMapError: top-k rows, which do not show the whole distribution.
-        """
+    def __init__(self, teacher: Logits, teacher_ids: Tensor, queries: CoverQueries) -> None:
         if not isinstance(teacher, Logits):
             raise XTokMapError(
                 "the whole q* needs whole teacher rows (logits, or hidden states and head), not top-k; take the "
                 "credit 'cover'"
             )
-        p = plan(queries)
-        device = values.logprobs.device
-        at = p.at
-        before = values.before.new_zeros(len(at))
-        inside = torch.from_numpy(np.flatnonzero(p.inside)).to(device)
-        before[inside] = values.phi[torch.from_numpy(at[p.inside] - 1).to(device)]
-        start = torch.from_numpy(np.flatnonzero(~p.inside)).to(device)
-        before[start] = values.before[torch.from_numpy(p.base[at][~p.inside]).to(device)]
-        within = None if values.within is None else Within.of(queries)
-        masses = None if within is None else _group_masses(within, p, values, before)
-        return cls(teacher, values, queries, EventMaps.of(queries, device), before, within, masses)
+        self.teacher, self.teacher_ids, self.queries = teacher, teacher_ids, queries
+        self.maps = EventMaps.of(queries, teacher_ids.device)
+        # Where the student's tokens lie in `[B, Ts]`, and that shape.
+        self._places, self._shape = queries.places()
+        self._values: Transferred | None = None
 
     def __len__(self) -> int:
-        return len(plan(self.queries).at if self._chosen is None else self._chosen)
+        return len(plan(self.queries).at)
 
     def select(self, rows: Sequence[int]) -> TransferTarget:
         """The target of some rows of the batch, in this order, for a micro-batch."""
-        bounds = np.searchsorted(plan(self.queries).at, self.queries.student_cu)
-        chosen = [np.arange(bounds[b], bounds[b + 1]) for b in rows]
-        return replace(self, _rows=tuple(rows), _chosen=np.concatenate([np.zeros(0, np.int64), *chosen]))
+        q, first = self.queries, plan(self.queries).first_row
+        device, width = self.teacher_ids.device, self._shape[1]
+
+        def ranges(cu: Int64) -> Int64:
+            return np.concatenate([np.zeros(0, np.int64), *(np.arange(cu[b], cu[b + 1]) for b in rows)])
+
+        spans = [np.arange(first[b], first[b] + q.teacher_cu[b + 1] - q.teacher_cu[b] + 1) for b in rows]
+        at = np.concatenate([np.zeros(0, np.int64), *spans])
+        ids = self.teacher_ids[on_device(ranges(q.teacher_cu), device)]
+        some = TransferTarget(self.teacher.at(on_device(at, device)), ids, q.select(rows))
+        columns = self._places[ranges(q.student_cu)] % max(width, 1)
+        counts = np.diff(some.queries.student_cu)
+        some._places = np.repeat(np.arange(len(rows)), counts) * width + columns
+        some._shape = len(rows), width
+        return some
 
     def places(self) -> tuple[Int64, tuple[int, int]]:
         """Where the positions lie in `[B, Ts]`: flat, and (B, Ts); a selection in its rows, as wide as the batch."""
-        places, (rows, width) = self.queries.places()
-        at = plan(self.queries).at
-        if self._rows is None or self._chosen is None:
-            return places[at], (rows, width)
-        moved = np.full(rows, 0, np.int64)
-        moved[list(self._rows)] = np.arange(len(self._rows))
-        row, column = np.divmod(places[at[self._chosen]], max(width, 1))
-        return moved[row] * width + column, (len(self._rows), width)
+        return self._places[plan(self.queries).at], self._shape
+
+    @property
+    def values(self) -> Transferred:
+        """What `transfer` finds: when the rows were last gone through, or now."""
+        if self._values is None:
+            self._values = transfer(self.teacher, self.teacher_ids, self.queries)
+        return self._values
+
+    def logprobs(self, width: int | None = None) -> Tensor:
+        """Of the teacher's own tokens: float32 `[B, Tt]`, 0 on padding; as wide as the batch, or wider."""
+        cu = self.queries.teacher_cu
+        width = int(np.diff(cu).max(initial=0)) if width is None else width
+        found = self.values.logprobs.float()
+        places = on_device(padded_places(cu, None, width), found.device)
+        return found.new_zeros(len(self.queries) * width).index_copy(0, places, found).view(-1, width)
+
+    def transferred(self) -> Tensor:
+        """log q*(s_i | s_<i): float32 `[B, Ts]`, NaN where there is no query and on padding."""
+        found = self.values.transferred.float()
+        places = on_device(self._places, found.device)
+        flat = found.new_full((self._shape[0] * self._shape[1],), torch.nan)
+        return flat.index_copy(0, places, found).view(self._shape)
 
     def slice(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
         """Positions a to b: target `[b-a, V_S]`, rest `[b-a]`, and undetermined mass `[b-a]` (a part of both).
@@ -94,77 +104,129 @@ class TransferTarget:
         Undetermined: on student tokens of which a longer one exists that the teacher would cut after them, and, inside
         a teacher token, in `rest`.
         """
-        target, undetermined, _ = self._masses(a, b, self.maps.to_student, None).slice(0, b - a)
+        target, undetermined = Stream(self, events=False).made(a, b).slice(0, b - a)[:2]
         return target[:, :-1], target[:, -1], undetermined
 
+
+class Stream:
+    """Goes through the rows of a target, from the first position to the last.
+
+    Every teacher row is made once: for what the queries ask of it, and, where a position begins there, for what stands
+    behind that. So a slice of positions reads the rows that Phi of its last token needs; what later positions need of
+    these is kept.
+
+    Args:
+        target: whose.
+        events: whether bins are events of student tokens; else the tokens.
+    """
+
+    def __init__(self, target: TransferTarget, *, events: bool = True) -> None:
+        self._target, self._events, p = target, events, plan(target.queries)
+        self._plan, self._within = p, Within.of(target.queries) if events else None
+        # The rows that positions need whole, which of them each position does, and the last one that does.
+        dense = np.flatnonzero(p.dense_row >= 0)
+        self._whole, which = np.unique(p.dense_row[dense], return_inverse=True)
+        self._which = np.full(len(p.at), -1, np.int64)
+        self._which[dense] = which
+        self._last = np.zeros(len(self._whole), np.int64)
+        np.maximum.at(self._last, which, dense)
+        until = np.maximum(take(p.rows_for, p.at), p.dense_row + 1)
+        if self._within is not None:
+            at = self._within.position
+            until[at] = np.maximum(until[at], p.dense_row[at] + 2)
+        self._until = np.maximum.accumulate(until)
+        self._begin()
+        self._memory = self._reading.values.logprobs.new_empty(0, target.teacher.vocab_size)
+
+    def _begin(self) -> None:
+        target = self._target
+        self._reading, self._next = Reading(target.teacher, target.teacher_ids, target.queries), 0
+        self._slot = np.full(len(self._whole), -1, np.int64)  # where in memory each row is
+
     def made(self, a: int, b: int) -> Masses:
-        """The same of events of student tokens (`EventMaps`), to be taken a block at a time."""
-        return self._masses(a, b, self.maps.teacher_event, self.maps.event)
-
-    def _masses(self, a: int, b: int, bins: Tensor, named: Int64 | None) -> Masses:
-        """Masses by bin of positions a to b.
-
-        Args:
-            a: first position.
-            b: behind the last.
-            bins: the bin of every teacher token.
-            named: the bin of every student token; None: itself.
-        """
-        p, values, device = plan(self.queries), self.values, self._before.device
-
-        on = partial(on_device, device=device)
-        which = np.arange(a, b) if self._chosen is None else self._chosen[a:b]
-        size = len(self.queries.vocab_map.student_to_teacher)
-        width = size if named is None else self.maps.count
-        dtype = values.logprobs.dtype
-        before = self._before[on(which)]
-        row, term = p.dense_row[which], p.dense_term[which]
+        """Masses by bin of positions a to b, to be taken a block at a time: see `Part`. Slices come in their order."""
+        if a < self._next:
+            self._begin()
+        self._next = b
+        target, p, event = self._target, self._plan, self._target.maps.event
+        probabilities = self._read(a, b)
+        values, device = self._reading.values, target.teacher_ids.device
+        if b == len(p.at):
+            target._values = values
+        on, dtype = partial(on_device, device=device), values.logprobs.dtype
+        tokens = len(target.queries.vocab_map.student_to_teacher)
+        width = target.maps.count if self._events else tokens
+        at, inside, before = p.at[a:b], p.inside[a:b], values.before.new_zeros(b - a)
+        before[on(np.flatnonzero(inside))] = values.phi[on(at[inside] - 1)]
+        before[on(np.flatnonzero(~inside))] = values.before[on(p.base[at[~inside]])]
+        row, term = p.dense_row[a:b], p.dense_term[a:b]
         dense = np.flatnonzero(row >= 0)
-        rows = on(row[dense])
         with_holes = np.flatnonzero(term[dense] >= 0)
         hole, ids = p.holes(term[dense][with_holes])
-        owner, place = expand(p.behind_ptr, which)
-        element, at = take(p.behind, place), on(owner)
-        behind = on(p.part_row[element])
-        mass = torch.exp(values.before[behind] - before[at] + values.elements[on(element)]).to(dtype)
+        owner, place = expand(p.behind_ptr, np.arange(a, b))
+        element, of = take(p.behind, place), on(owner)
+        mass = torch.exp(values.before[on(p.part_row[element])] - before[of] + values.elements[on(element)]).to(dtype)
         following = p.part_next[element].astype(np.int64)
-        real = self.queries.student_ids[p.at[which[owner]]].astype(np.int64)
-        following = np.where(following == -2, real, np.where(following < 0, size, following))
-        column = following if named is None else np.append(named, width)[following]
+        real = take(target.queries.student_ids, at[owner]).astype(np.int64)
+        following = np.where(following == -2, real, np.where(following < 0, tokens, following))
         # A token that ends at the boundary: its mass is known, what comes next is not.
-        opened = p.part_whole[element] & np.append(self.queries.vocab_map.open, False)[following] | (following == size)
+        may = np.append(target.queries.vocab_map.open, False)[following]
+        opened = p.part_whole[element] & may | (following == tokens)
         return Masses(
             width,
-            (dense, self.teacher.at(rows).made(0, len(dense))),
-            torch.exp(values.before[rows] - before[on(dense)]).to(dtype),
+            (dense, probabilities),
+            torch.exp(values.before[on(row[dense])] - before[on(dense)]).to(dtype),
             (with_holes[hole], on(with_holes[hole]), on(ids)),
-            (bins, self.maps.open.to(dtype)),
-            (owner, at, on(column)),
+            (target.maps.teacher_event if self._events else target.maps.to_student, target.maps.open.to(dtype)),
+            (owner, of, on(np.append(event, width)[following] if self._events else following)),
             (mass, mass * on(opened)),
-            None if self._within is None or named is None else self._groups(which, dtype),
+            values.transferred[on(at)],
+            None if self._within is None else self._within.groups(values, (a, b), before),
         )
 
-    def _groups(self, which: Int64, dtype: torch.dtype) -> Groups:
-        """The groups of the positions `which`."""
-        w, device = self._within, self._before.device
-        assert w is not None
-        assert self._masses_within is not None
-        masses, known = self._masses_within
-        on = partial(on_device, device=device)
-        row, k = w.at(which)
-        group_ptr, group = rows_of(w.group_ptr, k)
-        member_ptr, member = rows_of(w.member_ptr, k)
-        place = np.repeat(np.arange(len(k)), np.diff(group_ptr))
-        of_member = np.repeat(np.arange(len(k)), np.diff(member_ptr))
-        local = (group_ptr[:-1] - w.group_ptr[k])[of_member] + w.member_group[member]
-        own = w.own[k] + group_ptr[:-1] - w.group_ptr[k]
-        several = np.bincount(local, minlength=len(group))[own] > 1
-        return Groups(
-            (row, group_ptr, member_ptr),
-            (on(row), on(own), on(several).to(dtype), known[on(k)].to(dtype)),
-            (on(place), masses[on(group)].to(dtype)),
-            (on(row[of_member]), on(w.member_id[member]), on(local)),
-        )
+    def _read(self, a: int, b: int) -> Tensor:
+        """Reads what the positions a to b need: probabilities of the rows that stand behind them, `[D, V]`."""
+        reading, slot = self._reading, self._slot
+        done = b == len(self._until)
+        to = self._plan.rows if done else int(self._until[b - 1]) if b else 0
+        kept = np.flatnonzero((slot >= 0) & (self._last >= a))
+        first, last = np.searchsorted(self._whole, (reading.rows, max(to, reading.rows)))
+        new = first + np.flatnonzero(self._last[first:last] >= a)
+        size = len(kept) + len(new)
+        held = self._memory[on_device(slot[kept], self._memory.device)]
+        if len(self._memory) < size:
+            self._memory = held.new_empty(size, held.shape[1])
+        self._memory[: len(kept)] = held
+        slot[:] = -1
+        slot[kept], slot[new] = np.arange(len(kept)), np.arange(len(kept), size)
+
+        def sink(row: int, p: Tensor) -> None:
+            c, d = np.searchsorted(self._whole[new], (row, row + len(p)))
+            if c < d:
+                rows = on_device(self._whole[new[c:d]] - row, p.device)
+                torch.index_select(p, 0, rows, out=self._memory[len(kept) + c : len(kept) + d])
+
+        reading.read(to, sink)
+        wanted = slot[self._which[a:b][self._which[a:b] >= 0]]
+        if np.array_equal(wanted, np.arange(len(wanted))):
+            return self._memory[: len(wanted)]
+        return self._memory[on_device(wanted, self._memory.device)]
+
+
+class Behind(NamedTuple):
+    """What stands behind some positions.
+
+    Attributes:
+        masses: `[n, bins + 1]`; by bin, the rest last.
+        undetermined: `[n]`; how much is known of several student tokens together.
+        sampled: `[n]`; log q* of the token that is there.
+        groups: of events that rows behind say more of.
+    """
+
+    masses: Tensor
+    undetermined: Tensor
+    sampled: Tensor
+    groups: Groups | None
 
 
 class Masses(NamedTuple):
@@ -172,33 +234,35 @@ class Masses(NamedTuple):
 
     Attributes:
         width: how many bins there are beside the rest.
-        dense: positions behind which a whole teacher row stands, rising, and their logits.
+        dense: positions behind which a whole teacher row stands, rising, and its probabilities, which are overwritten.
         scale: of the probabilities of these, `[D]`.
         holes: tokens that are left out of them: which of them, rising, on the CPU and on the device, and the token.
         bins: the bin of every teacher token, and 1 where its mass is undetermined.
         at: of every alternative the position, rising, on the CPU and on the device, and its bin.
         mass: of every alternative, and how much of it is undetermined.
+        sampled: log q* of the tokens that are there.
         groups: of events that rows behind say more of.
     """
 
     width: int
-    dense: tuple[Int64, Made]
+    dense: tuple[Int64, Tensor]
     scale: Tensor
     holes: tuple[Int64, Tensor, Tensor]
     bins: tuple[Tensor, Tensor]
     at: tuple[Int64, Tensor, Tensor]
     mass: tuple[Tensor, Tensor]
+    sampled: Tensor
     groups: Groups | None
 
-    def slice(self, a: int, b: int) -> tuple[Tensor, Tensor, Groups | None]:
-        """Of the positions a to b among these: `[b-a, width + 1]`, the rest last, undetermined mass `[b-a]`, groups."""
+    def slice(self, a: int, b: int) -> Behind:
+        """Of the positions a to b among these; once."""
         target = self.scale.new_zeros(b - a, self.width + 1)
         undetermined = self.scale.new_zeros(b - a)
-        rows, logits = self.dense
+        rows, probabilities = self.dense
         c, d = np.searchsorted(rows, (a, b))
         if c < d:
             bins, opened = self.bins
-            mass = logits.slice(c, d).softmax(-1)
+            mass = probabilities[c:d]
             first, last = np.searchsorted(self.holes[0], (c, d))
             mass[self.holes[1][first:last] - c, self.holes[2][first:last]] = 0
             whole = d - c == b - a
@@ -214,36 +278,5 @@ class Masses(NamedTuple):
         at, column = (x[first:last] for x in self.at[1:])
         target.index_put_((at - a, column), self.mass[0][first:last], accumulate=True)
         undetermined.index_add_(0, at - a, self.mass[1][first:last])
-        return target, undetermined, None if self.groups is None else self.groups.slice(a, b)
-
-
-def _group_masses(w: Within, p: Plan, values: Transferred, before: Tensor) -> tuple[Tensor, Tensor]:
-    """The mass of every group, divided by that of all before its place: float64 `[G]`, and `[K]` whether to use it.
-
-    What comes behind other teacher tokens of the event is not known, and their mass stays with the group that they
-    begin with; some of what comes behind leaves the event. Where that is more than `_UNKNOWN`, the groups mean little.
-    """
-    assert values.within is not None
-    on = partial(on_device, device=before.device)
-    logprobs, kept, left = (x.double() for x in values.within)
-    scale = values.before[on(p.dense_row[w.position])] - before[on(w.position)]
-    behind = scale + values.logprobs[on(w.teacher)]
-    (group, place), (other, at), (part, reached, reaching) = w.behind, w.others, w.reaching
-    root = (kept + behind).exp()
-    going_on = left * behind.exp()[on(place)]
-    others = (logprobs + scale[on(at)]).exp()
-    known = np.flatnonzero(group >= 0)
-    fellows = np.flatnonzero(other >= 0)
-    beyond = (values.before[on(p.part_row[part])] - before[on(w.position[reaching])] + values.elements[on(part)]).exp()
-    found = before.new_zeros(int(w.group_ptr[-1])).index_add_(0, on(w.root), root)
-    found.index_add_(0, on(group[known]), going_on[on(known)])
-    found.index_add_(0, on(other[fellows]), others[on(fellows)]).index_add_(0, on(reached), beyond)
-    unknown = torch.zeros_like(root).index_add_(0, on(at[fellows]), others[on(fellows)])
-    outside = np.flatnonzero(group < 0)
-    unknown.index_add_(0, on(reaching), beyond).index_add_(0, on(place[outside]), going_on[on(outside)])
-    every = behind.exp() + unknown
-    return found, unknown <= _UNKNOWN * every
-
-
-#: Share of an event's mass of which the row behind may say nothing.
-_UNKNOWN = 0.05
+        groups = None if self.groups is None else self.groups.slice(a, b)
+        return Behind(target, undetermined, self.sampled[a:b], groups)

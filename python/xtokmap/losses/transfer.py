@@ -9,9 +9,9 @@ from torch import Tensor
 
 from xtokmap._core import XTokMapError
 from xtokmap.losses import terms as of_terms
-from xtokmap.losses.events import EventMaps, Groups
+from xtokmap.losses.events import EventMaps
 from xtokmap.losses.rule import Computed, LossInput, but_markers, sums_of, there
-from xtokmap.losses.target import TransferTarget
+from xtokmap.losses.target import Behind, Stream, TransferTarget
 from xtokmap.losses.terms import STOP, Loss, check_beta, check_mask, reduce_terms
 from xtokmap.torch.index import ChunkIndex
 from xtokmap.torch.logits import _SLICE, Logits, _widened, entropy_of, softmax_and_sums
@@ -24,7 +24,6 @@ def transfer_kl(
     index: ChunkIndex,
     *,
     student_ids: Tensor | None = None,
-    transferred: Tensor | None = None,
     beta: float = 1.0,
     clamp: float = 10.0,
     stops: bool = True,
@@ -51,8 +50,7 @@ def transfer_kl(
         student: `[B, Ts]` rows.
         target: of the same batch.
         index: of the same batch.
-        student_ids: int64 `[B, Ts]`; the sampled tokens, needed with `transferred`.
-        transferred: `[B, Ts]`, from `LocalTeacher.score` or `transfer`; None leaves K and A out.
+        student_ids: int64 `[B, Ts]`; the sampled tokens; None leaves K and A out.
         beta: 1 is KL(p || q*), 0 is KL(q* || p), between them the generalized Jensen-Shannon divergence.
         clamp: largest absolute A, and log ratio in K.
         stops: whether the end of a turn counts; False leaves its mass out on both sides.
@@ -76,15 +74,10 @@ def transfer_kl(
         raise XTokMapError(
             f"student rows {tuple(student.shape)} and index {tuple(index.student_chunk.shape)}; the queries: {shape}"
         )
-    if transferred is not None and student_ids is None:
-        raise XTokMapError("transferred= needs student_ids=, the tokens that it is of")
     check_mask(mask, index)
     device = student.rows.device
     rows = torch.from_numpy(places).to(device)
     ids = (torch.zeros(shape, dtype=torch.long, device=device) if student_ids is None else student_ids).reshape(-1)
-    sampled = ids.new_full((len(rows),), torch.nan, dtype=torch.float32)
-    if transferred is not None:
-        sampled = transferred.detach().float().reshape(-1)[rows]
     scored = torch.zeros(shape, dtype=torch.bool, device=device)
     scored.view(-1)[rows] = True
     if not stops:
@@ -99,9 +92,10 @@ def transfer_kl(
         clamp=clamp,
         floor=floor,
         bridge=stop_bridge if stops else None,
+        alone=student_ids is None,
     )
     size = size or max(1, _SLICE // max(student.vocab_size, target.teacher.vocab_size))
-    total, *found = sum_rows(row_loss, student.at(rows), weights, target, ids[rows], sampled, size=size)
+    total, *found = sum_rows(row_loss, student.at(rows), weights, Stream(target), ids[rows], size=size)
     terms, undetermined, rest, shared, logprobs, entropy = (
         torch.full(shape, fill, dtype=x.dtype, device=device).view(-1).index_copy(0, rows, x).view(shape)
         for x, fill in zip(found, (0, 0, 0, 0, torch.nan, torch.nan), strict=True)
@@ -114,15 +108,15 @@ def transfer_kl(
 
 def _row_loss(
     x: Tensor,
-    part: tuple[Tensor, Tensor, Groups | None],
+    behind: Behind,
     ids: Tensor,
-    sampled: Tensor,
     *,
     maps: EventMaps,
     beta: float,
     clamp: float,
     floor: float,
     bridge: float | None,
+    alone: bool,
 ) -> tuple[Tensor, ...]:
     """Rows of `transfer_kl`: value, undetermined, rest, whether the token's group has several, its logprob, entropy.
 
@@ -130,7 +124,8 @@ def _row_loss(
     G(e) = dD / dp(e) that is p(u) (G(e(u)) - sum of p G): each row of the vocabulary is gone over a few times, and all
     else is worked out by event. Masks are factors: a choice (`where`) takes as long as eight products.
     """
-    (q, undetermined), groups = (y.to(x.dtype) for y in part[:2]), part[2]
+    q, undetermined, sampled = (y.to(x.dtype) for y in behind[:3])
+    groups, sampled = (None, sampled + torch.nan) if alone else (behind.groups, sampled)
     rest = q[:, -1].clone()
     own, every = ids[:, None], maps.student_event
     each, log_total = softmax_and_sums(x)
@@ -191,7 +186,6 @@ def computed(x: LossInput) -> Computed:
         target,
         x.index,
         student_ids=x.student_ids,
-        transferred=x.transferred,
         beta=x.settings.beta,
         clamp=x.settings.clamp,
         stops=x.settings.score_stop,
@@ -200,4 +194,5 @@ def computed(x: LossInput) -> Computed:
         denominator=x.denominator,
     )
     x.came_by(loss, len(target))
+    x.teacher_logprobs = target.logprobs(x.index.teacher_chunk.shape[1])
     return sums_of(loss, "undetermined", "rest", "shared")

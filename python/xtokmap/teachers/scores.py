@@ -25,24 +25,42 @@ from xtokmap.torch.logits import Logits, TopK
 class Scores:
     """What a teacher says about B completions.
 
+    What a target can tell is worked out when it is asked for, which is a pass through the teacher's head: the loss
+    goes through its rows once, and comes by all of it.
+
     Attributes:
-        logprobs: float32 `[B, Tt]`; `logprobs[b, i]` scores token i of completion b, in nats; 0 on padding (right).
+        given_logprobs: float32 `[B, Tt]`, `logprobs` where there is no target.
         mask: bool `[B, Tt]`; where there is a token.
-        transferred: float32 `[B, Ts]`, where asked for; `transferred[b, i]` is log q*(s_i | s_<i) of student token i,
-            as the ids lay that were aligned; NaN where there is no query and on padding.
+        given_transferred: float32 `[B, Ts]`, `transferred` where there is no target.
         rows: where kept; the flat rows `[N + B]` of `LocalTeacher.rows`, for losses of whole distributions.
         target: where kept and with queries; q*(u | s_<i) for `transfer_kl`.
         top: of a served teacher, where asked for; `[B, Tt]` rows of the likeliest tokens and its own, for `strict_kl`.
         missing: where there is `top`; float32 `[B, Tt]`, the mass of each row that it does not show; 0 on padding.
     """
 
-    logprobs: Tensor
+    given_logprobs: Tensor | None
     mask: Tensor
-    transferred: Tensor | None = None
+    given_transferred: Tensor | None = None
     rows: Logits | None = None
     target: TransferTarget | None = None
     top: TopK | None = None
     missing: Tensor | None = None
+
+    @property
+    def logprobs(self) -> Tensor:
+        """float32 `[B, Tt]`; `logprobs[b, i]` scores token i of completion b, in nats; 0 on padding (right)."""
+        if self.given_logprobs is not None:
+            return self.given_logprobs
+        assert self.target is not None
+        return self.target.logprobs(self.mask.shape[1])
+
+    @property
+    def transferred(self) -> Tensor | None:
+        """float32 `[B, Ts]`, where asked for; log q*(s_i | s_<i) of student token i, as the ids lay that were aligned.
+
+        NaN where there is no query and on padding.
+        """
+        return self.given_transferred if self.target is None else self.target.transferred()
 
     def of(self, batch: PairBatch) -> dict[str, Any]:
         """What a loss is given of the teacher (`LossInput`): the batch's rows among those that were scored."""
@@ -67,8 +85,8 @@ class Scores:
                 width = teacher_rows.shape[1]
                 teacher_rows = teacher_rows.at(chosen[:, None] * width + torch.arange(width, device=device))
         return {
-            "teacher_logprobs": rows(self.logprobs),
-            "transferred": rows(self.transferred),
+            "teacher_logprobs": rows(self.given_logprobs),
+            "transferred": rows(self.given_transferred),
             "target": target,
             "teacher_rows": teacher_rows,
         }
@@ -128,12 +146,12 @@ def scores_of(
     device = rows.rows.device
     mask = token_mask(completion_ids, device)
     ids = flat_ids(completion_ids, device)
+    if queries is not None and keep:
+        return Scores(None, mask, None, rows, TransferTarget(rows, ids, queries))
     if queries is not None:
         part = transfer(rows, ids, queries)
-        target = TransferTarget.of(rows, part, queries) if keep else None
-        found = padded_found(part.transferred.float(), queries)
         logprobs = torch.zeros(mask.shape, device=device).masked_scatter(mask, part.logprobs.float())
-        return Scores(logprobs, mask, found, rows if keep else None, target)
+        return Scores(logprobs, mask, padded_found(part.transferred.float(), queries))
     cu = row_ends(completion_ids)
     own = spans(cu + np.arange(len(cu)), range(len(completion_ids)), but_last=True).to(device)
     flat = flat_logprobs(rows.at(own), ids)

@@ -126,13 +126,17 @@ class StepFlops:
             self.teacher, (teacher_prompts, teacher_completions))  # fmt: skip
         student_passes, teacher_passes = rule.head_passes
         forward = self.student.forward(rows, 0)
-        update = 3 * forward + 2 * n * (self.student.head * student_passes + self.teacher.head * teacher_passes)
+        # A target goes through all of the teacher's rows while the loss does, others have been through them before.
+        scored, looked_at = (0, m) if rule.keep and rule.queries else (m, n)
+        update = 3 * forward + 2 * (
+            n * self.student.head * student_passes + looked_at * self.teacher.head * teacher_passes
+        )
         if anchored:
             # What it was: a pass, with the head. Its KL: logits, and gradients of the states and of the head.
             update += self.student.forward(rows, n) + 3 * 2 * n * self.student.head
         old = self.student.forward(rows, n) if updates > 1 and rule.on_policy else 0
         return {
             "sample": sampler.generate(*of),
-            "teacher": 0 if rule.teacher == "nothing" else self.teacher.forward(teacher_rows, m),
+            "teacher": 0 if rule.teacher == "nothing" else self.teacher.forward(teacher_rows, scored),
             "update": updates * update + old,
         }
