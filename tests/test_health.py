@@ -94,7 +94,7 @@ class BrokenTeacher(LocalTeacher):
         scores = super().score(prompt_ids, completion_ids, **kwargs)
         if self.change is None:
             return scores
-        return dataclasses.replace(scores, logprobs=torch.where(scores.mask, self.change(scores.logprobs), 0))
+        return dataclasses.replace(scores, given_logprobs=torch.where(scores.mask, self.change(scores.logprobs), 0))
 
     def rows(self, prompt_ids, completion_ids):
         rows = super().rows(prompt_ids, completion_ids)

@@ -304,7 +304,7 @@ def test_queries_of_what_another_aligner_made_are_refused():
         with pytest.raises(XTokMapError, match=f"threads={threads}"):
             one.cover_queries(batch, threads=threads)
     with pytest.raises(XTokMapError, match="was not aligned from these ids"):
-        one._transfer.core.queries(*batch._core_arguments(), np.zeros(1, np.uint32), np.zeros(2, np.uint32))
+        one._transfer.core.queries(*batch._core_arguments(), np.zeros(1, np.uint32), np.zeros(2, np.uint32), False)
 
 
 def test_empty_batches_have_no_queries():

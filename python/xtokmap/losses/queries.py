@@ -6,9 +6,8 @@ encoding (tokenization bias, arXiv 2406.16829 and 2410.09303): a boundary says w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.boundary.vocab_map import VocabMap
-from xtokmap.ids import Int64
 from xtokmap.losses.events import Within
 from xtokmap.losses.plan import Asked, Plan, Transferred, on_device, plan
 from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened, blocks, softmax_and_sums
@@ -47,10 +45,6 @@ def transfer(
     return reading.values
 
 
-#: What looks at probabilities of rows: their first, and float32 (float64) `[n, V]`, which are overwritten next.
-Sink: TypeAlias = Callable[[int, Tensor], None]
-
-
 class Reading:
     """Cover queries, evaluated as the teacher's rows come: each is made once, from the first to the last.
 
@@ -64,6 +58,7 @@ class Reading:
         plan: of the queries.
         values: what was found so far; the tensors fill up.
         rows: how many rows have been read.
+        size: how many are read at a time.
     """
 
     def __init__(
@@ -78,7 +73,7 @@ class Reading:
             )
         self._teacher, self._ids = teacher, teacher_ids
         self._on = partial(on_device, device=teacher_ids.device)
-        self._size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
+        self.size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
         within = Within.of(queries) if isinstance(teacher, Logits) else None
         self._asked, (order, *others) = Asked.joined([p.asked, *([] if within is None else [within.asked])])
         # Elements of the plan, its complements that are parts, and what `within` asks, in one tensor.
@@ -94,25 +89,38 @@ class Reading:
         self.values, self.rows = self._sums.values, 0
 
     @torch.no_grad()
-    def read(self, to: int, sink: Sink | None = None) -> None:
-        """Reads on until so many rows have been read; `sink` is handed the whole rows of a local teacher."""
+    def read(self, to: int, into: Tensor | None = None) -> None:
+        """Reads on until so many rows have been read.
+
+        Args:
+            to: how many.
+            into: `[n, V]`, for the probabilities of the n rows that are read, at most `size`; of whole rows.
+        """
         while self.rows < to:
-            b = min(to, self.rows + self._size)
-            self._slice(self.rows, b, sink)
+            b = min(to, self.rows + self.size)
+            self._slice(self.rows, b, into)
             self.rows = b
 
-    def _slice(self, a: int, b: int, sink: Sink | None) -> None:
+    def _slice(self, a: int, b: int, into: Tensor | None) -> None:
         p, asked, on, found, values = self.plan, self._asked, self._on, self._found, self.values
         k0, k1 = np.searchsorted(asked.mass_row, (a, b))
-        ptr = asked.mass_ptr[k0 : k1 + 1]
-        owner = np.repeat(np.arange(k1 - k0), np.diff(ptr))
-        mass_ids = asked.mass_id[ptr[0] : ptr[-1]]
-        rows = _Rows(self._teacher, a, b, asked.mass_row[k0:k1] - a, owner, mass_ids, sink)
-        values.missing[a:b] = rows.missing
-        t0, t1 = np.searchsorted(p.token_row, (a, b))
-        values.logprobs[t0:t1] = rows.logprobs(on(p.token_row[t0:t1] - a), self._ids[t0:t1])
         e0, e1 = np.searchsorted(asked.row, (a, b))
-        logprobs = rows.logprobs(on(asked.row[e0:e1] - a), on(asked.id[e0:e1]))
+        t0, t1 = np.searchsorted(p.token_row, (a, b))
+        ptr = asked.mass_ptr[k0 : k1 + 1]
+        part = Asked(
+            np.concatenate([p.token_row[t0:t1], asked.row[e0:e1]]) - a,
+            asked.id[e0:e1],
+            asked.mass_row[k0:k1] - a,
+            ptr - ptr[0],
+            asked.mass_id[ptr[0] : ptr[-1]],
+        )
+        ids = torch.cat([self._ids[t0:t1], on(part.id)])
+        if isinstance(self._teacher, TopK):
+            rows = _of_top(self._teacher, a, b, part, ids)
+        else:
+            rows = _of_whole(self._teacher, a, b, part, ids, into)
+        values.missing[a:b] = rows.missing
+        values.logprobs[t0:t1], logprobs = rows.logprobs[: t1 - t0], rows.logprobs[t1 - t0 :]
         for x, order, bounds, new in zip(
             found, self._order, ((e0, e1), (k0, k1), (ptr[0], ptr[-1])), (logprobs, rows.kept, rows.left), strict=True
         ):
@@ -219,74 +227,75 @@ def _logsumexp(values: Tensor, owner: Tensor, n: int) -> Tensor:
     return values.new_zeros(n).index_add(0, owner, torch.exp(values - shift[owner])).log() + shift
 
 
-class _Rows:
-    """A slice of teacher rows: whole, or as far as a served teacher's top-k shows them.
+class _Rows(NamedTuple):
+    """What was asked of a slice of rows.
+
+    Attributes:
+        logprobs: of the tokens that were asked for.
+        kept: log of every mass.
+        left: the probabilities of the tokens that the masses are without.
+        missing: the mass of each row that is not shown.
+    """
+
+    logprobs: Tensor
+    kept: Tensor
+    left: Tensor
+    missing: Tensor | float = 0.0
+
+
+def _of_top(teacher: TopK, a: int, b: int, asked: Asked, ids: Tensor) -> _Rows:
+    """Of rows a to b as far as a served teacher's top-k shows them; see `_of_whole`."""
+    shown, logprobs = teacher.slice(a, b)
+    on = partial(on_device, device=shown.device)
+    shown, order = shown.sort(-1)  # padding, -1, comes first
+    x = torch.where(shown < 0, -torch.inf, logprobs.gather(1, order))
+    # One search for all rows: ids of row r are moved by r vocabularies.
+    stride = 2**32
+    keys = (shown + 1 + torch.arange(len(shown), device=shown.device)[:, None] * stride).reshape(-1)
+
+    def found(row: Tensor, ids: Tensor) -> Tensor:
+        place = torch.searchsorted(keys, ids + 1 + row * stride) - row * shown.shape[1]
+        place = place.clamp(0, shown.shape[1] - 1)
+        return torch.where(shown[row, place] == ids, x[row, place], -torch.inf)
+
+    # What is missing may be anything: it counts as kept.
+    mass = x.double().exp().sum(-1)
+    missing = (1 - mass).clamp(min=0).to(x.dtype)
+    owner = np.repeat(np.arange(len(asked.mass_row)), np.diff(asked.mass_ptr))
+    left = found(on(asked.mass_row[owner]), on(asked.mass_id)).double().exp()
+    kept = (mass + missing)[on(asked.mass_row)].index_add(0, on(owner), left, alpha=-1)
+    return _Rows(found(on(asked.row), ids), kept.clamp(min=1e-38).log().to(x.dtype), left.to(x.dtype), missing)
+
+
+def _of_whole(teacher: Logits, a: int, b: int, asked: Asked, ids: Tensor, into: Tensor | None) -> _Rows:
+    """Of whole rows.
 
     Args:
         teacher: the rows.
         a: the first.
         b: behind the last.
-        row: of every mass that is wanted, its row counted from a, rising.
-        owner: of every token that is left out of such a mass, which of them it is, rising.
-        ids: the tokens.
-        sink: is handed whole rows.
-
-    Attributes:
-        missing: the mass of each row that is not shown.
-        kept: log of the mass of each of `row` without its tokens.
-        left: the probabilities of these.
+        asked: of them, with rows counted from a, `row` in any order.
+        ids: int64; the tokens of `asked.row`.
+        into: `[b-a, V]`, for their probabilities.
     """
-
-    def __init__(
-        self, teacher: Logits | TopK, a: int, b: int, row: Int64, owner: Int64, ids: Int64, sink: Sink | None = None
-    ) -> None:
-        self.missing: Tensor | float = 0.0
-        self._ids = None
-        if isinstance(teacher, TopK):
-            shown, logprobs = teacher.slice(a, b)
-            self._ids, order = shown.sort(-1)  # padding, -1, comes first
-            self._x = torch.where(self._ids < 0, -torch.inf, logprobs.gather(1, order))
-            # What is missing may be anything: it counts as kept.
-            mass = self._x.double().exp().sum(-1)
-            self.missing = (1 - mass).clamp(min=0).to(self._x.dtype)
-            on = partial(on_device, device=shown.device)
-            at, tokens = on(row[owner]), on(ids)
-            place = self._places(at, tokens)
-            left_out = torch.where(self._ids[at, place] == tokens, self._x[at, place].double().exp(), 0)
-            kept = (mass + self.missing)[on(row)].index_add(0, on(owner), left_out, alpha=-1)
-            self.kept, self.left = kept.clamp(min=1e-38).log().to(self._x.dtype), left_out.to(self._x.dtype)
-            return
-        self._logits = teacher.made(a, b)
-        device = self._logits.logits.device
-        of, at, tokens, owners = (on_device(x, device) for x in (row, row[owner], ids, owner))
-        sums, masses, left = [], [], []
-        for c, d in blocks(b - a, teacher.vocab_size, device):
-            p, log_sum = softmax_and_sums(self._logits.slice(c, d))
-            sums.append(log_sum)
-            first, last = np.searchsorted(row, (c, d))
-            if first < last:
-                lo, hi = np.searchsorted(owner, (first, last))
-                # The same float32 numbers are added up and taken away, so that little cancels.
-                whole = p.sum(-1, dtype=torch.float64)[of[first:last] - c]
-                left.append(p[at[lo:hi] - c, tokens[lo:hi]])
-                masses.append(whole.index_add(0, owners[lo:hi] - first, left[-1].double(), alpha=-1))
-            if sink is not None:
-                sink(a + c, p)
-        self._lse = torch.cat(sums)
-        kept = torch.cat([self._lse.new_zeros(0, dtype=torch.float64), *masses])
-        self.kept = kept.clamp(min=1e-38).log().to(self._lse.dtype)
-        self.left = torch.cat([self._lse.new_zeros(0), *left])
-
-    def logprobs(self, row: Tensor, ids: Tensor) -> Tensor:
-        if self._ids is None:
-            return self._logits.at(row, ids) - self._lse[row]
-        at = self._places(row, ids)
-        return torch.where(self._ids[row, at] == ids, self._x[row, at], -torch.inf)
-
-    def _places(self, row: Tensor, ids: Tensor) -> Tensor:
-        assert self._ids is not None
-        # One search for all rows: ids of row r are moved by r vocabularies.
-        stride = 2**32
-        keys = (self._ids + 1 + torch.arange(len(self._ids), device=row.device)[:, None] * stride).reshape(-1)
-        found = torch.searchsorted(keys, ids + 1 + row * stride) - row * self._ids.shape[1]
-        return found.clamp(0, self._ids.shape[1] - 1)
+    made = teacher.made(a, b, into)
+    on = partial(on_device, device=made.logits.device)
+    at = on(asked.row)
+    logits = made.at(at, ids)  # now: the memory may be that of the probabilities
+    owner = np.repeat(np.arange(len(asked.mass_row)), np.diff(asked.mass_ptr))
+    of, row, tokens, owners = (on(x) for x in (asked.mass_row, asked.mass_row[owner], asked.mass_id, owner))
+    sums, masses, left = [], [logits.new_zeros(0, dtype=torch.float64)], [logits.new_zeros(0)]
+    for c, d in blocks(b - a, teacher.vocab_size, made.logits.device):
+        p, log_sum = softmax_and_sums(made.slice(c, d))
+        sums.append(log_sum)
+        first, last = np.searchsorted(asked.mass_row, (c, d))
+        if first < last:
+            lo, hi = asked.mass_ptr[first], asked.mass_ptr[last]
+            # The same float32 numbers are added up and taken away, so that little cancels.
+            whole = p.sum(-1, dtype=torch.float64)[of[first:last] - c]
+            left.append(p[row[lo:hi] - c, tokens[lo:hi]])
+            masses.append(whole.index_add(0, owners[lo:hi] - first, left[-1].double(), alpha=-1))
+        if into is not None:
+            into[c:d] = p
+    kept = torch.cat(masses).clamp(min=1e-38).log().to(logits.dtype)
+    return _Rows(logits - torch.cat(sums)[at], kept, torch.cat(left))

@@ -50,6 +50,10 @@ class TransferTarget:
         # Where the student's tokens lie in `[B, Ts]`, and that shape.
         self._places, self._shape = queries.places()
         self._values: Transferred | None = None
+        self._whole: tuple[TransferTarget, Sequence[int]] | None = None  # of which batch these are which rows
+        self._seen = np.zeros(len(queries), np.bool_)  # rows that selections have gone through
+        self._logprobs = torch.zeros(len(teacher_ids), device=teacher_ids.device)
+        self._transferred = self._logprobs.new_full((len(queries.base),), torch.nan)
 
     def __len__(self) -> int:
         return len(plan(self.queries).at)
@@ -59,18 +63,29 @@ class TransferTarget:
         q, first = self.queries, plan(self.queries).first_row
         device, width = self.teacher_ids.device, self._shape[1]
 
-        def ranges(cu: Int64) -> Int64:
-            return np.concatenate([np.zeros(0, np.int64), *(np.arange(cu[b], cu[b + 1]) for b in rows)])
-
-        spans = [np.arange(first[b], first[b] + q.teacher_cu[b + 1] - q.teacher_cu[b] + 1) for b in rows]
-        at = np.concatenate([np.zeros(0, np.int64), *spans])
-        ids = self.teacher_ids[on_device(ranges(q.teacher_cu), device)]
+        at = _ranges(np.append(first, plan(q).rows), rows)
+        ids = self.teacher_ids[on_device(_ranges(q.teacher_cu, rows), device)]
         some = TransferTarget(self.teacher.at(on_device(at, device)), ids, q.select(rows))
-        columns = self._places[ranges(q.student_cu)] % max(width, 1)
+        columns = self._places[_ranges(q.student_cu, rows)] % max(width, 1)
         counts = np.diff(some.queries.student_cu)
         some._places = np.repeat(np.arange(len(rows)), counts) * width + columns
         some._shape = len(rows), width
+        some._whole = self, rows
         return some
+
+    def _finished(self, values: Transferred) -> None:
+        """Takes note of what was found on the way, also for the batch that these rows are selected from."""
+        self._values = values
+        self._seen[:] = True
+        self._logprobs, self._transferred = values.logprobs.float(), values.transferred.float()
+        if self._whole is not None:
+            batch, rows = self._whole
+            batch._seen[list(rows)] = True
+            for into, found, cu in (
+                (batch._logprobs, self._logprobs, batch.queries.teacher_cu),
+                (batch._transferred, self._transferred, batch.queries.student_cu),
+            ):
+                into[on_device(_ranges(cu, rows), into.device)] = found
 
     def places(self) -> tuple[Int64, tuple[int, int]]:
         """Where the positions lie in `[B, Ts]`: flat, and (B, Ts); a selection in its rows, as wide as the batch."""
@@ -80,23 +95,29 @@ class TransferTarget:
     def values(self) -> Transferred:
         """What `transfer` finds: when the rows were last gone through, or now."""
         if self._values is None:
-            self._values = transfer(self.teacher, self.teacher_ids, self.queries)
+            self._finished(transfer(self.teacher, self.teacher_ids, self.queries))
+        assert self._values is not None
         return self._values
 
     def logprobs(self, width: int | None = None) -> Tensor:
         """Of the teacher's own tokens: float32 `[B, Tt]`, 0 on padding; as wide as the batch, or wider."""
-        cu = self.queries.teacher_cu
+        cu, found = self.queries.teacher_cu, self._known()._logprobs
         width = int(np.diff(cu).max(initial=0)) if width is None else width
-        found = self.values.logprobs.float()
         places = on_device(padded_places(cu, None, width), found.device)
         return found.new_zeros(len(self.queries) * width).index_copy(0, places, found).view(-1, width)
 
     def transferred(self) -> Tensor:
         """log q*(s_i | s_<i): float32 `[B, Ts]`, NaN where there is no query and on padding."""
-        found = self.values.transferred.float()
+        found = self._known()._transferred
         places = on_device(self._places, found.device)
         flat = found.new_full((self._shape[0] * self._shape[1],), torch.nan)
         return flat.index_copy(0, places, found).view(self._shape)
+
+    def _known(self) -> TransferTarget:
+        """The same, gone through: now, unless selections of all rows have been."""
+        if not self._seen.all():
+            self._finished(transfer(self.teacher, self.teacher_ids, self.queries))
+        return self
 
     def slice(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
         """Positions a to b: target `[b-a, V_S]`, rest `[b-a]`, and undetermined mass `[b-a]` (a part of both).
@@ -106,6 +127,11 @@ class TransferTarget:
         """
         target, undetermined = Stream(self, events=False).made(a, b).slice(0, b - a)[:2]
         return target[:, :-1], target[:, -1], undetermined
+
+
+def _ranges(cu: Int64, rows: Sequence[int]) -> Int64:
+    """The elements of some ragged rows."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(cu[b], cu[b + 1]) for b in rows)])
 
 
 class Stream:
@@ -152,7 +178,7 @@ class Stream:
         probabilities = self._read(a, b)
         values, device = self._reading.values, target.teacher_ids.device
         if b == len(p.at):
-            target._values = values
+            target._finished(values)
         on, dtype = partial(on_device, device=device), values.logprobs.dtype
         tokens = len(target.queries.vocab_map.student_to_teacher)
         width = target.maps.count if self._events else tokens
@@ -193,20 +219,21 @@ class Stream:
         first, last = np.searchsorted(self._whole, (reading.rows, max(to, reading.rows)))
         new = first + np.flatnonzero(self._last[first:last] >= a)
         size = len(kept) + len(new)
-        held = self._memory[on_device(slot[kept], self._memory.device)]
+        kept_rows = self._memory[on_device(slot[kept], self._memory.device)]
+        # How many rows are read at a time, and how many of them are kept behind those that there are.
+        at = [*range(reading.rows, to, reading.size), max(to, reading.rows)]
+        bounds = np.searchsorted(self._whole[new], at)
+        size = max([len(kept), *(len(kept) + int(c) + e - s for c, s, e in zip(bounds, at, at[1:], strict=False))])
         if len(self._memory) < size:
-            self._memory = held.new_empty(size, held.shape[1])
-        self._memory[: len(kept)] = held
+            self._memory = kept_rows.new_empty(size, kept_rows.shape[1])
+        self._memory[: len(kept)] = kept_rows
         slot[:] = -1
-        slot[kept], slot[new] = np.arange(len(kept)), np.arange(len(kept), size)
-
-        def sink(row: int, p: Tensor) -> None:
-            c, d = np.searchsorted(self._whole[new], (row, row + len(p)))
-            if c < d:
-                rows = on_device(self._whole[new[c:d]] - row, p.device)
-                torch.index_select(p, 0, rows, out=self._memory[len(kept) + c : len(kept) + d])
-
-        reading.read(to, sink)
+        slot[kept], slot[new] = np.arange(len(kept)), np.arange(len(kept), len(kept) + len(new))
+        for start, end, c, d in zip(at, at[1:], bounds, bounds[1:], strict=False):
+            into = self._memory[len(kept) + c :][: end - start] if c < d else None
+            reading.read(end, into)
+            if into is not None and d - c < end - start:
+                into[: d - c] = into[on_device(self._whole[new[c:d]] - start, into.device)]
         wanted = slot[self._which[a:b][self._which[a:b] >= 0]]
         if np.array_equal(wanted, np.arange(len(wanted))):
             return self._memory[: len(wanted)]

@@ -194,5 +194,6 @@ def computed(x: LossInput) -> Computed:
         denominator=x.denominator,
     )
     x.came_by(loss, len(target))
-    x.teacher_logprobs = target.logprobs(x.index.teacher_chunk.shape[1])
+    if x.teacher_logprobs is None:
+        x.teacher_logprobs = target.logprobs(x.index.teacher_chunk.shape[1])
     return sums_of(loss, "undetermined", "rest", "shared")

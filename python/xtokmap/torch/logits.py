@@ -117,9 +117,15 @@ class Logits:
             x = torch.nn.functional.linear(x, self.weight[ids], bias)
         return _scaled(x[0], self.temperature, self.softcap)[0]
 
-    def made(self, a: int, b: int) -> Made:
-        """The flattened rows a to b by one product with the head, to be taken a few at a time."""
-        return Made(self, self._head(self._rows(a, b)))
+    def made(self, a: int, b: int, out: Tensor | None = None) -> Made:
+        """The flattened rows a to b by one product with the head, to be taken a few at a time.
+
+        Args:
+            a: the first.
+            b: behind the last.
+            out: `[b-a, V]`, where the product may be put if it has the dtype.
+        """
+        return Made(self, self._head(self._rows(a, b), out))
 
     def _rows(self, a: int, b: int) -> Tensor:
         """Rows a to b as they are; never a copy of all of them, also where they are no contiguous block."""
@@ -137,8 +143,14 @@ class Logits:
         assert self.positions is not None
         return self.positions.reshape(-1)[a:b]
 
-    def _head(self, rows: Tensor) -> Tensor:
-        return rows if self.weight is None else torch.nn.functional.linear(rows, self.weight, self.bias)
+    def _head(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        if self.weight is None:
+            return rows
+        if out is None or out.dtype != rows.dtype:
+            return torch.nn.functional.linear(rows, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(rows, self.weight.t(), out=out)
+        return torch.addmm(self.bias, rows, self.weight.t(), out=out)
 
 
 @dataclass(frozen=True, eq=False)

@@ -185,16 +185,10 @@ class _Memory:
         self._held: Tensor | None = None
 
     def head(self, hidden: Tensor) -> Tensor:
-        weight, bias = self._student.weight, self._student.bias
-        if weight is None:
-            return hidden
         if self._held is None or len(hidden) > len(self._held):
             self._held = self._student._head(hidden)
             return self._held
-        out = self._held[: len(hidden)]
-        if bias is None:
-            return torch.mm(hidden, weight.t(), out=out)
-        return torch.addmm(bias, hidden, weight.t(), out=out)
+        return self._student._head(hidden, self._held[: len(hidden)])
 
 
 class _Gradients:
