@@ -151,8 +151,10 @@ class Within:
         own: int64 `[K]`; the group of the student token that is there.
         asked: of the rows: the mass that leaves the student the root, without what changes it, and other teacher tokens
             of the event.
-        behind: int64, of every token that a mass is without its group (-1: none), and its place.
-        others: int64, the same of the other teacher tokens; each is in a group.
+        behind_ptr: int64 `[K+1]`; how many tokens the masses are without, summed up.
+        kind: int64 `[K]`; which of `kinds` each place is.
+        kinds: of places.
+        others: int64; of every other teacher token its group and its place.
         reaching: the plan's parts that stand at a place as well, and the row, the group and the place of each.
     """
 
@@ -166,7 +168,9 @@ class Within:
     root: Int64
     own: Int64
     asked: Asked
-    behind: tuple[Int64, Int64]
+    behind_ptr: Int64
+    kind: Int64
+    kinds: _Kinds
     others: tuple[Int64, Int64]
     reaching: tuple[Int64, Int64, Int64, Int64]
 
@@ -205,10 +209,13 @@ class Within:
         logprobs, kept, left = found.within
         scale = found.before[on(self.row[c:d])] - before
         behind = scale + found.logprobs[on(self.teacher[c:d])]
-        (group, place), (b0, b1) = self.behind, self.asked.mass_ptr[[c, d]]
+        b0, b1 = self.behind_ptr[[c, d]]
+        place, at_kind = expand(self.kinds.behind_ptr, self.kind[c:d])
+        group = self.kinds.behind_group[at_kind]
+        group = np.where(group < 0, -1, group + (self.group_ptr[c:d] - first)[place])
         (other, at), (o0, o1) = self.others, np.searchsorted(self.others[1], (c, d))
         (part, part_row, reached, reaching), (r0, r1) = self.reaching, np.searchsorted(self.reaching[-1], (c, d))
-        group, place, other, at = group[b0:b1] - first, place[b0:b1] - c, other[o0:o1] - first, at[o0:o1] - c
+        other, at = other[o0:o1] - first, at[o0:o1] - c
         part, part_row, reached, reaching = part[r0:r1], part_row[r0:r1], reached[r0:r1] - first, reaching[r0:r1] - c
         going_on = left[b0:b1] * behind.exp()[on(place)]
         others = (logprobs[o0:o1] + scale[on(at)]).exp()
@@ -276,12 +283,11 @@ class Within:
         of_member = np.repeat(every, np.diff(member_ptr))
         member_id, member_group = kinds.member_id[at], moved(kinds.member_group[at], of_member)
         # Rows rise: those of a batch row do, and one batch row is behind the other.
-        behind_ptr, b = rows_of(kinds.behind_ptr, kind)
-        behind = np.repeat(every, np.diff(behind_ptr))
+        behind_ptr = sums(np.diff(kinds.behind_ptr)[kind])
         there, t = expand(kinds.there_ptr, kind)
         counts = (kinds.there_group[t] >= 0) & stands(there, kinds.there_id[t])
         there, t = there[counts], t[counts]
-        asked = Asked(row[there], kinds.there_id[t], row + 1, behind_ptr, kinds.behind_id[b])
+        asked = Asked(row[there], kinds.there_id[t], row + 1, kinds.set[kind])
         # Teacher tokens that began before, and reach into the event.
         place, o = expand(p.behind_ptr, position)
         part = p.behind[o]
@@ -294,7 +300,7 @@ class Within:
         return cls(
             *(position, row, teacher, group_ptr, member_ptr, member_id, member_group),
             *(moved(kinds.root_group[kind], every), moved(own, every), asked),
-            (moved(kinds.behind_group[b], behind), behind),
+            *(behind_ptr, kind, kinds),
             (moved(kinds.there_group[t], there), there),
             (part, p.part_row[part], moved(reached, place), place),
         )
@@ -337,8 +343,8 @@ class _Kinds:
         member_ptr: of the members.
         member_id: student ids.
         member_group: the group of each.
-        behind_ptr: of the teacher tokens that may come behind and change what the student has.
-        behind_id: teacher ids.
+        set: of the teacher tokens that may come behind and change what the student has.
+        behind_ptr: of these.
         behind_group: -1 where the student's token is none of the event's.
         there_ptr: of other teacher tokens of the event.
         there_id: teacher ids.
@@ -351,8 +357,8 @@ class _Kinds:
     member_ptr: Int64
     member_id: Int64
     member_group: Int64
+    set: Int64
     behind_ptr: Int64
-    behind_id: Int64
     behind_group: Int64
     there_ptr: Int64
     there_id: Int64
@@ -401,7 +407,7 @@ class _Kinds:
         there_group = np.where(others, group[place(of, student)], -1)
         return cls(
             *(event, groups, group[place(np.arange(len(event)), root)], ptr, member, group),
-            *(behind_ptr, take(sets.ids, at).astype(np.int64), behind_group, there_ptr, there_id, there_group),
+            *(within, behind_ptr, behind_group, there_ptr, there_id, there_group),
         )
 
 

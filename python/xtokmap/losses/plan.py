@@ -22,25 +22,13 @@ class Asked(NamedTuple):
         row: int64 `[E]`; of every logprob its row.
         id: int64 `[E]`; and its teacher token.
         mass_row: int64 `[K]`; of every mass its row.
-        mass_ptr: int64 `[K+1]`; the tokens that a mass is without are `mass_id[mass_ptr[k]:mass_ptr[k+1]]`.
-        mass_id: int64.
+        mass_set: `[K]`; the set, of `CoverQueries.sets`, of the tokens that it is without.
     """
 
     row: Int64
     id: Int64
     mass_row: Int64
-    mass_ptr: Int64
-    mass_id: Int64
-
-    @staticmethod
-    def joined(parts: list[Asked]) -> tuple[Asked, tuple[Int64, Int64, Int64]]:
-        """Several as one, and where its logprobs, its masses and what these are without stand among the parts'."""
-        row, ids, mass_row = (np.concatenate([part[k] for part in parts]) for k in range(3))
-        lengths = np.concatenate([np.diff(part.mass_ptr) for part in parts])
-        order, mass_order = np.argsort(row, kind="stable"), np.argsort(mass_row, kind="stable")
-        ptr, at = rows_of(sums(lengths), mass_order)
-        every = np.concatenate([part.mass_id for part in parts])
-        return Asked(row[order], ids[order], mass_row[mass_order], ptr, every[at]), (order, mass_order, at)
+    mass_set: npt.NDArray[Any]
 
 
 class Transferred(NamedTuple):
@@ -140,9 +128,7 @@ class Plan:
     @once
     def asked(self) -> Asked:
         """The elements, and the complements as masses."""
-        terms = self.complements
-        ptr, at = rows_of(self.sets.indptr, self.set[terms])
-        return Asked(self.element_row, self.element_id, self.row[terms], ptr, take(self.sets.ids, at).astype(np.int64))
+        return Asked(self.element_row, self.element_id, self.row[self.complements], self.set[self.complements])
 
     def holes(self, terms: Int64) -> tuple[Int64, Int64]:
         """For complement terms: which term (counted in `terms`) leaves which teacher id out."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries
 from xtokmap.boundary.vocab_map import VocabMap
+from xtokmap.ids import Int64
 from xtokmap.losses.events import Within
-from xtokmap.losses.plan import Asked, Plan, Transferred, on_device, plan
+from xtokmap.losses.plan import Plan, Transferred, on_device, plan, rows_of, take
 from xtokmap.torch.logits import _SLICE, Logits, TopK, _widened, blocks, softmax_and_sums
 
 
@@ -75,17 +76,18 @@ class Reading:
         self._on = partial(on_device, device=teacher_ids.device)
         self.size = size or max(1, _SLICE // (teacher.vocab_size if isinstance(teacher, Logits) else 4096))
         within = Within.of(queries) if isinstance(teacher, Logits) else None
-        self._asked, (order, *others) = Asked.joined([p.asked, *([] if within is None else [within.asked])])
-        # Elements of the plan, its complements that are parts, and what `within` asks, in one tensor.
-        n, parts = len(p.asked.row), len(p.part_row)
-        self._order = np.where(order < n, order, order + parts - n), *others
+        self._asked = [p.asked, *([] if within is None else [within.asked])]
         dtype = _widened((teacher.rows if isinstance(teacher, Logits) else teacher.logprobs)[:0]).dtype
-        sizes = parts + len(order) - n, len(self._asked.mass_row), len(self._asked.mass_id)
-        self._found = [torch.zeros(size, device=teacher_ids.device, dtype=dtype) for size in sizes]
-        self._terms = torch.zeros(len(p.row), device=teacher_ids.device, dtype=dtype)
-        behind = parts, len(p.asked.mass_row), len(p.asked.mass_id)
-        every = tuple(x[k:] for x, k in zip(self._found, behind, strict=True))
-        self._sums = _Sums(p, self._found[0][:parts], None if within is None else every)
+
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, device=teacher_ids.device, dtype=dtype)
+
+        self._terms = zeros(len(p.row))
+        behind = None
+        if within is not None:
+            behind = zeros(len(within.asked.row)), zeros(len(within.asked.mass_row)), zeros(int(within.behind_ptr[-1]))
+            self._behind_ptr = within.behind_ptr
+        self._sums = _Sums(p, zeros(len(p.part_row)), behind)
         self.values, self.rows = self._sums.values, 0
 
     @torch.no_grad()
@@ -102,37 +104,33 @@ class Reading:
             self.rows = b
 
     def _slice(self, a: int, b: int, into: Tensor | None) -> None:
-        p, asked, on, found, values = self.plan, self._asked, self._on, self._found, self.values
-        k0, k1 = np.searchsorted(asked.mass_row, (a, b))
-        e0, e1 = np.searchsorted(asked.row, (a, b))
+        p, on, values, none = self.plan, self._on, self.values, np.zeros(0, np.int64)
         t0, t1 = np.searchsorted(p.token_row, (a, b))
-        ptr = asked.mass_ptr[k0 : k1 + 1]
-        part = Asked(
-            np.concatenate([p.token_row[t0:t1], asked.row[e0:e1]]) - a,
-            asked.id[e0:e1],
-            asked.mass_row[k0:k1] - a,
-            ptr - ptr[0],
-            asked.mass_id[ptr[0] : ptr[-1]],
-        )
-        ids = torch.cat([self._ids[t0:t1], on(part.id)])
+        parts = [_Part(p.token_row[t0:t1] - a, self._ids[t0:t1], none, np.zeros(1, np.int64), none)]
+        for asked in self._asked:
+            (e0, e1), (k0, k1) = (np.searchsorted(rows, (a, b)) for rows in (asked.row, asked.mass_row))
+            ptr, at = rows_of(p.sets.indptr, asked.mass_set[k0:k1])
+            without = take(p.sets.ids, at).astype(np.int64)
+            parts.append(_Part(asked.row[e0:e1] - a, on(asked.id[e0:e1]), asked.mass_row[k0:k1] - a, ptr, without))
         if isinstance(self._teacher, TopK):
-            rows = _of_top(self._teacher, a, b, part, ids)
+            (own, *found), values.missing[a:b] = _of_top(self._teacher, a, b, parts)
         else:
-            rows = _of_whole(self._teacher, a, b, part, ids, into)
-        values.missing[a:b] = rows.missing
-        values.logprobs[t0:t1], logprobs = rows.logprobs[: t1 - t0], rows.logprobs[t1 - t0 :]
-        for x, order, bounds, new in zip(
-            found, self._order, ((e0, e1), (k0, k1), (ptr[0], ptr[-1])), (logprobs, rows.kept, rows.left), strict=True
-        ):
-            x[on(order[slice(*bounds)])] = new
+            own, *found = _of_whole(self._teacher, a, b, parts, into)
+        values.logprobs[t0:t1] = own.logprobs
         # Terms: those that are one row but some tokens, and those that are elements.
         c0, c1 = np.searchsorted(p.row[p.complements], (a, b))
-        self._terms[on(p.complements[c0:c1])] = found[1][c0:c1]
+        self._terms[on(p.complements[c0:c1])] = found[0].kept
         s0, s1 = np.searchsorted(p.row[p.sparse], (a, b))
         e0, e1 = np.searchsorted(p.element_row, (a, b))
-        self._terms[on(p.sparse[s0:s1])] = _logsumexp(found[0][e0:e1], on(p.element_term[e0:e1] - s0), s1 - s0)
+        values.elements[e0:e1] = logprobs = found[0].logprobs
+        self._terms[on(p.sparse[s0:s1])] = _logsumexp(logprobs, on(p.element_term[e0:e1] - s0), s1 - s0)
         f0, f1 = np.searchsorted(p.row[p.fixed], (a, b))
-        found[0][len(p.element_id) + f0 : len(p.element_id) + f1] = self._terms[on(p.fixed[f0:f1])]
+        values.elements[len(p.element_id) + f0 : len(p.element_id) + f1] = self._terms[on(p.fixed[f0:f1])]
+        if values.within is not None:
+            asked, (logprobs, kept, left) = self._asked[1], values.within
+            (e0, e1), (k0, k1) = (np.searchsorted(rows, (a, b)) for rows in (asked.row, asked.mass_row))
+            logprobs[e0:e1], kept[k0:k1] = found[1].logprobs, found[1].kept
+            left[self._behind_ptr[k0] : self._behind_ptr[k1]] = found[1].left
         self._sums.add(a, b, self._terms)
 
 
@@ -227,24 +225,40 @@ def _logsumexp(values: Tensor, owner: Tensor, n: int) -> Tensor:
     return values.new_zeros(n).index_add(0, owner, torch.exp(values - shift[owner])).log() + shift
 
 
+class _Part(NamedTuple):
+    """What is asked of a slice of rows, which are counted from its first: as `Asked`.
+
+    Attributes:
+        row: of every logprob its row.
+        ids: int64, on the device; and its token.
+        mass_row: of every mass its row, rising.
+        mass_ptr: compressed rows of the tokens that each is without.
+        mass_ids: these.
+    """
+
+    row: Int64
+    ids: Tensor
+    mass_row: Int64
+    mass_ptr: Int64
+    mass_ids: Int64
+
+
 class _Rows(NamedTuple):
-    """What was asked of a slice of rows.
+    """What was asked.
 
     Attributes:
         logprobs: of the tokens that were asked for.
         kept: log of every mass.
         left: the probabilities of the tokens that the masses are without.
-        missing: the mass of each row that is not shown.
     """
 
     logprobs: Tensor
     kept: Tensor
     left: Tensor
-    missing: Tensor | float = 0.0
 
 
-def _of_top(teacher: TopK, a: int, b: int, asked: Asked, ids: Tensor) -> _Rows:
-    """Of rows a to b as far as a served teacher's top-k shows them; see `_of_whole`."""
+def _of_top(teacher: TopK, a: int, b: int, parts: list[_Part]) -> tuple[list[_Rows], Tensor]:
+    """Of rows a to b as far as a served teacher's top-k shows them, and the mass of each that it does not."""
     shown, logprobs = teacher.slice(a, b)
     on = partial(on_device, device=shown.device)
     shown, order = shown.sort(-1)  # padding, -1, comes first
@@ -261,41 +275,41 @@ def _of_top(teacher: TopK, a: int, b: int, asked: Asked, ids: Tensor) -> _Rows:
     # What is missing may be anything: it counts as kept.
     mass = x.double().exp().sum(-1)
     missing = (1 - mass).clamp(min=0).to(x.dtype)
-    owner = np.repeat(np.arange(len(asked.mass_row)), np.diff(asked.mass_ptr))
-    left = found(on(asked.mass_row[owner]), on(asked.mass_id)).double().exp()
-    kept = (mass + missing)[on(asked.mass_row)].index_add(0, on(owner), left, alpha=-1)
-    return _Rows(found(on(asked.row), ids), kept.clamp(min=1e-38).log().to(x.dtype), left.to(x.dtype), missing)
+    rows = []
+    for part in parts:
+        owner = np.repeat(np.arange(len(part.mass_row)), np.diff(part.mass_ptr))
+        left = found(on(part.mass_row[owner]), on(part.mass_ids)).double().exp()
+        kept = (mass + missing)[on(part.mass_row)].index_add(0, on(owner), left, alpha=-1)
+        rows.append(_Rows(found(on(part.row), part.ids), kept.clamp(min=1e-38).log().to(x.dtype), left.to(x.dtype)))
+    return rows, missing
 
 
-def _of_whole(teacher: Logits, a: int, b: int, asked: Asked, ids: Tensor, into: Tensor | None) -> _Rows:
-    """Of whole rows.
-
-    Args:
-        teacher: the rows.
-        a: the first.
-        b: behind the last.
-        asked: of them, with rows counted from a, `row` in any order.
-        ids: int64; the tokens of `asked.row`.
-        into: `[b-a, V]`, for their probabilities.
-    """
+def _of_whole(teacher: Logits, a: int, b: int, parts: list[_Part], into: Tensor | None) -> list[_Rows]:
+    """Of rows a to b, whole; their probabilities are left in `into` `[b-a, V]`."""
     made = teacher.made(a, b, into)
-    on = partial(on_device, device=made.logits.device)
-    at = on(asked.row)
-    logits = made.at(at, ids)  # now: the memory may be that of the probabilities
-    owner = np.repeat(np.arange(len(asked.mass_row)), np.diff(asked.mass_ptr))
-    of, row, tokens, owners = (on(x) for x in (asked.mass_row, asked.mass_row[owner], asked.mass_id, owner))
-    sums, masses, left = [], [logits.new_zeros(0, dtype=torch.float64)], [logits.new_zeros(0)]
-    for c, d in blocks(b - a, teacher.vocab_size, made.logits.device):
+    device = made.logits.device
+    on = partial(on_device, device=device)
+    # Now: the memory may be that of the probabilities.
+    logits = [made.at(on(part.row), part.ids) for part in parts]
+    sums: list[Tensor] = []
+    masses, left = ([[x.new_zeros(0)] for x in logits] for _ in range(2))
+    for c, d in blocks(b - a, teacher.vocab_size, device):
         p, log_sum = softmax_and_sums(made.slice(c, d))
         sums.append(log_sum)
-        first, last = np.searchsorted(asked.mass_row, (c, d))
-        if first < last:
-            lo, hi = asked.mass_ptr[first], asked.mass_ptr[last]
-            # The same float32 numbers are added up and taken away, so that little cancels.
-            whole = p.sum(-1, dtype=torch.float64)[of[first:last] - c]
-            left.append(p[row[lo:hi] - c, tokens[lo:hi]])
-            masses.append(whole.index_add(0, owners[lo:hi] - first, left[-1].double(), alpha=-1))
+        for part, own, without in zip(parts, masses, left, strict=True):
+            first, last = np.searchsorted(part.mass_row, (c, d))
+            if first < last:
+                lo, hi = part.mass_ptr[first], part.mass_ptr[last]
+                owner = np.repeat(np.arange(last - first), np.diff(part.mass_ptr[first : last + 1]))
+                row = part.mass_row[first:last] - c
+                without.append(p[on(row[owner]), on(part.mass_ids[lo:hi])])
+                # The same float32 numbers are added up and taken away, so that little cancels.
+                kept = p.sum(-1, dtype=torch.float64)[on(row)].index_add(0, on(owner), without[-1].double(), alpha=-1)
+                own.append(kept.clamp(min=1e-38).log().to(p.dtype))
         if into is not None:
             into[c:d] = p
-    kept = torch.cat(masses).clamp(min=1e-38).log().to(logits.dtype)
-    return _Rows(logits - torch.cat(sums)[at], kept, torch.cat(left))
+    every = torch.cat(sums)
+    return [
+        _Rows(x - every[on(part.row)], torch.cat(own), torch.cat(without))
+        for x, part, own, without in zip(logits, parts, masses, left, strict=True)
+    ]
