@@ -179,6 +179,7 @@ class Stream:
         values, device = self._reading.values, target.teacher_ids.device
         if b == len(p.at):
             target._finished(values)
+            self._memory = self._memory[:0].clone()  # what is left of it goes with what is made here
         on, dtype = partial(on_device, device=device), values.logprobs.dtype
         tokens = len(target.queries.vocab_map.student_to_teacher)
         width = target.maps.count if self._events else tokens
@@ -225,7 +226,7 @@ class Stream:
         bounds = np.searchsorted(self._whole[new], at)
         size = max([len(kept), *(len(kept) + int(c) + e - s for c, s, e in zip(bounds, at, at[1:], strict=False))])
         if len(self._memory) < size:
-            self._memory = kept_rows.new_empty(size, kept_rows.shape[1])
+            self._memory = kept_rows.new_empty(size + size // 8, kept_rows.shape[1])  # the next slice may need more
         self._memory[: len(kept)] = kept_rows
         slot[:] = -1
         slot[kept], slot[new] = np.arange(len(kept)), np.arange(len(kept), len(kept) + len(new))

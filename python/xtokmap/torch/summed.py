@@ -59,7 +59,7 @@ def sum_rows(
         student: N rows, flat.
         weights: `[N]`.
         others: tensors `[N, ...]` or `Part`s of N rows, as `Logits` are; `fn` gets those of its rows.
-        size: rows of a slice; None takes 64 MiB of float32.
+        size: rows of a slice, at most; None takes 64 MiB of float32.
 
     Returns:
         The sum, and as many tensors `[N]` as `fn` returns, without a gradient.
@@ -148,6 +148,7 @@ def _worked(
     gradients = _Gradients(student, needed)
     found: list[tuple[Tensor, ...]] = []
     n, memory = student.shape.numel(), _Memory(student)
+    size = max(1, -(-n // max(1, -(-n // size))))  # as many slices, equally long: a short one's product is no cheaper
     # Nothing happens to logits before the softmax: what `fn` overwrites are they themselves.
     in_place = student.temperature == 1 and student.softcap is None and student.rows.dtype in _WIDE
     for a in range(0, max(n, 1), size):  # no rows: one empty slice, which says what fn returns
