@@ -6,9 +6,11 @@ use std::sync::Arc;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::error::{Error, Side};
-use crate::merge::clean::PADDING;
 use crate::rows::{Ids, Rows};
 use crate::table::{ByteTable, Invalid, Role};
+
+/// Zeros behind the bytes of all tokens, so that as many can be read from the start of any.
+pub(crate) const PADDING: usize = 16;
 
 /// A token as the merge sees it: where its bytes lie in the arena that both vocabularies share. Equal byte strings
 /// lie at the same place, so that two tokens spell the same bytes if and only if their symbols are equal.
