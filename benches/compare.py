@@ -308,26 +308,28 @@ def measure(student: Side, teacher: Side, n: int) -> tuple[dict[str, float], dic
 def retokenize(student: Side, teacher: Side, fast: bool) -> tuple[str, float, float] | None:
     """Engine, and seconds to encode a batch of 128 rows of 2,048 tokens and to retokenize it, on all cores.
 
-    Codecs of their own, and texts that neither has seen, as engines remember words and texts.
+    Codecs of their own, and texts that neither has seen, as engines remember words and texts; all batches with one and
+    then with the other, as threads of fastokens forget the words of one tokenizer when they turn to another.
     """
     if not fast:
         sys.modules["fastokens"] = None  # type: ignore[assignment]
     aligner = xtokmap.Aligner(student.table, teacher.source)
     alone = text_codec(teacher.source)
-    aligner.retokenize([student_ids(student.name, BATCHES * BULK)[:100]])
+    batches = student_ids(student.name, BATCHES * BULK).reshape(BATCHES, 128, 2048)
+    aligner.retokenize([batches[0, 0, :100]])
     sys.modules.pop("fastokens", None)
     engine = "fastokens" if type(alone).__name__ == "_Fastokens" else type(teacher.source).__module__.partition(".")[0]
     if fast and engine != "fastokens":
         return None
+    texts = [[student.table.decode(row).decode(errors="replace") for row in batch] for batch in batches]
     times = []
-    for batch in student_ids(student.name, BATCHES * BULK).reshape(BATCHES, 128, 2048):
-        texts = [student.table.decode(row).decode(errors="replace") for row in batch]
-        start = time.perf_counter()
-        alone.encode_batch(texts)
-        middle = time.perf_counter()
-        aligner.retokenize(batch)
-        times.append((middle - start, time.perf_counter() - middle))
-    encoding, whole = np.median(times[1:], axis=0)  # the first warms both up
+    for work, inputs in ((alone.encode_batch, texts), (aligner.retokenize, batches)):
+        times.append([])
+        for given in inputs:
+            start = time.perf_counter()
+            work(given)
+            times[-1].append(time.perf_counter() - start)
+    encoding, whole = np.median(np.asarray(times)[:, 1:], axis=1)  # the first warms up
     return engine, float(encoding), float(whole)
 
 

@@ -191,8 +191,7 @@ def main() -> None:
 Forward and backward pass of one text, with both output heads inside: CPU seconds, and memory above the inputs and
 the gradients. Slices are 64 MiB of logits, of which a block that the cache holds is worked on at a time. The last
 column gives the same function all rows' logits at once, which is why it has fewer tokens: its memory grows with them.
-That of slices should not: compare the first two columns. `completion` works on its slices twice, once for the gradient.
-`alm` sees sampled logprobs only.
+That of slices should not: compare the first two columns. `alm` sees sampled logprobs only.
 
 {found}
 """

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use crate::chunks::{Alignment, Axes, Batch, Code, Halt, Kind, Out};
 use crate::error::{Error, Side};
-use crate::merge::clean::{self, Word, PADDING};
+use crate::merge::clean::{self, Word};
 use crate::merge::general;
 use crate::pool;
 use crate::rows::{Ids, Layout, Rows};
 use crate::table::{ByteTable, Role};
-use crate::tokens::{Scratch, Vocabulary};
+use crate::tokens::{Scratch, Vocabulary, PADDING};
 
 /// Aligns the ids of two vocabularies.
 #[derive(Clone, Debug)]

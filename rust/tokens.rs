@@ -9,6 +9,9 @@ use crate::error::{Error, Side};
 use crate::rows::{Ids, Rows};
 use crate::table::{ByteTable, Invalid, Role};
 
+/// Zeros behind the bytes of all tokens, so that as many can be read from the start of any.
+pub(crate) const PADDING: usize = 16;
+
 /// A token as the merge sees it: where its bytes lie in the arena that both vocabularies share. Equal byte strings
 /// lie at the same place, so that two tokens spell the same bytes if and only if their symbols are equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -344,7 +347,9 @@ impl<'a> Tokens<'a> {
     /// What the tokenizer's decoder spells before, between and after ends of turns (`None`) and markers, and which these
     /// are: one text more than there are of them.
     pub fn split(&self) -> (Vec<String>, Vec<Option<Role>>) {
+        // Most have bytes, and are no more than looked at.
         let cut = |i: usize| match self.symbols[i] {
+            Symbol { len: 1.., .. } => None,
             Symbol::STOP => Some((i, None)),
             symbol => symbol.role().map(|role| (i, Some(role))),
         };
@@ -356,8 +361,20 @@ impl<'a> Tokens<'a> {
 
     /// The bytes that all tokens spell.
     pub fn text(&self) -> Vec<u8> {
-        let mut text = Vec::with_capacity(self.symbols.iter().map(|symbol| symbol.len as usize).sum());
-        (0..self.len()).for_each(|i| text.extend_from_slice(self.bytes(i)));
+        let all: usize = self.symbols.iter().map(|symbol| symbol.len as usize).sum();
+        let mut text = vec![0; all + PADDING];
+        let mut at = 0;
+        for &Symbol { start, len } in self.symbols {
+            let (start, len) = (start as usize, len as usize);
+            let to = text[at..].first_chunk_mut::<PADDING>();
+            match (to, self.arena[start..].first_chunk()) {
+                // A copy of a known size is one move. What is too much of it, the next token overwrites.
+                (Some(to), Some(from)) if len <= PADDING => *to = *from,
+                _ => text[at..at + len].copy_from_slice(&self.arena[start..start + len]),
+            }
+            at += len;
+        }
+        text.truncate(all);
         text
     }
 

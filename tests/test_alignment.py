@@ -929,6 +929,23 @@ def test_retokenize_counts_lost_bytes_as_the_students_decoder(crossed: tuple) ->
     assert b"".join(chunk.text for chunk in batch[0]) == b" a\xe6\xbc"
 
 
+@law
+@given(
+    st.lists(st.text(max_size=30).map(str.encode) | st.binary(min_size=1, max_size=50), min_size=1, max_size=8),
+    st.lists(st.lists(st.integers(0, 9), max_size=60), max_size=4),
+    st.sampled_from([1, 2]),
+)
+def test_texts_are_what_tokens_of_any_length_spell(tokens: list, rows: list, threads: int) -> None:
+    own = ByteTable.from_bytes([None, None, *tokens], stop_ids=[1])
+    rows = [[i for i in row if i < len(own)] for row in rows]
+    want = [turns(own, row) for row in rows]
+    ids, cu = flat(rows, cu_dtype=np.int64)
+    texts, counts, cuts = Aligner(own, ByteTable.from_bytes([b"a"]))._core.student_texts(ids, cu, threads)
+    assert texts == [turn.decode("utf-8", "replace") for row in want for turn in row]
+    assert counts == [len(row) for row in want]
+    assert cuts == [None] * (len(texts) - len(rows))
+
+
 def test_retokenize_without_rows(crossed: tuple) -> None:
     *_, al = crossed
     for none in ([], np.zeros((0, 4), np.int64)):

@@ -12,6 +12,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -93,6 +94,25 @@ def aligner(one: str, other: str) -> Aligner:
 
 
 TURNS = [dict(zip(("thought", "answer", "call"), what, strict=True)) for what in product([False, True], repeat=3)]
+
+
+@pytest.mark.parametrize("other", ["deepseek-v3.1", "gemma"])
+@pytest.mark.parametrize("left", [False, True])
+def test_padded_turns_are_written_as_their_tokens(other: str, left: bool) -> None:
+    al, student = aligner("qwen3", other), tokenizer("student", "qwen3")
+    turns = [THOUGHT + THINK["qwen3"][1] + ANSWER + END["qwen3"], THOUGHT, ""]  # a thought that the prompt opened
+    rows = [ids_of(student, turn) for turn in turns]
+    width = max(map(len, rows)) + 2
+    ids, mask = np.full((3, width), rows[0][-1]), np.zeros((3, width), np.bool_)
+    for k, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        ids[k, place], mask[k, place] = row, True
+    thinking = [True] * 3, [False] * 3
+    want, batch = al.retokenize(rows, thinking=thinking)
+    got, padded = al.retokenize(ids, mask, thinking=thinking)
+    assert [row.tolist() for row in got] == [row.tolist() for row in want]
+    assert bool(len(want[1])) == (other in THINK)  # else all of it is what is left out
+    assert padded.student_chunk.tolist() == batch.student_chunk.tolist()
 
 
 @pytest.mark.parametrize(("one", "other"), [*product(NAMES, NAMES)])

@@ -275,9 +275,9 @@ class Aligner:
         ids, cu = self._teacher_codec.encode_batch(texts)
         # A row's texts are what lies before, between and after its end-of-turn tokens: the teacher's goes between.
         first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-        inner = np.ones(len(texts) + 1, dtype=np.bool_)
-        inner[first] = False
-        if stop_id is not None or self.teacher.stop_ids:
+        if len(texts) > len(counts) and (stop_id is not None or self.teacher.stop_ids):
+            inner = np.ones(len(texts) + 1, dtype=np.bool_)
+            inner[first] = False
             ids = np.insert(ids, cu[inner], self.teacher.stop_ids[0] if stop_id is None else stop_id)
             cu = cu + np.cumsum(inner)
         return _Rows(ids, cu[first])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,8 +29,11 @@ class _Rows(NamedTuple):
     mask: Bool | None = None
 
     def split(self) -> list[npt.NDArray[Any]]:
-        """The rows of ragged ids, one array each."""
-        return np.split(self.ids, self.layout[1:])[:-1]
+        """The rows, one array each, padding left out."""
+        if self.mask is not None:
+            rows = self.ids.reshape(self.mask.shape)
+            return [row[kept] for row, kept in zip(rows, self.mask, strict=True)]
+        return [self.ids[start:end] for start, end in pairwise(self.layout.tolist())]
 
     @classmethod
     def of_one(cls, ids: Ids, name: str) -> _Rows:

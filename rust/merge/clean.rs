@@ -8,7 +8,7 @@
 #![allow(clippy::inline_always)]
 
 use crate::chunks::{Axes, Code, Kind, Out};
-use crate::tokens::Symbol;
+use crate::tokens::{Symbol, PADDING};
 
 /// A symbol in 32 bits, so that the tables stay in the caches: the length in the upper 9, the place in the lower 23.
 /// Words of the two sides are equal if and only if both have bytes, and the same ones; other than a [`Symbol`], a word
@@ -91,9 +91,6 @@ impl<T: Copy + Into<i64>> Row<'_, T> {
         self.words.get(id.into() as usize).copied()
     }
 }
-
-/// Zeros behind the bytes of all tokens, so that as many can be read from the start of any.
-pub(crate) const PADDING: usize = 16;
 
 /// Ones for the first `len` of 16 bytes.
 static MASKS: [[u64; 2]; PADDING + 1] = {

@@ -31,12 +31,12 @@ from xtokmap.losses.terms import (
     divergence,
     divergence_and_slope,
     last_of_chunk,
-    reduce_terms,
     summed_terms,
     wanted_rows,
 )
 from xtokmap.torch.index import ChunkIndex, VocabTensors
 from xtokmap.torch.logits import Logits, map_rows, softmax_and_sums
+from xtokmap.torch.summed import graded
 
 Phi: TypeAlias = Literal["longest", "canonical"]
 Residual: TypeAlias = Literal["compact", "column"]
@@ -567,7 +567,8 @@ def completion(
         denominator: as for `strict_kl`.
 
     Returns:
-        The loss, its terms at the tokens behind a; figure `begun`, the mean teacher mass of the groups.
+        The loss, its terms at the tokens behind a; figure `begun`, the mean teacher mass of the groups. It costs a head
+        pass of either side for the scored rows, no more with a gradient.
 
     Raises:
         XTokMapError: shapes or vocabularies that do not fit; a `TopK` teacher.
@@ -600,8 +601,19 @@ def completion(
         # A rounded sum may be a little above 1.
         return zero.index_add(0, row, -mass * log_p.clamp(max=0)), zero.index_add(0, row, mass)
 
-    terms, begun = map_rows(fn, student, teacher.at(at), entries, size=size, rows=worked)
-    return reduce_terms(terms, scored, index, mask, denominator, begun=begun)
+    loss, _ = summed_terms(
+        graded(fn, student.needs_gradient),
+        student,
+        (teacher.at(at), entries),
+        scored,
+        index,
+        mask,
+        denominator,
+        figures=("begun",),
+        rows=worked,
+        size=size,
+    )
+    return loss
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------------
