@@ -531,6 +531,56 @@ def test_blocks_of_a_slice_change_nothing(block, temperature, monkeypatch):
         torch.testing.assert_close(one, other, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("read", [1, 2, 3, 100])
+def test_rows_that_are_read_as_they_come_are_those_that_were_read_before(read, bias, dtype, monkeypatch):
+    """With a head, however few rows are made at a time, and though not every row stands behind a position."""
+    g = torch.Generator().manual_seed(0)
+    size = len(MIXED.vocabularies[1])
+    parts = [
+        torch.randn(*n, generator=g, dtype=torch.float64).to(dtype) for n in ((MIXED.num_rows, 5), (size, 5), (size,))
+    ]
+    teacher = Logits(*(parts if bias else parts[:2]), temperature=1.5)
+    rows = [teacher.slice(k, k + 1) for k in range(MIXED.num_rows)]
+    x = MIXED.student_logits(1)
+    want = loss_of(MIXED, x, Logits(torch.cat(rows)), denominator=1)
+    (slope,) = torch.autograd.grad(want.loss, x)
+    monkeypatch.setattr(xtokmap.losses.queries, "_SLICE", read * size)
+    for student in (1, 4, 100):
+        found = loss_of(MIXED, x, teacher, denominator=1, size=student)
+        exact = {} if dtype == torch.float64 else {"atol": 1e-5, "rtol": 1e-4}
+        torch.testing.assert_close(found.terms, want.terms, **exact)
+        torch.testing.assert_close(torch.autograd.grad(found.loss, x)[0], slope, **exact)
+
+
+def test_a_graph_that_is_kept_goes_through_the_rows_again():
+    x = MIXED.student_logits(1)
+    loss = loss_of(MIXED, x, MIXED.random_rows(0), size=2).loss
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_what_parts_come_by_the_batch_knows(monkeypatch):
+    teacher, x = MIXED.random_rows(0), MIXED.student_logits(1)
+    values, target = evaluated(MIXED, teacher)
+    for rows in ([2], [4, 0], [1, 3]):
+        transfer_kl(Logits(x[rows]), target.select(rows), MIXED.index.rows(torch.tensor(rows)))
+
+    def never(*_: object) -> None:
+        raise AssertionError("the rows were gone through")
+
+    monkeypatch.setattr(xtokmap.losses.target, "transfer", never)
+    torch.testing.assert_close(target.transferred(), MIXED.padded(values.transferred.float()), equal_nan=True)
+    found = target.logprobs()
+    assert found.shape == (5, max(map(len, MIXED.ids[1])))
+    assert found[0, : len(MIXED.ids[1][0])].tolist() == pytest.approx(values.logprobs[: len(MIXED.ids[1][0])].tolist())
+    other = TransferTarget(teacher, MIXED.flat_ids, MIXED.queries)
+    transfer_kl(Logits(x[:1]), other.select([0]), MIXED.index.rows(torch.tensor([0])))
+    with pytest.raises(AssertionError, match="gone through"):  # of the others nothing is known yet
+        other.logprobs()
+
+
 @pytest.mark.parametrize("parts", [[[0], [1], [2], [3], [4]], [[0, 1], [2, 3, 4]], [[4, 2, 0], [3, 1]]])
 def test_micro_batches_add_up(parts):
     teacher, x = MIXED.random_rows(0), MIXED.student_logits(1)

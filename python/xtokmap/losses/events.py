@@ -460,7 +460,8 @@ class Groups(NamedTuple):
             `[M]`; for every member p(member | event) log p(group | event) / q(group | event): the derivative of the
             divergence by its logit, and p(member | event) times the divergence itself.
         """
-        (at, own, several, known), (place, mass), (row, ids, group) = self.rows, self.groups, self.members
+        (at, own, *flags), (place, mass), (row, ids, group) = self.rows, self.groups, self.members
+        several, known, mass = (x.to(p.dtype) for x in (*flags, mass))
         n, tiny = len(at), torch.finfo(p.dtype).tiny
         each = p[row, ids]
         of_group = torch.zeros_like(mass).index_add_(0, group, each)
