@@ -62,7 +62,6 @@ class TransferTarget:
         """The target of some rows of the batch, in this order, for a micro-batch."""
         q, first = self.queries, plan(self.queries).first_row
         device, width = self.teacher_ids.device, self._shape[1]
-
         at = _ranges(np.append(first, plan(q).rows), rows)
         ids = self.teacher_ids[on_device(_ranges(q.teacher_cu, rows), device)]
         some = TransferTarget(self.teacher.at(on_device(at, device)), ids, q.select(rows))
@@ -219,7 +218,6 @@ class Stream:
         kept = np.flatnonzero((slot >= 0) & (self._last >= a))
         first, last = np.searchsorted(self._whole, (reading.rows, max(to, reading.rows)))
         new = first + np.flatnonzero(self._last[first:last] >= a)
-        size = len(kept) + len(new)
         kept_rows = self._memory[on_device(slot[kept], self._memory.device)]
         # How many rows are read at a time, and how many of them are kept behind those that there are.
         at = [*range(reading.rows, to, reading.size), max(to, reading.rows)]
@@ -236,7 +234,8 @@ class Stream:
             if into is not None and d - c < end - start:
                 into[: d - c] = into[on_device(self._whole[new[c:d]] - start, into.device)]
         wanted = slot[self._which[a:b][self._which[a:b] >= 0]]
-        if np.array_equal(wanted, np.arange(len(wanted))):
+        # What is handed out is overwritten, and may be needed again where positions share a row.
+        if len(self._whole) == len(self._which[self._which >= 0]) and np.array_equal(wanted, np.arange(len(wanted))):
             return self._memory[: len(wanted)]
         return self._memory[on_device(wanted, self._memory.device)]
 
