@@ -26,7 +26,7 @@ from torch import Tensor
 
 import xtokmap
 from xtokmap import Aligner, demo
-from xtokmap.losses.events import _events
+from xtokmap.losses.events import EventMaps, Within
 from xtokmap.losses.target import TransferTarget
 from xtokmap.losses.terms import divergence
 from xtokmap.losses.transfer import transfer_kl
@@ -121,11 +121,14 @@ def measure(what: str, tokens: int) -> dict[str, float]:
 
 
 def undecided() -> Iterator[str]:
-    """Share of student tokens of a text whose event has several tokens, by pair."""
+    """Share of student tokens of a text whose event has several tokens, and what rows behind say of them, by pair."""
     import pairs
 
-    yield "| student | teacher | tokens | share decided by the sampled token | not canonical | ns a token, warm |"
-    yield "|---|---|--:|--:|--:|--:|"
+    yield (
+        "| student | teacher | tokens | in an event of several | a row behind goes on | and leaves one | not canonical "
+        "| ns a token, warm |"
+    )
+    yield "|---|---|--:|--:|--:|--:|--:|--:|"
     for a, b in PAIRS:
         student, teacher = pairs.LOADERS[a](), pairs.LOADERS[b]()
         aligner = Aligner(student, teacher)
@@ -136,11 +139,12 @@ def undecided() -> Iterator[str]:
         start = time.perf_counter()
         queries = aligner.cover_queries(batch)
         ns = (time.perf_counter() - start) / len(ids) * 1e9
-        events = _events(queries)
-        several = np.bincount(events, minlength=len(events))[events] > 1
-        share = several[queries.student_ids].mean()
-        figures = queries.figures()
-        yield f"| {a} | {b} | {len(ids):,} | {share:.1%} | {figures['not_canonical'] / len(ids):.1%} | {ns:.0f} |"
+        several = EventMaps.of(queries, torch.device("cpu")).members.numpy()[queries.student_ids] > 1
+        within = Within.of(queries)
+        assert within is not None
+        alone = np.bincount(within.member_group)[within.own] == 1
+        counts = several.sum(), len(within.own), alone.sum(), queries.figures()["not_canonical"]
+        yield f"| {a} | {b} | {len(ids):,} | {' | '.join(f'{n / len(ids):.1%}' for n in counts)} | {ns:.0f} |"
 
 
 def main() -> None:

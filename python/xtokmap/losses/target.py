@@ -224,7 +224,8 @@ class Stream:
         bounds = np.searchsorted(self._whole[new], at)
         size = max([len(kept), *(len(kept) + int(c) + e - s for c, s, e in zip(bounds, at, at[1:], strict=False))])
         if len(self._memory) < size:
-            self._memory = kept_rows.new_empty(size + size // 8, kept_rows.shape[1])  # the next slice may need more
+            self._memory = kept_rows  # what there was goes before there is more, and the next slice may need more
+            self._memory = kept_rows.new_empty(size + size // 8, kept_rows.shape[1])
         self._memory[: len(kept)] = kept_rows
         slot[:] = -1
         slot[kept], slot[new] = np.arange(len(kept)), np.arange(len(kept), len(kept) + len(new))

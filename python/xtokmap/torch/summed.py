@@ -151,11 +151,13 @@ def _worked(
     size = max(1, -(-n // max(1, -(-n // size))))  # as many slices, equally long: a short one's product is no cheaper
     # Nothing happens to logits before the softmax: what `fn` overwrites are they themselves.
     in_place = student.temperature == 1 and student.softcap is None and student.rows.dtype in _WIDE
+    parts: list[Any] = []
     for a in range(0, max(n, 1), size):  # no rows: one empty slice, which says what fn returns
         b = min(n, a + size)
+        parts.clear()  # before there are new ones
         hidden = student._rows(a, b)
         logits = memory.head(hidden)
-        parts = [o[a:b] if isinstance(o, Tensor) else o.made(a, b) for o in others]
+        parts.extend(o[a:b] if isinstance(o, Tensor) else o.made(a, b) for o in others)
         scale = (weights[a:b] / student.temperature)[:, None]
         for c, d in blocks(b - a, student.vocab_size, logits.device):
             x, tanh = _scaled(logits[c:d], student.temperature, student.softcap)
