@@ -148,6 +148,7 @@ class Stream:
     def __init__(self, target: TransferTarget, *, events: bool = True) -> None:
         self._target, self._events, p = target, events, plan(target.queries)
         self._plan, self._within = p, Within.of(target.queries) if events else None
+        self.vocab_size = target.teacher.vocab_size
         # The rows that positions need whole, which of them each position does, and the last one that does.
         dense = np.flatnonzero(p.dense_row >= 0)
         self._whole, which = np.unique(p.dense_row[dense], return_inverse=True)

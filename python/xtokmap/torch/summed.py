@@ -151,6 +151,8 @@ def _worked(
     size = max(1, -(-n // max(1, -(-n // size))))  # as many slices, equally long: a short one's product is no cheaper
     # Nothing happens to logits before the softmax: what `fn` overwrites are they themselves.
     in_place = student.temperature == 1 and student.softcap is None and student.rows.dtype in _WIDE
+    # Of the parts, too, as many rows as a cache holds.
+    widest = max([student.vocab_size, *(getattr(other, "vocab_size", 0) for other in others)])
     parts: list[Any] = []
     for a in range(0, max(n, 1), size):  # no rows: one empty slice, which says what fn returns
         b = min(n, a + size)
@@ -159,7 +161,7 @@ def _worked(
         logits = memory.head(hidden)
         parts.extend(o[a:b] if isinstance(o, Tensor) else o.made(a, b) for o in others)
         scale = (weights[a:b] / student.temperature)[:, None]
-        for c, d in blocks(b - a, student.vocab_size, logits.device):
+        for c, d in blocks(b - a, widest, logits.device):
             x, tanh = _scaled(logits[c:d], student.temperature, student.softcap)
             if in_place and student.weight is None:
                 x = x.clone()  # the caller's own
