@@ -189,6 +189,8 @@ struct Store {
     set_of: FxHashMap<SetKey, u32>,
     /// The same of the row after every student token, and of the one after `NEVER`; or `UNKNOWN`.
     after: Vec<u32>,
+    /// The same of what would merge with every student token.
+    within: Vec<u32>,
     own: FxHashMap<(u32, u32, u32), Own>,
     decides: FxHashMap<(u32, u32, u32), Decides>,
     joined: FxHashMap<(u32, u32, Behind), bool>,
@@ -229,6 +231,7 @@ trait Known {
     fn whole(&mut self, token: u32) -> Option<u32>;
     fn set(&mut self, s: u32, node: u32) -> Option<u32>;
     fn after(&mut self, s: u32) -> Option<u32>;
+    fn within(&mut self, s: u32) -> Option<u32>;
     fn own(&mut self, s: u32, token: u32, offset: u32) -> Option<Own>;
     /// Of a teacher token behind this many of its bytes.
     fn decides(&mut self, s: u32, token: u32, offset: u32) -> Option<Decides>;
@@ -254,6 +257,10 @@ impl Known for Stored<'_> {
     fn after(&mut self, s: u32) -> Option<u32> {
         let last = self.0.after.len().wrapping_sub(1);
         self.0.after.get(last.min(s as usize)).copied().filter(|&set| set != UNKNOWN)
+    }
+
+    fn within(&mut self, s: u32) -> Option<u32> {
+        self.0.within.get(s as usize).copied().filter(|&set| set != UNKNOWN)
     }
 
     fn own(&mut self, s: u32, token: u32, offset: u32) -> Option<Own> {
@@ -332,6 +339,12 @@ impl Known for Discovery<'_> {
         let set = self.set_of(SetKey::of(s, AFTER))?;
         let last = self.store.after.len() - 1;
         self.store.after[last.min(s as usize)] = set;
+        Some(set)
+    }
+
+    fn within(&mut self, s: u32) -> Option<u32> {
+        let set = self.set_of(SetKey::of(s, WITHIN))?;
+        self.store.within[s as usize] = set;
         Some(set)
     }
 
@@ -471,7 +484,7 @@ impl<K: Known> Walk<'_, K> {
     }
 
     fn within(&mut self, s: u32) -> i32 {
-        let set = self.known.set(s, WITHIN);
+        let set = self.known.within(s);
         i32::try_from(self.or(set, NOTHING)).unwrap_or(-1)
     }
 
@@ -685,6 +698,7 @@ impl Cover {
             *store = Store {
                 whole: vec![UNKNOWN; self.teacher.table().len()],
                 after: vec![UNKNOWN; self.student.table().len() + 1],
+                within: vec![UNKNOWN; self.student.table().len()],
                 resets: store.resets + 1,
                 ..Store::default()
             };
