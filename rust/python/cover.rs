@@ -74,7 +74,7 @@ impl PyCover {
 
     /// The queries of a batch by name: `cu` are its `student_cu`, `teacher_cu` and `chunk_cu`; `rows` with `within`.
     #[pyo3(signature = (arrays, cu, student_ids, teacher_ids, rows, threads=None))]
-    #[allow(clippy::needless_pass_by_value)]
+    #[allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
     fn queries<'py>(
         &self,
         py: Python<'py>,
