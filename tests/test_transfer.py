@@ -239,12 +239,20 @@ def test_it_is_the_sum_over_all_texts_wherever_one_side_is_finer(student, teache
                 assert_exact(pair.model(np.random.default_rng(seed)))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.one_of(st.tuples(vocabularies, vocabularies), st.tuples(merge_lists(), merge_lists())), seeds)
-def test_it_is_what_the_rows_of_one_text_show(sides, seed):
+any_sides = st.one_of(st.tuples(vocabularies, vocabularies), st.tuples(merge_lists(), merge_lists()))
+
+
+def drawn(sides: tuple[Side, Side], seed: int) -> tuple[Pair, Model]:
+    """Two tokenizers, and models of them."""
     pair = Pair(*sides, length=4)
     assume(not pair.queries.identical)
-    model = pair.model(np.random.default_rng(seed))
+    return pair, pair.model(np.random.default_rng(seed))
+
+
+@settings(max_examples=40, deadline=None)
+@given(any_sides, seeds)
+def test_it_is_what_the_rows_of_one_text_show(sides, seed):
+    pair, model = drawn(sides, seed)
     phi = model.values.phi
     for k, text in enumerate(pair.student.texts):
         rows = model.q[pair.teacher.nodes[k]]
@@ -834,12 +842,10 @@ def test_a_row_behind_changes_no_mean_and_makes_samples_agree(pair):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.one_of(st.tuples(vocabularies, vocabularies), st.tuples(merge_lists(), merge_lists())), seeds)
+@given(any_sides, seeds)
 def test_groups_are_used_where_their_masses_are_known(sides, seed):
     """At every place they add up to what the teacher's row gives the event, less what leaves it."""
-    pair = Pair(*sides, length=4)
-    assume(not pair.queries.identical)
-    model = pair.model(np.random.default_rng(seed))
+    pair, model = drawn(sides, seed)
     target = model.target
     bins, _, _, groups = Stream(target).made(0, len(target)).slice(0, len(target))
     assume(groups is not None)

@@ -289,8 +289,8 @@ class Within:
         there, t = there[counts], t[counts]
         asked = Asked(row[there], kinds.there_id[t], row + 1, kinds.set[kind])
         # Teacher tokens that began before, and reach into the event.
-        place, o = expand(p.behind_ptr, position)
-        part = p.behind[o]
+        place, o = expand(p.behind[0], position)
+        part = p.behind[1][o]
         real = take(q.student_ids, p.at[position[place]]).astype(np.int64)
         following = np.where(p.part_next[part] == -2, real, p.part_next[part].astype(np.int64))
         mine = (following >= 0) & (np.append(maps.event, -1)[following] == kinds.event[kind][place])

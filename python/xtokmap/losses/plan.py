@@ -117,13 +117,16 @@ class Plan:
         self.dense_term, self.dense_row = np.full(len(self.at), -1, np.int64), self.base[self.at].copy()
         self.dense_term[self.inside] = term_of[context]
         self.dense_row[self.dense_term >= 0] = self.row[self.dense_term[self.dense_term >= 0]]
-        #: The parts that stand behind each of these, as compressed rows.
+
+    @once
+    def behind(self) -> tuple[Int64, Int64]:
+        """The parts that stand behind each token of `at`, as compressed rows; for whole rows alone."""
         position = np.full(self.students, -1, np.int64)
-        position[context] = np.flatnonzero(self.inside)
+        position[self.at[self.inside] - 1] = np.flatnonzero(self.inside)
         of = position[self.part_owner]
         by = np.argsort(of, kind="stable")
-        self.behind = by[np.searchsorted(of[by], 0) :]
-        self.behind_ptr = np.searchsorted(of[self.behind], np.arange(len(self.at) + 1))
+        by = by[np.searchsorted(of[by], 0) :]
+        return np.searchsorted(of[by], np.arange(len(self.at) + 1)), by
 
     @once
     def asked(self) -> Asked:

@@ -107,8 +107,8 @@ class Reading:
         p, on, values, none = self.plan, self._on, self.values, np.zeros(0, np.int64)
         t0, t1 = np.searchsorted(p.token_row, (a, b))
         parts = [_Part(p.token_row[t0:t1] - a, self._ids[t0:t1], none, np.zeros(1, np.int64), none)]
-        for asked in self._asked:
-            (e0, e1), (k0, k1) = (np.searchsorted(rows, (a, b)) for rows in (asked.row, asked.mass_row))
+        bounds = [[np.searchsorted(rows, (a, b)) for rows in (asked.row, asked.mass_row)] for asked in self._asked]
+        for asked, ((e0, e1), (k0, k1)) in zip(self._asked, bounds, strict=True):
             ptr, at = rows_of(p.sets.indptr, asked.mass_set[k0:k1])
             without = take(p.sets.ids, at).astype(np.int64)
             parts.append(_Part(asked.row[e0:e1] - a, on(asked.id[e0:e1]), asked.mass_row[k0:k1] - a, ptr, without))
@@ -118,17 +118,15 @@ class Reading:
             own, *found = _of_whole(self._teacher, a, b, parts, into)
         values.logprobs[t0:t1] = own.logprobs
         # Terms: those that are one row but some tokens, and those that are elements.
-        c0, c1 = np.searchsorted(p.row[p.complements], (a, b))
-        self._terms[on(p.complements[c0:c1])] = found[0].kept
+        (e0, e1), (k0, k1) = bounds[0]
+        self._terms[on(p.complements[k0:k1])] = found[0].kept
         s0, s1 = np.searchsorted(p.row[p.sparse], (a, b))
-        e0, e1 = np.searchsorted(p.element_row, (a, b))
         values.elements[e0:e1] = logprobs = found[0].logprobs
         self._terms[on(p.sparse[s0:s1])] = _logsumexp(logprobs, on(p.element_term[e0:e1] - s0), s1 - s0)
         f0, f1 = np.searchsorted(p.row[p.fixed], (a, b))
         values.elements[len(p.element_id) + f0 : len(p.element_id) + f1] = self._terms[on(p.fixed[f0:f1])]
         if values.within is not None:
-            asked, (logprobs, kept, left) = self._asked[1], values.within
-            (e0, e1), (k0, k1) = (np.searchsorted(rows, (a, b)) for rows in (asked.row, asked.mass_row))
+            ((e0, e1), (k0, k1)), (logprobs, kept, left) = bounds[1], values.within
             logprobs[e0:e1], kept[k0:k1] = found[1].logprobs, found[1].kept
             left[self._behind_ptr[k0] : self._behind_ptr[k1]] = found[1].left
         self._sums.add(a, b, self._terms)

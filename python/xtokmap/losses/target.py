@@ -14,7 +14,7 @@ from xtokmap._core import XTokMapError
 from xtokmap.boundary.cover import CoverQueries, padded_places
 from xtokmap.ids import Int64
 from xtokmap.losses.events import EventMaps, Groups, Within
-from xtokmap.losses.plan import Transferred, expand, on_device, plan, take
+from xtokmap.losses.plan import Transferred, expand, on_device, plan, rows_of, take
 from xtokmap.losses.queries import Reading, transfer
 from xtokmap.torch.logits import Logits
 
@@ -49,7 +49,6 @@ class TransferTarget:
         self.maps = EventMaps.of(queries, teacher_ids.device)
         # Where the student's tokens lie in `[B, Ts]`, and that shape.
         self._places, self._shape = queries.places()
-        self._values: Transferred | None = None
         self._whole: tuple[TransferTarget, Sequence[int]] | None = None  # of which batch these are which rows
         self._seen = np.zeros(len(queries), np.bool_)  # rows that selections have gone through
         self._logprobs = torch.zeros(len(teacher_ids), device=teacher_ids.device)
@@ -62,10 +61,10 @@ class TransferTarget:
         """The target of some rows of the batch, in this order, for a micro-batch."""
         q, first = self.queries, plan(self.queries).first_row
         device, width = self.teacher_ids.device, self._shape[1]
-        at = _ranges(np.append(first, plan(q).rows), rows)
-        ids = self.teacher_ids[on_device(_ranges(q.teacher_cu, rows), device)]
+        at = _places_of(np.append(first, plan(q).rows), rows)
+        ids = self.teacher_ids[on_device(_places_of(q.teacher_cu, rows), device)]
         some = TransferTarget(self.teacher.at(on_device(at, device)), ids, q.select(rows))
-        columns = self._places[_ranges(q.student_cu, rows)] % max(width, 1)
+        columns = self._places[_places_of(q.student_cu, rows)] % max(width, 1)
         counts = np.diff(some.queries.student_cu)
         some._places = np.repeat(np.arange(len(rows)), counts) * width + columns
         some._shape = len(rows), width
@@ -74,7 +73,6 @@ class TransferTarget:
 
     def _finished(self, values: Transferred) -> None:
         """Takes note of what was found on the way, also for the batch that these rows are selected from."""
-        self._values = values
         self._seen[:] = True
         self._logprobs, self._transferred = values.logprobs.float(), values.transferred.float()
         if self._whole is not None:
@@ -84,19 +82,11 @@ class TransferTarget:
                 (batch._logprobs, self._logprobs, batch.queries.teacher_cu),
                 (batch._transferred, self._transferred, batch.queries.student_cu),
             ):
-                into[on_device(_ranges(cu, rows), into.device)] = found
+                into[on_device(_places_of(cu, rows), into.device)] = found
 
     def places(self) -> tuple[Int64, tuple[int, int]]:
         """Where the positions lie in `[B, Ts]`: flat, and (B, Ts); a selection in its rows, as wide as the batch."""
         return self._places[plan(self.queries).at], self._shape
-
-    @property
-    def values(self) -> Transferred:
-        """What `transfer` finds: when the rows were last gone through, or now."""
-        if self._values is None:
-            self._finished(transfer(self.teacher, self.teacher_ids, self.queries))
-        assert self._values is not None
-        return self._values
 
     def logprobs(self, width: int | None = None) -> Tensor:
         """Of the teacher's own tokens: float32 `[B, Tt]`, 0 on padding; as wide as the batch, or wider."""
@@ -128,9 +118,9 @@ class TransferTarget:
         return target[:, :-1], target[:, -1], undetermined
 
 
-def _ranges(cu: Int64, rows: Sequence[int]) -> Int64:
-    """The elements of some ragged rows."""
-    return np.concatenate([np.zeros(0, np.int64), *(np.arange(cu[b], cu[b + 1]) for b in rows)])
+def _places_of(cu: Int64, rows: Sequence[int]) -> Int64:
+    """Where the elements of some ragged rows lie."""
+    return rows_of(cu, np.asarray(rows, np.int64))[1]
 
 
 class Stream:
@@ -190,8 +180,8 @@ class Stream:
         dense = np.flatnonzero(row >= 0)
         with_holes = np.flatnonzero(term[dense] >= 0)
         hole, ids = p.holes(term[dense][with_holes])
-        owner, place = expand(p.behind_ptr, np.arange(a, b))
-        element, of = take(p.behind, place), on(owner)
+        owner, place = expand(p.behind[0], np.arange(a, b))
+        element, of = take(p.behind[1], place), on(owner)
         mass = torch.exp(values.before[on(p.part_row[element])] - before[of] + values.elements[on(element)]).to(dtype)
         following = p.part_next[element].astype(np.int64)
         real = take(target.queries.student_ids, at[owner]).astype(np.int64)
