@@ -1047,11 +1047,7 @@ impl Cover {
             return self.within(s, joined);
         }
         if node == AFTER {
-            let mut ids = match joined {
-                _ if s == NEVER => vec![],
-                Some(joined) => self.begins_with(joined),
-                None => self.merging_row(s),
-            };
+            let mut ids = if s == NEVER { vec![] } else { self.merging(s, joined) };
             if let Some(Err(at)) = without.map(|v| ids.binary_search(&(v as i32))) {
                 ids.insert(at, without.map_or(0, |v| v as i32));
             }
@@ -1092,9 +1088,14 @@ impl Cover {
         set
     }
 
+    /// The teacher tokens that would have merged with `s`, had they come after it.
+    fn merging(&self, s: u32, joined: Option<&Joined>) -> Vec<i32> {
+        joined.map_or_else(|| self.merging_row(s), |joined| self.begins_with(joined))
+    }
+
     /// The teacher tokens that would have merged with `s`, and the student token with which both together begin.
     fn within(&self, s: u32, joined: Option<&Joined>) -> Set {
-        let ids = joined.map_or_else(|| self.merging_row(s), |joined| self.begins_with(joined));
+        let ids = self.merging(s, joined);
         let mut bytes = self.student.table().bytes(s).to_vec();
         let own = bytes.len();
         let mut set = Set::default();
